@@ -1,0 +1,28 @@
+"""The nodes, one file a family. Engine modules that import diffusers or transformers are imported when a node
+runs.
+"""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+from typing_extensions import override
+
+from .decode import FireRedDecode
+from .encode import FireRedEncodePrompt
+from .load import FireRedLoadTextEncoder, FireRedLoadTransformer, FireRedLoadVAE
+from .sample import FireRedSampler
+
+NODE_CLASS_MAPPINGS = {
+    "FireRedLoadTransformer": FireRedLoadTransformer,
+    "FireRedLoadTextEncoder": FireRedLoadTextEncoder,
+    "FireRedLoadVAE": FireRedLoadVAE,
+    "FireRedEncodePrompt": FireRedEncodePrompt,
+    "FireRedSampler": FireRedSampler,
+    "FireRedDecode": FireRedDecode,
+}
+
+
+class FireRedExtension(ComfyExtension):
+    @override
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return list(NODE_CLASS_MAPPINGS.values())

@@ -1,0 +1,106 @@
+"""Prompt and pictures to conditioning."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+
+from . import host
+from .engine.components import ComponentSpec
+from .engine.conditioning import to_conditioning
+from .engine.errors import InputError
+from .engine.guard import require_finite
+from .engine.images import to_pil
+from .engine.transfer import cross
+from .load import CATEGORY, VAE, TextEncoder
+
+MAX_IMAGES = 10
+CPU = torch.device("cpu")
+
+
+class FireRedEncodePrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FireRedEncodePrompt",
+            display_name="FireRed Encode Prompt",
+            category=CATEGORY,
+            description="Encode what to change, and the pictures to change, for the FireRed sampler (or "
+            "core's).",
+            inputs=[
+                TextEncoder.Input("text_encoder"),
+                VAE.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="Adds the pictures as reference latents, made on its device.",
+                ),
+                io.String.Input("prompt", multiline=True, dynamic_prompts=True, tooltip="What to change."),
+                io.String.Input(
+                    "negative_prompt",
+                    default=" ",
+                    optional=True,
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="What to steer away from. Even empty it makes guidance work.",
+                ),
+                io.Float.Input(
+                    "reference_megapixels",
+                    default=1.0,
+                    min=0.01,
+                    max=4.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Size of each reference latent; 1.0 is 1024x1024. Smaller is faster and less "
+                    "faithful.",
+                ),
+                io.Autogrow.Input(
+                    "images",
+                    template=io.Autogrow.TemplatePrefix(
+                        io.Image.Input("image"), prefix="image", min=1, max=MAX_IMAGES
+                    ),
+                    tooltip="The pictures, in the order a prompt counts them (Picture 1, Picture 2). A "
+                    "batch is several.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output("positive", display_name="positive"),
+                io.Conditioning.Output("negative", display_name="negative"),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        text_encoder: ComponentSpec,
+        prompt: str,
+        images: io.Autogrow.Type,
+        vae: ComponentSpec | None = None,
+        negative_prompt: str = " ",
+        reference_megapixels: float = 1.0,
+    ) -> io.NodeOutput:
+        if not prompt.strip():
+            raise InputError("The prompt is empty. Write what to change in the picture.")
+        pictures = to_pil(image for image in images.values() if image is not None)
+        if not pictures:
+            raise InputError("There is no picture to edit. Connect at least one image.")
+        references = _encode_references(vae, pictures, reference_megapixels) if vae is not None else []
+        with host.borrow(text_encoder) as encoder:
+            embeds = []
+            for name, text in (("positive", prompt), ("negative", negative_prompt)):
+                host.check_cancelled()
+                encoded = require_finite(
+                    encoder.encode(text, pictures), f"The {name} prompt's embedding", text_encoder
+                )
+                embeds.append(cross(encoded, CPU))
+        return io.NodeOutput(*(to_conditioning(encoded, references) for encoded in embeds))
+
+
+def _encode_references(vae: ComponentSpec, pictures: list, megapixels: float) -> list[torch.Tensor]:
+    from .engine.vae import encode_reference
+
+    with host.borrow(vae) as autoencoder:
+        references = []
+        for picture in pictures:
+            host.check_cancelled()
+            references.append(cross(encode_reference(autoencoder, vae, picture, megapixels), CPU))
+        return references

@@ -1,0 +1,1 @@
+"""The FireRed engine: torch, diffusers and transformers only, no ComfyUI import anywhere below."""

@@ -1,0 +1,69 @@
+"""The denoise loop: flow-match Euler with true CFG, in FP32 whatever the precision of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .guard import require_finite
+from .schedule import Schedule
+from .workers import NEGATIVE, POSITIVE, Worker
+
+
+@dataclass(frozen=True)
+class StepState:
+    """Where the loop is after a step. step: steps done, from 1. latents, denoised: packed (1, tokens, 64)
+    FP32.
+    """
+
+    step: int
+    steps: int
+    latents: torch.Tensor
+    denoised: torch.Tensor
+
+
+def denoise(
+    worker: Worker,
+    component: object,
+    latents: torch.Tensor,
+    schedule: Schedule,
+    true_cfg_scale: float | None,
+    on_step: Callable[[StepState], None] = lambda state: None,
+) -> torch.Tensor:
+    """Sample packed latents (1, tokens, 64) from `latents`, noise at the schedule's first level.
+
+    true_cfg_scale: None to ask the worker for the positive branch alone. component: named in errors.
+    on_step: called after each step; what it raises stops the run. Raises NonFiniteError at the step and
+    branch that went wrong. Returns FP32 on the worker's device.
+    """
+    latents = latents.to(worker.device, torch.float32)
+    for index in range(schedule.steps):
+        sigma, next_sigma = schedule.sigmas[index].item(), schedule.sigmas[index + 1].item()
+        velocity = _predict(worker, component, latents, index, schedule.steps, POSITIVE)
+        if true_cfg_scale is not None:
+            unconditional = _predict(worker, component, latents, index, schedule.steps, NEGATIVE)
+            velocity = true_cfg(velocity, unconditional, true_cfg_scale)
+        denoised = latents - sigma * velocity
+        latents = latents + (next_sigma - sigma) * velocity
+        on_step(StepState(index + 1, schedule.steps, latents, denoised))
+    return latents
+
+
+def true_cfg(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
+    """Classifier-free guidance, each token rescaled to the norm of its positive prediction (Qwen-Image's
+    rule).
+
+    All tensors (1, tokens, 64) FP32. https://huggingface.co/papers/2207.12598
+    """
+    guided = negative + scale * (positive - negative)
+    norm = guided.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(guided.dtype).tiny)
+    return guided * (positive.norm(dim=-1, keepdim=True) / norm)
+
+
+def _predict(
+    worker: Worker, component: object, latents: torch.Tensor, index: int, steps: int, branch: str
+) -> torch.Tensor:
+    prediction = worker.predict(latents, index, branch)
+    return require_finite(prediction, f"Step {index + 1} of {steps}: the {branch} prediction", component)

@@ -1,0 +1,48 @@
+"""ComfyUI images in and out: checked, turned into what the model's own preprocessing takes, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .errors import InputError
+
+MAX_ASPECT_RATIO = 16  # beyond this the shorter side at 1 MP would be under 256 pixels
+
+
+def to_pil(images: Iterable[torch.Tensor]) -> list[Image.Image]:
+    """Every picture of the given IMAGE tensors, in order, as 8-bit RGB.
+
+    images: each (B, H, W, C) or (H, W, C) with values 0 to 1; C is 1 (grey), 3, or 4 (alpha is dropped, as
+    core does). A batch counts as B pictures. Raises InputError naming the picture (from 1) and what is wrong
+    with it.
+    """
+    pictures = [picture for image in images for picture in (image.unbind(0) if image.ndim == 4 else [image])]
+    return [_picture(picture, number) for number, picture in enumerate(pictures, start=1)]
+
+
+def _picture(image: torch.Tensor, number: int) -> Image.Image:
+    if image.ndim != 3 or image.shape[-1] not in (1, 3, 4) or 0 in image.shape:
+        raise InputError(
+            f"Picture {number} has shape {tuple(image.shape)}; an image is (height, width, 1, 3 or 4 "
+            f"channels)."
+        )
+    if not bool(image.isfinite().all()):
+        raise InputError(f"Picture {number} holds NaN or infinite values. Check the node that made it.")
+    height, width = image.shape[:2]
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise InputError(
+            f"Picture {number} is {width}x{height}: more than {MAX_ASPECT_RATIO} times as long as wide. "
+            f"Crop it first."
+        )
+    rgb = image[..., :3] if image.shape[-1] >= 3 else image.expand(height, width, 3)
+    pixels = rgb.float().clamp(0, 1).mul(255).round().to(device="cpu", dtype=torch.uint8)
+    return Image.fromarray(np.ascontiguousarray(pixels.numpy()))
+
+
+def from_pixels(pixels: torch.Tensor) -> torch.Tensor:
+    """Decoded pixels (B, 3, 1, H, W) in -1..1 as an IMAGE (B, H, W, 3) in 0..1, FP32 on the CPU."""
+    return pixels[:, :, 0].movedim(1, -1).float().add(1).div(2).clamp(0, 1).cpu().contiguous()

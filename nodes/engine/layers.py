@@ -1,0 +1,86 @@
+"""Layers that stand in for a model's own: stored in one dtype and used in another, or doing less for the same
+result.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLQwenImage
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+
+from .precision import Precision
+
+
+class UpcastLinear(torch.nn.Module):
+    """A linear layer whose weight is cast to the activation's dtype as it is used: lossless from BF16 to
+    FP32.
+    """
+
+    def __init__(self, layer: torch.nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+class UpcastEmbedding(torch.nn.Module):
+    """A token embedding stored in one dtype whose rows come out in another."""
+
+    def __init__(self, layer: torch.nn.Embedding, compute: torch.dtype):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = layer.num_embeddings, layer.embedding_dim
+        self.weight, self.compute = layer.weight, compute
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.weight).to(self.compute)
+
+
+def prepare_layers(model: torch.nn.Module, precision: Precision) -> None:
+    """Swap the layers of a model still on meta for those that `precision` needs, under the same names."""
+    if precision.storage == precision.compute:
+        return
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is torch.nn.Linear:
+                setattr(module, name, UpcastLinear(child))
+            elif type(child) is torch.nn.Embedding:
+                setattr(module, name, UpcastEmbedding(child, precision.compute))
+
+
+def is_stored(module: torch.nn.Module, parameter: str) -> bool:
+    """Whether this parameter keeps the storage dtype (a big matrix) rather than the compute dtype."""
+    stored = (UpcastLinear, UpcastEmbedding, torch.nn.Linear, torch.nn.Embedding)
+    return parameter == "weight" and isinstance(module, stored)
+
+
+class FrameConv(torch.nn.Module):
+    """A causal 3-D convolution for a single frame: past frames are zeros, so its last time tap is all there
+    is.
+
+    Equal to the 3-D one on (B, C, 1, H, W), at a third of its weights and arithmetic.
+    """
+
+    def __init__(self, conv: QwenImageCausalConv3d):
+        super().__init__()
+        self.weight = torch.nn.Parameter(conv.weight[:, :, -1].clone(), requires_grad=False)
+        self.bias = conv.bias
+        left, _, top, *_ = conv._padding
+        self.padding, self.stride = (top, left), conv.stride[1:]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x[:, :, 0], self.weight, self.bias, self.stride, self.padding).unsqueeze(2)
+
+
+def keep_single_frames(vae: AutoencoderKLQwenImage) -> None:
+    """Make a loaded AutoencoderKLQwenImage an image autoencoder: swap its 3-D convolutions, drop those across
+    time.
+    """
+    for module in list(vae.modules()):
+        if hasattr(module, "time_conv"):
+            del module.time_conv
+        for name, child in list(module.named_children()):
+            if isinstance(child, QwenImageCausalConv3d):
+                setattr(module, name, FrameConv(child))

@@ -1,0 +1,48 @@
+"""The noise levels a sampling run visits, from the checkpoint's own scheduler configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Noise levels of a run.
+
+    sigmas: (steps + 1) FP32 on the CPU, from the first step's level down to 0.
+    timesteps: (steps) FP32 on the CPU, what the transformer is told, 0 to 1.
+    """
+
+    sigmas: torch.Tensor
+    timesteps: torch.Tensor
+
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps)
+
+
+def make_schedule(config: dict[str, Any], steps: int, image_tokens: int) -> Schedule:
+    """The flow-match schedule of `steps` steps for an image of `image_tokens` packed tokens.
+
+    config: the checkpoint's scheduler_config.json. Raises InputError for fewer than one step.
+    """
+    if steps < 1:
+        raise InputError(f"steps is {steps}; it must be 1 or more.")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=dynamic_shift(config, image_tokens))
+    return Schedule(scheduler.sigmas, scheduler.timesteps / scheduler.config.num_train_timesteps)
+
+
+def dynamic_shift(config: dict[str, Any], image_tokens: int) -> float:
+    """The resolution-dependent shift mu, linear in the token count (defaults as in diffusers' pipeline)."""
+    base_tokens, max_tokens = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+    return image_tokens * slope + base_shift - slope * base_tokens

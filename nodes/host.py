@@ -1,0 +1,266 @@
+"""The one door to ComfyUI: folders, devices, memory, progress, previews and cancelling.
+
+comfy.model_management touches the accelerator when it is imported, so what needs it is imported inside
+functions.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import comfy.latent_formats
+import comfy.utils
+import folder_paths
+import torch
+from comfy.cli_args import args
+
+from .engine.checkpoint import Checkpoint, download_hint, find_checkpoints, open_checkpoint
+from .engine.components import WORKING_BYTES, ComponentSpec, describe
+from .engine.errors import CheckpointError, FireRedError
+from .engine.precision import PRECISIONS, Card, automatic_precision, with_math
+
+log = logging.getLogger("FireRed")
+
+NO_CHECKPOINT = "put a FireRed folder into models/diffusers"
+DEVICE_LABEL = re.compile(r"auto|cpu|gpu:\d+")
+PRECISION_FLAGS = {
+    "transformer": "unet",
+    "text_encoder": "text_enc",
+    "vae": "vae",
+}  # ComfyUI's --bf16-unet and so on
+
+
+# Checkpoints
+
+
+def checkpoint_names() -> list[str]:
+    """The edit-pipeline folders below ComfyUI's diffusers folders, or one line saying where to put them."""
+    return list(find_checkpoints(folder_paths.get_folder_paths("diffusers"))) or [NO_CHECKPOINT]
+
+
+def get_checkpoint(name: str) -> Checkpoint:
+    """The checkpoint of that name. Raises CheckpointError saying what is there instead."""
+    roots = folder_paths.get_folder_paths("diffusers")
+    found = find_checkpoints(roots)
+    if name in found:
+        return Checkpoint(found[name])
+    for root in map(Path, roots):
+        folder = (root / name).resolve()
+        if name and folder.is_relative_to(root.resolve()) and folder.is_dir():
+            return open_checkpoint(folder)
+    choices = (
+        f"Choose one of {', '.join(found)}"
+        if found
+        else f"None is in {' or '.join(roots)}. {download_hint()}"
+    )
+    raise CheckpointError(f"There is no checkpoint {name!r}. {choices}")
+
+
+def validate_loader(checkpoint: str | None, device: str | None) -> bool | str:
+    """For a loader's validate_inputs: True, or what is wrong. A device this machine lacks is fine, it falls
+    back.
+    """
+    if device is not None and not DEVICE_LABEL.fullmatch(device):
+        return f"device is {device!r}; choose auto, cpu or gpu:0, gpu:1 and so on."
+    if checkpoint is not None:
+        try:
+            get_checkpoint(checkpoint)
+        except FireRedError as error:
+            return str(error)
+    return True
+
+
+# Devices and precisions
+
+
+def device_labels() -> list[str]:
+    """`auto`, `cpu`, and `gpu:N` for every accelerator of this machine."""
+    return ["auto", "cpu", *(f"gpu:{index}" for index in range(len(_accelerators())))]
+
+
+def describe_component(
+    role: str, checkpoint: str, precision: str, device: str, math: str = "auto"
+) -> ComponentSpec:
+    """Decide where and how a component runs here, log it in one line, and describe it. Loads nothing."""
+    torch_device, card = _resolve_device(device, role)
+    name, reason = (precision, "") if precision != "auto" else _automatic_precision(role, card)
+    spec = describe(role, get_checkpoint(checkpoint), with_math(PRECISIONS[name], math), torch_device, card)
+    log.info("%s, about %.1f GiB%s", spec, spec.nbytes() / 2**30, f" ({reason})" if reason else "")
+    if role == "transformer" and spec.precision.compute is torch.float16:
+        log.warning(
+            "fp16 arithmetic overflows in this transformer; the sampler will stop at the step where it does."
+        )
+    return spec
+
+
+def _accelerators() -> list[torch.device]:
+    import comfy.model_management as mm
+
+    return [device for device in mm.get_all_torch_devices() if device.type != "cpu"]
+
+
+def _resolve_device(label: str, role: str) -> tuple[torch.device, Card]:
+    """The torch device of a label and what it can do; one this machine lacks becomes `auto`, with a logged
+    line.
+    """
+    import comfy.model_management as mm
+
+    device = mm.get_torch_device() if label == "auto" else mm.resolve_gpu_device_option(label)
+    if device is None or (label.startswith("gpu:") and device.type == "cpu"):
+        device = mm.get_torch_device()
+        log.info(
+            "this machine has no %s for the %s: falling back to auto, %s",
+            label,
+            role.replace("_", " "),
+            device,
+        )
+    accelerators = _accelerators()
+    if device not in accelerators:
+        return device, Card(device.type, device.type, native_bf16=mm.should_use_bf16(device))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return device, Card(f"gpu:{accelerators.index(device)}", name, native_bf16=mm.should_use_bf16(device))
+
+
+def _automatic_precision(role: str, card: Card) -> tuple[str, str]:
+    """What ComfyUI's command line asks for this kind of model, else what suits the card; with the reason."""
+    for name in PRECISIONS:
+        flag = f"{name}_{PRECISION_FLAGS[role]}"
+        if getattr(args, flag, False) and name != "fp16":
+            return name, f"--{flag.replace('_', '-')}"
+    if args.force_fp32:
+        return "fp32", "--force-fp32"
+    return automatic_precision(card)
+
+
+# Memory
+
+
+class Resident(torch.nn.Module):
+    """What ComfyUI's memory manager sees of a component: whole on its device, or not in memory at all.
+
+    Unloading drops the weights instead of parking them in host memory, which a 41 GB transformer would fill;
+    they stream back from disk.
+    """
+
+    def __init__(self, spec: ComponentSpec):
+        super().__init__()
+        self.spec = spec
+        self.device = torch.device("cpu")
+        self.component: Any = None
+        self.model_loaded_weight_memory = 0
+
+    def load(self, nbytes: int) -> None:
+        from .engine import loading
+
+        self.component = loading.load(self.spec, progress_reporter())
+        self.device, self.model_loaded_weight_memory = self.spec.device, nbytes
+
+    def unload(self) -> None:
+        self.component = None
+        self.device, self.model_loaded_weight_memory = torch.device("cpu"), 0
+
+
+_patchers: dict[ComponentSpec, Any] = {}  # the one owner of every component in memory
+
+
+@contextmanager
+def borrow(spec: ComponentSpec) -> Iterator[Any]:
+    """The component that `spec` describes, loaded on its device, the current one inside the block."""
+    import comfy.model_management as mm
+
+    _release_replaced(spec)
+    patcher = _patchers.get(spec) or _patchers.setdefault(spec, _make_patcher(spec))
+    mm.load_models_gpu([patcher], memory_required=WORKING_BYTES[spec.role], force_full_load=True)
+    with mm.cuda_device_context(spec.device):
+        yield patcher.model.component
+
+
+def _release_replaced(spec: ComponentSpec) -> None:
+    """Free what `spec` takes the place of, before it loads: the same role on its device, or of its
+    checkpoint.
+    """
+    for other in list(_patchers):
+        same_place = other.device == spec.device or other.checkpoint == spec.checkpoint
+        if other != spec and other.role == spec.role and same_place:
+            _patchers.pop(other).detach()
+
+
+def _make_patcher(spec: ComponentSpec) -> Any:
+    return _whole_model_patcher()(Resident(spec), spec.device, torch.device("cpu"), size=spec.nbytes())
+
+
+@functools.cache
+def _whole_model_patcher() -> type:
+    """A ModelPatcher that loads and unloads its model as one: diffusers modules know no partial loading."""
+    from comfy.model_patcher import ModelPatcher
+
+    class WholeModelPatcher(ModelPatcher):
+        def partially_load(
+            self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False
+        ) -> int:
+            if self.loaded_size():
+                return 0
+            self.model.load(self.model_size())
+            return self.model_size()
+
+        def partially_unload(
+            self, device_to: Any, memory_to_free: float = 0, force_patch_weights: bool = False
+        ) -> int:
+            freed = self.loaded_size()
+            self.detach()
+            return freed
+
+        def detach(self, unpatch_all: bool = True) -> Resident:
+            if (
+                unpatch_all
+            ):  # load_models_gpu also calls detach(False), on every load of a model it already has
+                self.model.unload()
+            return self.model
+
+    return WholeModelPatcher
+
+
+# Progress and cancelling
+
+
+def check_cancelled() -> None:
+    """Raise ComfyUI's interrupt if the user cancelled the prompt."""
+    import comfy.model_management as mm
+
+    mm.throw_exception_if_processing_interrupted()
+
+
+def progress_reporter() -> Callable[[int, int], None]:
+    """A callback (done, total) that moves the node's progress bar and raises when the user cancelled."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def report(done: int, total: int) -> None:
+        check_cancelled()
+        bar.update_absolute(done, total)
+
+    return report
+
+
+def sampling_reporter(device: torch.device) -> Callable[[int, int, torch.Tensor], None]:
+    """A callback (done, total, denoised) like progress_reporter's, with a live preview if ComfyUI has them
+    on.
+
+    denoised: normalised latents (1, 16, 1, h, w), which is the space of core's Wan 2.1 preview factors.
+    """
+    from latent_preview import get_previewer
+
+    bar = comfy.utils.ProgressBar(1)
+    previewer = get_previewer(device, comfy.latent_formats.Wan21())
+
+    def report(done: int, total: int, denoised: torch.Tensor) -> None:
+        check_cancelled()
+        preview = previewer.decode_latent_to_preview_image("JPEG", denoised) if previewer else None
+        bar.update_absolute(done, total, preview)
+
+    return report

@@ -1,0 +1,124 @@
+"""The loader nodes: which checkpoint, at which precision, on which device. They load nothing themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from . import host
+from .engine.precision import MATH, PRECISIONS
+
+CATEGORY = "FireRed"
+Transformer = io.Custom("FIRERED_TRANSFORMER")
+TextEncoder = io.Custom("FIRERED_TEXT_ENCODER")
+VAE = io.Custom("FIRERED_VAE")
+
+
+class _Loader(io.ComfyNode):
+    """What the three loaders share: checkpoint, precision and device in, a component's description out."""
+
+    @classmethod
+    def validate_inputs(cls, checkpoint: str | None = None, device: str | None = None) -> bool | str:
+        return host.validate_loader(checkpoint, device)
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: str, **_: Any) -> str:
+        return host.get_checkpoint(checkpoint).component(cls.ROLE).identity()
+
+
+def _inputs(component: str) -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "checkpoint",
+            options=host.checkpoint_names(),
+            tooltip="A FireRed or Qwen-Image-Edit folder in models/diffusers (the one with "
+            "model_index.json).",
+        ),
+        io.Combo.Input(
+            "precision",
+            options=["auto", *PRECISIONS],
+            default="auto",
+            optional=True,
+            tooltip=f"How the {component} is stored and computed. auto: bf16 where the card has it, else "
+            f"fp32.",
+        ),
+        io.Combo.Input(
+            "device",
+            options=host.device_labels(),
+            default="auto",
+            optional=True,
+            tooltip=f"Where the {component} runs. A device this machine lacks falls back to auto.",
+        ),
+    ]
+
+
+class FireRedLoadTransformer(_Loader):
+    ROLE = "transformer"
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FireRedLoadTransformer",
+            display_name="FireRed Load Transformer",
+            category=CATEGORY,
+            description="Choose the diffusion transformer, its precision and its device. Loads at first use.",
+            inputs=[
+                *_inputs("transformer"),
+                io.Combo.Input(
+                    "math",
+                    options=["auto", *MATH],
+                    default="auto",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Force the arithmetic, whatever the weights are stored as. fp32 on a modern "
+                    "card computes "
+                    "what a P40 would.",
+                ),
+            ],
+            outputs=[Transformer.Output("transformer", display_name="transformer")],
+        )
+
+    @classmethod
+    def execute(
+        cls, checkpoint: str, precision: str = "auto", device: str = "auto", math: str = "auto"
+    ) -> io.NodeOutput:
+        return io.NodeOutput(host.describe_component(cls.ROLE, checkpoint, precision, device, math))
+
+
+class FireRedLoadTextEncoder(_Loader):
+    ROLE = "text_encoder"
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FireRedLoadTextEncoder",
+            display_name="FireRed Load Text Encoder",
+            category=CATEGORY,
+            description="Choose the Qwen2.5-VL text encoder's precision and device. Loads at first use.",
+            inputs=_inputs("text encoder"),
+            outputs=[TextEncoder.Output("text_encoder", display_name="text_encoder")],
+        )
+
+    @classmethod
+    def execute(cls, checkpoint: str, precision: str = "auto", device: str = "auto") -> io.NodeOutput:
+        return io.NodeOutput(host.describe_component(cls.ROLE, checkpoint, precision, device))
+
+
+class FireRedLoadVAE(_Loader):
+    ROLE = "vae"
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FireRedLoadVAE",
+            display_name="FireRed Load VAE",
+            category=CATEGORY,
+            description="Choose the VAE's precision and device. Loads at first use.",
+            inputs=_inputs("VAE"),
+            outputs=[VAE.Output("vae", display_name="vae")],
+        )
+
+    @classmethod
+    def execute(cls, checkpoint: str, precision: str = "auto", device: str = "auto") -> io.NodeOutput:
+        return io.NodeOutput(host.describe_component(cls.ROLE, checkpoint, precision, device))

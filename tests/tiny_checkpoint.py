@@ -1,0 +1,196 @@
+"""A complete FireRed-shaped checkpoint of a few MB with deterministic random weights, written in seconds.
+
+The demo edits with it until someone downloads the real one, and every test stands on it.
+Usage: python tests/tiny_checkpoint.py FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+# Qwen2's pre-tokenisation (https://github.com/huggingface/transformers, models/qwen2/tokenization_qwen2.py).
+PRETOKENIZE = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Every word of the prompt template, so that it costs 64 tokens as with the real tokenizer, and a few for
+# prompts.
+CORPUS = (
+    "system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
+    "background), then "
+    "explain how the user's text instruction should alter or modify the image. Generate a new image that "
+    "meets the "
+    "user's requirements while maintaining consistency with the original input where "
+    "appropriate.\nuser\nassistant\n "
+    "Picture Add a red hat on the cat make it blue green small large remove"
+)
+SCHEDULER_CONFIG = dict(  # FireRed-Image-Edit-1.0's scheduler_config.json
+    base_image_seq_len=256, base_shift=0.5, max_image_seq_len=8192, max_shift=0.9, num_train_timesteps=1000,
+    shift=1.0,
+    shift_terminal=0.02, time_shift_type="exponential", use_dynamic_shifting=True,
+)  # fmt: skip
+
+
+def build(
+    folder: Path,
+    *,
+    seed: int = 0,
+    layers: int = 2,
+    text_width: int = 128,
+    joint_attention_dim: int | None = None,
+    zero_cond_t: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
+    """Write the checkpoint to `folder`, which must not exist yet, and return it.
+
+    joint_attention_dim: what the transformer expects of embeddings; the text encoder's width unless given.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    parts = {
+        "transformer": QwenImageTransformer2DModel(
+            num_layers=layers,
+            attention_head_dim=32,
+            num_attention_heads=2,
+            joint_attention_dim=joint_attention_dim or text_width,
+            axes_dims_rope=(8, 12, 12),
+            zero_cond_t=zero_cond_t,
+        ),
+        "text_encoder": Qwen2_5_VLForConditionalGeneration(text_encoder_config(text_width)),
+        "vae": AutoencoderKLQwenImage(base_dim=8),
+    }
+    for number, (name, model) in enumerate(parts.items()):
+        randomize(model, seed + number)
+        model.to(dtype).save_pretrained(partial / name)
+    FlowMatchEulerDiscreteScheduler(**SCHEDULER_CONFIG).save_pretrained(partial / "scheduler")
+    tokenizer = train_tokenizer()
+    tokenizer.save_pretrained(partial / "tokenizer")
+    pixels = dict(min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
+    processor = Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**pixels),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(**pixels),
+    )
+    processor.save_pretrained(partial / "processor")
+    (partial / "model_index.json").write_text(json.dumps(model_index(), indent=2), encoding="utf-8")
+    partial.rename(folder)
+    return folder
+
+
+def model_index() -> dict[str, object]:
+    """FireRed-Image-Edit-1.0's model_index.json."""
+    return {
+        "_class_name": "QwenImageEditPlusPipeline",
+        "_diffusers_version": "0.36.0.dev0",
+        "processor": ["transformers", "Qwen2VLProcessor"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+        "tokenizer": ["transformers", "Qwen2Tokenizer"],
+        "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLQwenImage"],
+    }
+
+
+def text_encoder_config(width: int) -> Qwen2_5_VLConfig:
+    ids = {
+        name: SPECIAL_TOKENS.index(f"<|{name}|>")
+        for name in ("vision_start", "vision_end", "image_pad", "video_pad")
+    }
+    return Qwen2_5_VLConfig(
+        text_config=dict(
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=width // 64,
+            num_key_value_heads=1,
+            vocab_size=512,
+            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12]),
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        ),
+        vision_config=dict(
+            depth=2,
+            hidden_size=32,
+            num_heads=2,
+            intermediate_size=64,
+            out_hidden_size=width,
+            fullatt_block_indexes=[1],
+        ),
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"],
+        tie_word_embeddings=False,
+    )
+
+
+def train_tokenizer() -> Qwen2Tokenizer:
+    """A byte-level BPE trained from nothing on CORPUS, with Qwen's special tokens at the front of the
+    vocabulary.
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer, bpe.decoder = normalizers.NFC(), decoders.ByteLevel()
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE), behavior="isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    bpe.train_from_iterator(
+        [CORPUS],
+        trainers.BpeTrainer(
+            vocab_size=1000,
+            min_frequency=1,
+            show_progress=False,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    learned = json.loads(bpe.to_str())["model"]
+    added = [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS[1:]]
+    return Qwen2Tokenizer(
+        vocab=learned["vocab"],
+        merges=[tuple(merge) for merge in learned["merges"]],
+        extra_special_tokens=added,
+        model_max_length=131072,
+    )
+
+
+@torch.no_grad()
+def randomize(model: torch.nn.Module, seed: int) -> None:
+    """Fill every parameter from one generator: matrices keep activations' size, norms stay near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(model.named_parameters()):
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim >= 2 and not name.endswith("gamma"):
+            parameter.copy_(noise * parameter[0].numel() ** -0.5)
+        elif name.endswith("bias"):
+            parameter.copy_(noise * 0.02)
+        else:
+            parameter.copy_(1 + noise * 0.02)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    print(build(parser.parse_args().folder))
