@@ -13,7 +13,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,12 @@ class Run:
         return [data["node"] for name, data in self.events if name == "executing" and data["node"]]
 
 
+def wait_for(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """The coroutine's result, also where an event loop is running already (a browser test's, say)."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
+
+
 class Client:
     """Talks to a running server."""
 
@@ -75,15 +82,15 @@ class Client:
 
     def get(self, path: str) -> Any:
         """A GET request's JSON."""
-        return asyncio.run(self._request("get", path))
+        return wait_for(self._request("get", path))
 
     def post(self, path: str, **arguments: Any) -> Any:
         """A POST request's JSON (None for an empty answer)."""
-        return asyncio.run(self._request("post", path, **arguments))
+        return wait_for(self._request("post", path, **arguments))
 
     def image(self, described: dict[str, str]) -> bytes:
         """The bytes of an image as /history describes it."""
-        return asyncio.run(self._bytes("/view", described))
+        return wait_for(self._bytes("/view", described))
 
     def run(
         self, prompt: Prompt, on_event: Callable[[str, dict[str, Any]], None] = lambda name, data: None
@@ -91,7 +98,7 @@ class Client:
         """Queue a prompt and wait until it ended, well or not. Raises PromptRejected when it was not even
         queued.
         """
-        return asyncio.run(self._run(prompt, on_event))
+        return wait_for(self._run(prompt, on_event))
 
     async def _request(self, method: str, path: str, **arguments: Any) -> Any:
         async with (

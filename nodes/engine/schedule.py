@@ -35,6 +35,8 @@ def make_schedule(config: dict[str, Any], steps: int, image_tokens: int) -> Sche
     """
     if steps < 1:
         raise InputError(f"steps is {steps}; it must be 1 or more.")
+    if steps == 1:  # stretching a schedule that is only its first level to end elsewhere would be 0 / 0
+        config = config | {"shift_terminal": None}
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=dynamic_shift(config, image_tokens))
     return Schedule(scheduler.sigmas, scheduler.timesteps / scheduler.config.num_train_timesteps)

@@ -1,0 +1,79 @@
+"""The real things every test stands on: a tiny checkpoint of the real format and a running ComfyUI."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import comfyui
+import pytest
+import tiny_checkpoint
+import torch
+from engine.checkpoint import Checkpoint, open_checkpoint
+from engine.components import ComponentSpec, describe
+from engine.precision import PRECISIONS, Card
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+SERVER_ARGUMENTS = (
+    "--disable-api-nodes",
+    "--database-url",
+    "sqlite:///:memory:",
+    "--preview-method",
+    "latent2rgb",
+)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint; read only. Copy it to change it."""
+    return tiny_checkpoint.build(tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path) -> Checkpoint:
+    return open_checkpoint(tiny_folder)
+
+
+@pytest.fixture
+def tiny_copy(tiny_folder: Path, tmp_path: Path) -> Path:
+    """The tiny checkpoint's files, free to be damaged."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """The server's work folder: checkpoints `tiny`, `zero_cond_t` and `wide`, and nodes that make odd inputs."""
+    folder = tmp_path_factory.mktemp("comfyui")
+    models = folder / "models" / "diffusers"
+    models.mkdir(parents=True)
+    shutil.copytree(tiny_folder, models / "tiny")
+    tiny_checkpoint.build(models / "zero_cond_t", zero_cond_t=True)
+    tiny_checkpoint.build(models / "wide", joint_attention_dim=3584)
+    (folder / "custom_nodes").mkdir()
+    comfyui.link_folder(folder / "custom_nodes" / "probe_nodes", comfyui.ROOT / "tests" / "probe_nodes")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(work: Path) -> Iterator[comfyui.Server]:
+    folder, _ = comfyui.environment()
+    with comfyui.Server(folder, work, SERVER_ARGUMENTS) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server: comfyui.Server) -> comfyui.Client:
+    return server.client
+
+
+def spec_for(checkpoint: Checkpoint, role: str, precision: str = "fp32") -> ComponentSpec:
+    """A component on the CPU."""
+    card = Card("cpu", "cpu", native_bf16=False)
+    return describe(role, checkpoint, PRECISIONS[precision], torch.device("cpu"), card)

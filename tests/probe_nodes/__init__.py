@@ -1,0 +1,107 @@
+"""Test nodes for a real server: odd inputs no shipped node makes, tensors kept for comparison, core's models
+made small.
+"""
+
+import functools
+from pathlib import Path
+
+import comfy.sd
+import comfy.text_encoders.qwen_image as qwen_image
+import comfy.text_encoders.qwen_vl as qwen_vl
+import folder_paths
+import torch
+
+
+class Probe:
+    CATEGORY = "probe"
+    FUNCTION = "execute"
+
+
+class ProbeImage(Probe):
+    """An IMAGE of any shape; `fill` is a number, nan included."""
+
+    RETURN_TYPES = ("IMAGE",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"shape": ("STRING", {}), "fill": ("STRING", {"default": "0.5"})}}
+
+    def execute(self, shape, fill):
+        return (torch.full([int(size) for size in shape.split(",")], float(fill)),)
+
+
+class ProbeLatent(ProbeImage):
+    RETURN_TYPES = ("LATENT",)
+
+    def execute(self, shape, fill):
+        return ({"samples": super().execute(shape, fill)[0]},)
+
+
+class ProbeConditioning(ProbeImage):
+    """A CONDITIONING of `entries` entries, with reference latents of shape `reference` unless that is empty."""
+
+    RETURN_TYPES = ("CONDITIONING",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        inputs = super().INPUT_TYPES()
+        inputs["required"] |= {"entries": ("INT", {"default": 1}), "reference": ("STRING", {"default": ""})}
+        return inputs
+
+    def execute(self, shape, fill, entries, reference):
+        embeds = super().execute(shape, fill)[0]
+        extras = {"reference_latents": [super().execute(reference, "0.1")[0]]} if reference else {}
+        return ([[embeds, dict(extras)] for _ in range(entries)],)
+
+
+class ProbeKeep(Probe):
+    """Writes its value to output/NAME.pt."""
+
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": ("*", {}), "name": ("STRING", {})}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):
+        return True
+
+    def execute(self, value, name):
+        torch.save(value, Path(folder_paths.get_output_directory()) / f"{name}.pt")
+        return {}
+
+
+class ProbeCLIP(Probe):
+    """Core's own Qwen2.5-VL classes and tokenizer at their real width, with one layer and random weights."""
+
+    RETURN_TYPES = ("CLIP",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def execute(self):
+        class Target:
+            params = {}
+            clip = qwen_image.QwenImageTEModel
+            tokenizer = qwen_image.QwenImageTokenizer
+
+        vision = qwen_vl.Qwen2VLVisionTransformer
+        small = {"num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 151936}
+        options = {"model_name": "qwen25_7b", "qwen25_7b_model_config": small, "dtype": torch.bfloat16}
+        qwen_vl.Qwen2VLVisionTransformer = functools.partial(vision, intermediate_size=64, num_layers=1)
+        try:
+            clip = comfy.sd.CLIP(Target, model_options=options)
+        finally:
+            qwen_vl.Qwen2VLVisionTransformer = vision
+        generator = torch.Generator().manual_seed(0)
+        for parameter in clip.cond_stage_model.parameters():
+            parameter.data.normal_(0, 0.02, generator=generator)
+        return (clip,)
+
+
+NODE_CLASS_MAPPINGS = {
+    probe.__name__: probe for probe in (ProbeImage, ProbeLatent, ProbeConditioning, ProbeKeep, ProbeCLIP)
+}

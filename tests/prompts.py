@@ -1,0 +1,68 @@
+"""API prompts for tests: the shipped workflow, made small enough for two cores."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfyui import ROOT, Client, Prompt, Run
+
+LOADERS = {"1": "transformer", "2": "text_encoder", "3": "vae"}
+ENCODE, SAMPLE, DECODE, SAVE, PHOTO = "4", "5", "6", "7", "10"
+
+
+def edit_prompt(checkpoint: str = "tiny") -> Prompt:
+    """The shipped API workflow at 64x64 in two steps."""
+    prompt: Prompt = json.loads((ROOT / "workflows/api/firered_edit.json").read_text(encoding="utf-8"))
+    for node in LOADERS:
+        prompt[node]["inputs"]["checkpoint"] = checkpoint
+    prompt[ENCODE]["inputs"]["reference_megapixels"] = 0.01
+    prompt[SAMPLE]["inputs"] |= {"steps": 2, "width": 64, "height": 64}
+    prompt[PHOTO]["inputs"]["image"] = "cat.png"
+    return prompt
+
+
+def changed(prompt: Prompt, node: str, /, **inputs: Any) -> Prompt:
+    """A copy of the prompt with some of a node's inputs set; None removes one."""
+    result = copy.deepcopy(prompt)
+    result[node]["inputs"] |= inputs
+    result[node]["inputs"] = {
+        name: value for name, value in result[node]["inputs"].items() if value is not None
+    }
+    return result
+
+
+def with_node(prompt: Prompt, node: str, class_type: str, /, **inputs: Any) -> Prompt:
+    """A copy of the prompt with one more node."""
+    return copy.deepcopy(prompt) | {
+        node: {"class_type": class_type, "inputs": inputs, "_meta": {"title": node}}
+    }
+
+
+def keep_tensor(prompt: Prompt, source: list[Any], name: str) -> Prompt:
+    """A copy of the prompt that also writes what `source` gives (LATENT, IMAGE or CONDITIONING) to
+    output/NAME.pt.
+    """
+    return with_node(prompt, f"keep_{name}", "ProbeKeep", value=source, name=name)
+
+
+def kept_tensor(work: Path, name: str) -> Any:
+    """What keep_tensor wrote."""
+    return torch.load(work / "output" / f"{name}.pt", weights_only=True)
+
+
+def succeed(client: Client, prompt: Prompt) -> Run:
+    """Run a prompt that must end well."""
+    run = client.run(prompt)
+    assert run.status == "success", run.error
+    return run
+
+
+def fail(client: Client, prompt: Prompt) -> dict[str, Any]:
+    """Run a prompt that must end in an execution error, and return that error."""
+    run = client.run(prompt)
+    assert run.error is not None, run.status
+    return run.error

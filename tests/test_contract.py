@@ -1,0 +1,112 @@
+"""What shared workflows, API programs and the ComfyUI registry depend on."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from comfyui import ROOT, Client, Server
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SNAPSHOT = Path(__file__).with_name("contract.json")
+
+
+def node_contract(info: dict) -> dict:
+    """The part of a node's /object_info that saved workflows and API prompts rely on."""
+    inputs = {
+        kind: {name: describe_input(*spec) for name, spec in info["input"].get(kind, {}).items()}
+        for kind in ("required", "optional")
+    }
+    outputs = [list(pair) for pair in zip(info["output_name"], info["output"], strict=True)]
+    return inputs | {"order": info["input_order"], "outputs": outputs, "category": info["category"]}
+
+
+def describe_input(kind: str, options: dict | None = None) -> dict:
+    options = options or {}
+    described = {"type": kind} | {
+        key: options[key] for key in ("default", "min", "max", "advanced") if key in options
+    }
+    if kind == "COMBO" and options.get("default") is not None:
+        described["options"] = [option for option in options["options"] if not option.startswith("gpu:")]
+    return described
+
+
+def test_nodes_inputs_and_outputs_are_frozen(client: Client) -> None:
+    """New inputs go last and are optional; then add them to contract.json."""
+    frozen = json.loads(SNAPSHOT.read_text(encoding="utf-8"))
+    nodes = {name: info for name, info in client.get("/object_info").items() if info["category"] == "FireRed"}
+    assert {name: node_contract(info) for name, info in nodes.items()} == frozen
+
+
+def test_every_input_with_a_default_is_optional() -> None:
+    for name, node in json.loads(SNAPSHOT.read_text(encoding="utf-8")).items():
+        assert not [key for key, spec in node["required"].items() if "default" in spec], name
+
+
+def test_requirements_equal_the_projects_dependencies_and_torch_is_free() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert requirements == project["dependencies"]
+    assert "torch" in requirements
+    assert "comfyui" not in project["name"].lower()
+
+
+def test_the_version_is_the_changelogs_and_the_workflows() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    for path in (ROOT / "workflows").glob("*.json"):
+        nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
+        ours = [node["properties"] for node in nodes if node["type"].startswith("FireRed")]
+        assert {(node["cnr_id"], node["ver"]) for node in ours} == {("firered-image-edit", version)}
+
+
+def test_only_host_and_the_node_files_know_comfyui() -> None:
+    for path in (ROOT / "nodes" / "engine").rglob("*.py"):
+        modules = imported_modules(path)
+        assert not [
+            name for name in modules if name.split(".")[0] in ("comfy", "comfy_api", "folder_paths", "nodes")
+        ]
+    for path in (ROOT / "nodes").glob("*.py"):
+        if path.name != "host.py":
+            comfy = [
+                name for name in imported_modules(path) if name.split(".")[0] in ("comfy", "folder_paths")
+            ]
+            assert not comfy, f"{path.name} goes around host.py: {comfy}"
+
+
+def imported_modules(path: Path) -> list[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    return names + [
+        node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level
+    ]
+
+
+def test_importing_the_pack_costs_comfyui_less_than_a_second(server: Server, client: Client) -> None:
+    (seconds,) = re.findall(r"([\d.]+) seconds: \S*firered-image-edit", server.text())
+    assert float(seconds) < 1.0
+
+
+def test_every_node_has_a_help_page(client: Client) -> None:
+    for node in json.loads(SNAPSHOT.read_text(encoding="utf-8")):
+        page = (ROOT / "nodes" / "web" / "docs" / f"{node}.md").read_text(encoding="utf-8")
+        assert page.startswith("# ") and len(page) > 300
+
+
+@pytest.mark.parametrize("command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]])
+def test_the_code_is_clean(command: list[str]) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr

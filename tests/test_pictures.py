@@ -1,0 +1,119 @@
+"""Pictures in, pictures out: images checked and the VAE's shortcuts exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import spec_for
+from diffusers import AutoencoderKLQwenImage
+from engine import loading, vae
+from engine.checkpoint import Checkpoint
+from engine.errors import InputError, NonFiniteError
+from engine.images import to_pil
+from engine.vae import TILE, decode_tiled
+from PIL import Image
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_grey_rgb_and_rgba_become_rgb(channels: int) -> None:
+    (picture,) = to_pil([torch.full((1, 4, 6, channels), 0.5)])
+    assert picture.mode == "RGB" and picture.size == (6, 4)
+    assert picture.getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_batches_count_as_several_pictures_in_order() -> None:
+    pictures = to_pil([torch.zeros(2, 4, 4, 3), torch.ones(4, 4, 3)])
+    assert [picture.getpixel((0, 0))[0] for picture in pictures] == [0, 0, 255]
+
+
+def test_eight_bit_pictures_come_through_unchanged() -> None:
+    values = torch.arange(256, dtype=torch.float32).view(16, 16, 1).expand(16, 16, 3) / 255
+    (picture,) = to_pil([values])
+    assert [picture.getpixel((x, y))[0] for y in range(16) for x in range(16)] == list(range(256))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.full((1, 4, 4, 3), float("nan")), "Picture 1 holds NaN"),
+        (torch.ones(1, 4, 4, 2), r"Picture 1 has shape \(4, 4, 2\)"),
+        (torch.ones(1, 0, 4, 3), "Picture 1 has shape"),
+        (torch.ones(1, 8000, 1, 3), "Picture 1 is 1x8000: more than 16 times"),
+    ],
+)
+def test_unusable_pictures_are_named(image: torch.Tensor, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        to_pil([image])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8000, 6000), (3, 48)])
+def test_extreme_sizes_become_a_reference_of_the_asked_area(tiny: Checkpoint, size: tuple[int, int]) -> None:
+    autoencoder = loading.load(spec_for(tiny, "vae"))
+    latent = vae.encode_reference(autoencoder, spec_for(tiny, "vae"), Image.new("RGB", size, "red"), 0.02)
+    pixels = latent.shape[-1] * latent.shape[-2] * 64
+    assert 0.5 < pixels / (0.02 * 1024 * 1024) < 2
+    assert latent.shape[-1] % 4 == 0 and latent.shape[-2] % 4 == 0
+
+
+def test_single_frame_convolutions_equal_the_causal_ones(tiny: Checkpoint) -> None:
+    original = AutoencoderKLQwenImage.from_pretrained(tiny.folder / "vae", dtype=torch.float32)
+    ours = loading.load(spec_for(tiny, "vae"))
+    latents = torch.randn(1, 16, 1, 8, 12)
+    with torch.inference_mode():
+        expected = original.decode(latents).sample[:, :, 0].movedim(1, -1).add(1).div(2).clamp(0, 1)
+        assert torch.allclose(vae.decode(ours, spec_for(tiny, "vae"), latents, "whole"), expected, atol=1e-5)
+    stored = sum(parameter.numel() for parameter in original.parameters())
+    assert sum(parameter.numel() for parameter in ours.parameters()) < 0.45 * stored
+
+
+def test_tiles_of_a_local_decoder_join_without_a_trace() -> None:
+    """A decoder that only looks at its own latent must come out of tiles exactly as it does whole."""
+
+    def decoder(raw: torch.Tensor) -> torch.Tensor:
+        return raw[:, :3].repeat_interleave(8, dim=-1).repeat_interleave(8, dim=-2)
+
+    latents = torch.randn(1, 16, 1, TILE + 5, 2 * TILE + 1)
+    assert torch.allclose(decode_tiled(decoder, latents), decoder(latents), atol=1e-5)
+
+
+def test_tiled_decoding_is_near_whole_decoding(tiny: Checkpoint) -> None:
+    autoencoder, spec = loading.load(spec_for(tiny, "vae")), spec_for(tiny, "vae")
+    latents = torch.nn.functional.interpolate(torch.randn(1, 16, 5, 5), scale_factor=16, mode="bilinear")
+    whole = vae.decode(autoencoder, spec, latents, "whole")
+    tiled = vae.decode(autoencoder, spec, latents, "tiled")
+    assert whole.shape == tiled.shape == (1, 640, 640, 3)
+    # Random weights make the VAE's one global attention look different in every tile, as trained ones hardly
+    # do.
+    assert float((whole - tiled).abs().mean()) < 0.3 * float(whole.std())
+
+
+def test_running_out_of_memory_retries_in_tiles_only_when_auto(tiny: Checkpoint) -> None:
+    autoencoder, spec = loading.load(spec_for(tiny, "vae")), spec_for(tiny, "vae")
+    decoder, sizes = autoencoder.decoder.forward, []
+
+    def small_memory(latents: torch.Tensor) -> torch.Tensor:
+        sizes.append(latents.shape[-1])
+        if latents.shape[-1] > TILE:
+            raise torch.OutOfMemoryError("no room")
+        return decoder(latents)
+
+    autoencoder.decoder.forward = small_memory
+    assert vae.decode(autoencoder, spec, torch.zeros(1, 16, 8, TILE + 8), "auto").shape == (
+        1,
+        64,
+        8 * (TILE + 8),
+        3,
+    )
+    assert sizes == [TILE + 8, TILE, TILE]
+    with pytest.raises(torch.OutOfMemoryError):
+        vae.decode(autoencoder, spec, torch.zeros(1, 16, 8, TILE + 8), "whole")
+
+
+def test_nan_never_becomes_a_picture(tiny: Checkpoint) -> None:
+    autoencoder, spec = loading.load(spec_for(tiny, "vae")), spec_for(tiny, "vae")
+    with pytest.raises(NonFiniteError, match="The latent to decode holds 1 NaN"):
+        latents = torch.zeros(1, 16, 4, 4)
+        latents[0, 0, 0, 0] = float("nan")
+        vae.decode(autoencoder, spec, latents)
+    with pytest.raises(NonFiniteError, match=r"The decoded picture.*vae fp32 on cpu"):
+        vae.decode(autoencoder, spec, torch.full((1, 16, 4, 4), 3e38))

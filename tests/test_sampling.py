@@ -1,0 +1,252 @@
+"""Sizes, packing, schedules, guidance and the loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import spec_for
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPlusPipeline
+from engine import loading
+from engine.checkpoint import Checkpoint
+from engine.conditioning import Condition, from_conditioning
+from engine.denoise import denoise, true_cfg
+from engine.errors import InputError, NonFiniteError
+from engine.latents import (
+    denormalize,
+    make_noise,
+    normalize,
+    output_size,
+    pack,
+    pad_to_patches,
+    require_latents,
+    unpack,
+)
+from engine.sampling import plan_sampling, sample
+from engine.schedule import Schedule, dynamic_shift, make_schedule
+from engine.workers import NEGATIVE, POSITIVE
+
+
+def condition(references: int = 0, size: tuple[int, int] = (4, 4), tokens: int = 5) -> Condition:
+    generator = torch.Generator().manual_seed(tokens)
+    latents = tuple(torch.randn(1, 16, 1, *size, generator=generator) for _ in range(references))
+    return Condition(torch.randn(1, tokens, 128, generator=generator), None, latents)
+
+
+def plan(checkpoint: Checkpoint, **changes):
+    arguments = dict(steps=2, true_cfg_scale=4.0, width=32, height=32, seed=0) | changes
+    conditions = {POSITIVE: condition(references=1), NEGATIVE: condition(references=1, tokens=3)}
+    return plan_sampling(spec_for(checkpoint, "transformer"), conditions, **arguments)
+
+
+def test_packing_is_diffusers_packing_and_comes_back() -> None:
+    latents = torch.randn(2, 16, 1, 6, 10)
+    assert torch.equal(pack(latents), QwenImageEditPlusPipeline._pack_latents(latents, 2, 16, 6, 10))
+    assert torch.equal(unpack(pack(latents), 6, 10), latents)
+
+
+def test_noise_is_what_diffusers_draws() -> None:
+    noise = make_noise((2, 16, 6, 10), seed=42)
+    generator = torch.Generator("cpu").manual_seed(42)
+    for picture in noise.split(1):
+        assert torch.equal(picture, torch.randn((1, 1, 16, 6, 10), generator=generator).transpose(1, 2))
+
+
+def test_normalising_comes_back(tiny: Checkpoint) -> None:
+    mean, std = tiny.latent_statistics()
+    raw = torch.randn(1, 16, 1, 4, 4) * 3
+    assert torch.allclose(denormalize(normalize(raw, mean, std), mean, std), raw, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "reference", "expected"),
+    [
+        ((0, 0), None, (1024, 1024)),
+        ((0, 0), (104, 156), (1248, 832)),  # an own reference of 1 MP is followed exactly
+        ((0, 0), (96, 171), (1376, 768)),  # core's is a multiple of 8: rounded as diffusers rounds
+        ((0, 0), (16, 32), (1440, 736)),  # a small reference gives the ratio
+        ((640, 0), (100, 200), (640, 320)),
+        ((0, 640), (100, 200), (1280, 640)),
+        ((650, 650), (100, 200), (640, 640)),
+    ],
+)
+def test_output_size(
+    asked: tuple[int, int], reference: tuple[int, int] | None, expected: tuple[int, int]
+) -> None:
+    latent = None if reference is None else torch.zeros(1, 16, 1, *reference)
+    assert output_size(*asked, latent) == expected
+
+
+@pytest.mark.parametrize("asked", [(16, 512), (8192, 512), (4096, 16), (1, 1)])
+def test_absurd_sizes_are_refused(asked: tuple[int, int]) -> None:
+    with pytest.raises(InputError, match=f"{asked[0]}x{asked[1]} pixels; each side must be 32 to 4096"):
+        output_size(*asked, None)
+
+
+@pytest.mark.parametrize("steps", [2, 8, 40])
+@pytest.mark.parametrize("tokens", [64, 4096, 8192])
+def test_the_schedule_is_the_checkpoints(tiny: Checkpoint, steps: int, tokens: int) -> None:
+    config = tiny.component("scheduler").config()
+    schedule = make_schedule(config, steps, tokens)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tiny.folder / "scheduler")
+    sigmas = [1 - index * (1 - 1 / steps) / (steps - 1) for index in range(steps)]
+    scheduler.set_timesteps(sigmas=sigmas, mu=dynamic_shift(config, tokens))
+    assert torch.allclose(schedule.sigmas, scheduler.sigmas, atol=1e-7)
+    assert float(schedule.sigmas[-2]) == pytest.approx(config["shift_terminal"], abs=1e-6)
+    assert (float(schedule.sigmas[0]), float(schedule.sigmas[-1])) == (1.0, 0.0)
+    assert torch.equal(schedule.timesteps, schedule.sigmas[:-1] * 1000 / 1000)
+
+
+def test_one_step_goes_from_noise_to_the_end(tiny: Checkpoint) -> None:
+    assert make_schedule(tiny.component("scheduler").config(), 1, 4096).sigmas.tolist() == [1.0, 0.0]
+
+
+def test_no_steps_are_refused(tiny: Checkpoint) -> None:
+    with pytest.raises(InputError, match="steps is 0"):
+        make_schedule(tiny.component("scheduler").config(), 0, 4096)
+
+
+def test_guidance_keeps_each_tokens_norm() -> None:
+    positive, negative = torch.randn(1, 6, 64), torch.randn(1, 6, 64)
+    guided = true_cfg(positive, negative, 4.0)
+    assert torch.allclose(guided.norm(dim=-1), positive.norm(dim=-1), rtol=1e-5)
+    assert torch.allclose(true_cfg(positive, negative, 1.0), positive, atol=1e-5)
+    assert bool(true_cfg(torch.zeros(1, 6, 64), torch.zeros(1, 6, 64), 4.0).isfinite().all())
+
+
+class RecordingWorker:
+    """Predicts a constant velocity and keeps what it was asked for."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, bad_step: int | None = None):
+        self.asked: list[tuple[int, str]] = []
+        self._bad_step = bad_step
+
+    def predict(self, latents: torch.Tensor, step: int, branch: str) -> torch.Tensor:
+        self.asked.append((step, branch))
+        return torch.full_like(latents, float("nan") if step == self._bad_step else 1.0)
+
+
+SCHEDULE = Schedule(torch.tensor([1.0, 0.75, 0.5, 0.0]), torch.tensor([1.0, 0.75, 0.5]))
+
+
+def test_euler_follows_a_constant_velocity_exactly() -> None:
+    start = torch.randn(1, 4, 64)
+    assert torch.allclose(denoise(RecordingWorker(), "test", start, SCHEDULE, None), start - 1.0)
+
+
+def test_guidance_asks_for_both_branches_and_without_it_for_one() -> None:
+    worker = RecordingWorker()
+    denoise(worker, "test", torch.zeros(1, 4, 64), SCHEDULE, 4.0)
+    assert worker.asked == [(step, branch) for step in range(3) for branch in (POSITIVE, NEGATIVE)]
+    worker = RecordingWorker()
+    denoise(worker, "test", torch.zeros(1, 4, 64), SCHEDULE, None)
+    assert worker.asked == [(step, POSITIVE) for step in range(3)]
+
+
+def test_the_loop_stops_at_the_step_that_went_wrong() -> None:
+    worker = RecordingWorker(bad_step=1)
+    steps = []
+    with pytest.raises(
+        NonFiniteError, match=r"Step 2 of 3: the positive prediction.*transformer fp16 on gpu:1"
+    ):
+        denoise(
+            worker,
+            "transformer fp16 on gpu:1",
+            torch.zeros(1, 4, 64),
+            SCHEDULE,
+            None,
+            lambda s: steps.append(s.step),
+        )
+    assert worker.asked == [(0, POSITIVE), (1, POSITIVE)]
+    assert steps == [1]
+
+
+def test_a_step_callback_can_stop_the_run() -> None:
+    worker = RecordingWorker()
+
+    def stop(state) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        denoise(worker, "test", torch.zeros(1, 4, 64), SCHEDULE, None, stop)
+    assert len(worker.asked) == 1
+
+
+def test_sampling_twice_is_bit_identical_and_a_seed_matters(tiny: Checkpoint) -> None:
+    transformer = loading.load(spec_for(tiny, "transformer"))
+    first, second = sample(transformer, plan(tiny)), sample(transformer, plan(tiny))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, sample(transformer, plan(tiny, seed=1)))
+
+
+def test_a_batch_holds_what_single_runs_with_the_same_noise_give(tiny: Checkpoint) -> None:
+    transformer = loading.load(spec_for(tiny, "transformer"))
+    batch = sample(transformer, plan(tiny, samples=torch.zeros(2, 16, 1, 4, 4)))
+    assert batch.shape == (2, 16, 1, 4, 4)
+    assert torch.equal(batch[:1], sample(transformer, plan(tiny)))
+    assert not torch.equal(batch[0], batch[1])
+
+
+def test_progress_counts_every_pictures_steps(tiny: Checkpoint) -> None:
+    seen = []
+    sample(
+        loading.load(spec_for(tiny, "transformer")),
+        plan(tiny, samples=torch.zeros(2, 16, 1, 4, 4)),
+        lambda done, total, denoised: seen.append((done, total, tuple(denoised.shape))),
+    )
+    assert seen == [(done, 4, (1, 16, 1, 4, 4)) for done in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 5, 7), (1, 16, 1, 5, 7), (3, 4, 5, 7)])
+def test_a_latent_gives_size_and_batch_odd_sizes_too(tiny: Checkpoint, shape: tuple[int, ...]) -> None:
+    """Four channels of zeros are core's Empty Latent Image."""
+    latents = sample(loading.load(spec_for(tiny, "transformer")), plan(tiny, samples=torch.zeros(shape)))
+    assert latents.shape == (shape[0], 16, 1, 5, 7)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 8, 8), (1, 16, 3, 8, 8), (16, 8, 8), (1, 16, 1, 0, 8)])
+def test_latents_of_other_models_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"\(batch, 16, 1, height/8, width/8\)"):
+        require_latents(torch.ones(shape), "The latent")
+
+
+def test_odd_references_are_padded_as_core_pads() -> None:
+    latents = torch.arange(15.0).view(1, 1, 1, 3, 5)
+    padded = pad_to_patches(latents)
+    assert padded.shape == (1, 1, 1, 4, 6)
+    assert torch.equal(padded[..., :3, :5], latents)
+    assert torch.equal(padded[..., 3, :5], latents[..., 0, :])
+    assert torch.equal(padded[..., :3, 5], latents[..., 0])
+
+
+def test_a_mask_only_cuts_padding() -> None:
+    embeds = torch.randn(1, 4, 128)
+    trimmed = from_conditioning([[embeds, {"attention_mask": torch.tensor([[1, 1, 1, 0]])}]], "positive", 128)
+    assert torch.equal(trimmed.prompt_embeds, embeds[:, :3]) and trimmed.mask is None
+    holed = from_conditioning([[embeds, {"attention_mask": torch.tensor([[1, 0, 1, 0]])}]], "positive", 128)
+    assert holed.mask is not None and holed.mask.tolist() == [[True, False, True]]
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "message"),
+    [
+        ([], "0 entries"),
+        ([[torch.ones(1, 3, 128), {}]] * 2, "2 entries"),
+        ([[torch.ones(1, 3, 64), {}]], "64 wide, this transformer takes 128"),
+        ([[torch.ones(3, 128), {}]], r"shape \(3, 128\)"),
+        ([[torch.ones(1, 3, 128), {"attention_mask": torch.ones(1, 2)}]], "attention_mask has shape"),
+        (
+            [[torch.ones(1, 3, 128), {"reference_latents": [torch.ones(1, 4, 8, 8)]}]],
+            "Reference latent 1 of the positive",
+        ),
+    ],
+)
+def test_conditioning_that_does_not_fit_is_refused(conditioning: list, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        from_conditioning(conditioning, "positive", 128)
+
+
+def test_nan_in_conditioning_is_refused() -> None:
+    with pytest.raises(NonFiniteError, match="positive conditioning"):
+        from_conditioning([[torch.full((1, 3, 128), float("nan")), {}]], "positive", 128)

@@ -1,0 +1,155 @@
+"""An edit through a real ComfyUI: the API, the websocket, caches, devices and memory."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from comfyui import ROOT, Client, Server
+from conftest import spec_for
+from engine import loading, sampling, vae
+from engine.checkpoint import open_checkpoint
+from engine.conditioning import from_conditioning, to_conditioning
+from engine.images import to_pil
+from engine.workers import NEGATIVE, POSITIVE
+from PIL import Image
+from prompts import (
+    DECODE,
+    ENCODE,
+    LOADERS,
+    PHOTO,
+    SAMPLE,
+    SAVE,
+    changed,
+    edit_prompt,
+    keep_tensor,
+    kept_tensor,
+    succeed,
+)
+
+
+def test_an_edit_makes_a_picture_of_the_asked_size(client: Client) -> None:
+    run = succeed(client, changed(edit_prompt(), SAMPLE, width=96, height=64, seed=1))
+    picture = Image.open(io.BytesIO(client.image(run.outputs[SAVE]["images"][0])))
+    assert picture.size == (96, 64)
+    assert picture.convert("L").getextrema()[0] != picture.convert("L").getextrema()[1]
+
+
+def test_the_server_computes_what_the_engine_computes(client: Client, work: Path) -> None:
+    prompt = keep_tensor(changed(edit_prompt(), SAMPLE, seed=2), [SAMPLE, 0], "latent")
+    succeed(client, keep_tensor(keep_tensor(prompt, [DECODE, 0], "image"), [ENCODE, 0], "positive"))
+    checkpoint = open_checkpoint(work / "models" / "diffusers" / "tiny")
+    (picture,) = to_pil([torch.from_numpy(cat_pixels())])
+    autoencoder, encoder = (loading.load(spec_for(checkpoint, role)) for role in ("vae", "text_encoder"))
+    references = [vae.encode_reference(autoencoder, spec_for(checkpoint, "vae"), picture, 0.01)]
+    conditions = {}
+    for branch, text in ((POSITIVE, "Add a red hat on the cat"), (NEGATIVE, " ")):
+        conditioning = to_conditioning(encoder.encode(text, [picture]), references)
+        conditions[branch] = from_conditioning(conditioning, branch, 128)
+    transformer = spec_for(checkpoint, "transformer")
+    plan = sampling.plan_sampling(
+        transformer, conditions, steps=2, true_cfg_scale=4.0, width=64, height=64, seed=2
+    )
+    latents = sampling.sample(loading.load(transformer), plan)
+    kept = kept_tensor(work, "latent")["samples"]
+    assert kept.dtype is torch.float32 and kept.shape == (1, 16, 1, 8, 8)
+    assert torch.allclose(kept, latents, atol=1e-5)
+    assert torch.allclose(
+        kept_tensor(work, "image"), vae.decode(autoencoder, spec_for(checkpoint, "vae"), latents), atol=1e-5
+    )
+    ((embeds, extras),) = kept_tensor(work, "positive")
+    assert embeds.dtype is torch.float32 and embeds.shape[2] == 128 and set(extras) == {"reference_latents"}
+
+
+def cat_pixels():
+    import numpy as np
+
+    return (
+        np.asarray(Image.open(ROOT / "workflows/input/cat.png").convert("RGB"), dtype=np.float32)[None] / 255
+    )
+
+
+def test_every_step_is_reported_with_a_preview(client: Client) -> None:
+    run = succeed(client, changed(edit_prompt(), SAMPLE, steps=4, seed=3, width=256, height=256))
+    steps = [value for value, total in run.progress(SAMPLE) if total == 4]
+    assert steps == [1, 2, 3, 4]
+    assert run.previews >= 4
+
+
+def test_only_what_changed_runs_again(client: Client) -> None:
+    succeed(client, changed(edit_prompt(), SAMPLE, seed=4))
+    again = succeed(client, changed(edit_prompt(), SAMPLE, seed=5))
+    assert set(again.executed) == {SAMPLE, DECODE, SAVE}
+
+
+def test_defaults_need_not_be_sent(client: Client) -> None:
+    """API clients get no defaults from the server, so every input with one is optional."""
+    prompt = edit_prompt()
+    for loader in LOADERS:
+        prompt = changed(prompt, loader, precision=None, device=None, math=None)
+    prompt = changed(prompt, ENCODE, negative_prompt=None)
+    prompt = changed(changed(prompt, SAMPLE, cfg=None, seed=None, negative=None), DECODE, tiling=None)
+    succeed(client, prompt)
+
+
+def test_negative_is_not_needed_and_its_absence_is_logged(client: Client, server: Server) -> None:
+    succeed(client, changed(edit_prompt(), SAMPLE, negative=None, seed=6))
+    assert "no negative conditioning is connected: sampling without guidance" in server.text()
+
+
+@pytest.mark.parametrize("checkpoint", ["tiny", "zero_cond_t"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_precision_runs_for_every_component(
+    client: Client, server: Server, checkpoint: str, precision: str
+) -> None:
+    prompt = edit_prompt(checkpoint)
+    for loader in LOADERS:
+        prompt = changed(prompt, loader, precision=precision)
+    succeed(client, prompt)
+    assert f"transformer {precision} on cpu" in server.text()
+
+
+def test_a_missing_device_falls_back_and_is_logged(client: Client, server: Server) -> None:
+    prompt = edit_prompt()
+    for number, loader in enumerate(LOADERS):
+        prompt = changed(prompt, loader, device=f"gpu:{number + 5}")
+    succeed(client, prompt)
+    log = server.text()
+    for number, role in enumerate(LOADERS.values()):
+        assert (
+            f"this machine has no gpu:{number + 5} for the {role.replace('_', ' ')}: falling back to auto"
+            in log
+        )
+
+
+def test_several_pictures_of_different_sizes(client: Client) -> None:
+    prompt = edit_prompt()
+    prompt["11"] = {
+        "class_type": "LoadImage",
+        "inputs": {"image": "example.png"},
+        "_meta": {"title": "second"},
+    }
+    succeed(client, changed(prompt, ENCODE, **{"images.image0": [PHOTO, 0], "images.image1": ["11", 0]}))
+
+
+def test_changing_a_precision_frees_the_old_weights(client: Client, server: Server) -> None:
+    """ComfyUI asks for each component once per change, and the log names every load with its device."""
+    before = server.text().count("Requested to load Resident")
+    succeed(client, changed(changed(edit_prompt(), "1", precision="bf16"), SAMPLE, seed=20))
+    succeed(client, changed(changed(edit_prompt(), "1", precision="bf16"), SAMPLE, seed=21))
+    assert server.text().count("Requested to load Resident") - before <= 3
+    assert "memory leak" not in server.text()
+
+
+def test_free_unloads_and_the_next_prompt_loads_again(client: Client) -> None:
+    succeed(client, changed(edit_prompt(), SAMPLE, seed=30))
+    client.post("/free", json={"unload_models": True, "free_memory": True})
+    succeed(client, changed(edit_prompt(), SAMPLE, seed=30))
+
+
+def test_help_pages_and_templates_are_served(client: Client) -> None:
+    templates = client.get("/api/workflow_templates")
+    (names,) = [names for pack, names in templates.items() if pack.startswith("firered")]
+    assert sorted(names) == sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))

@@ -1,0 +1,94 @@
+"""The shipped workflows in the real frontend, in a real Chromium."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from comfyui import ROOT, Client, Server
+from playwright.sync_api import Page, sync_playwright
+
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge")
+READY = "() => window.app?.graph && window.app.extensionManager"
+
+
+@pytest.fixture(scope="module")
+def page(server: Server) -> Iterator[Page]:
+    """ComfyUI's own page, loaded and past its welcome dialog."""
+    browser = os.environ.get("FIRERED_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    assert browser, "No Chromium, Chrome or Edge found. Install one (Debian: apt install chromium)."
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
+        opened = launched.new_page(viewport={"width": 1800, "height": 1000})
+        opened.goto(server.address)
+        opened.wait_for_function(READY, timeout=60_000)
+        opened.wait_for_function(
+            "() => window.LiteGraph.registered_node_types.FireRedSampler", timeout=60_000
+        )
+        yield opened
+        launched.close()
+
+
+def open_workflow(page: Page, path: Path) -> dict:
+    """Load a workflow as opening the file would, and return it as the frontend writes it back."""
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    page.evaluate(
+        "([workflow, name]) => window.app.loadGraphData(workflow, true, true, name)", [workflow, path.stem]
+    )
+    page.wait_for_function(f"() => window.app.graph.nodes.length === {len(workflow['nodes'])}")
+    return page.evaluate("() => window.app.graph.serialize()")
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_opens_with_every_node_widget_and_link_in_place(page: Page, path: Path) -> None:
+    shipped, opened = json.loads(path.read_text(encoding="utf-8")), open_workflow(page, path)
+    assert sorted(map(json.dumps, opened["links"])) == sorted(map(json.dumps, shipped["links"]))
+    nodes = {node["id"]: node for node in opened["nodes"]}
+    for node in shipped["nodes"]:
+        assert nodes[node["id"]]["type"] == node["type"]
+        assert nodes[node["id"]]["widgets_values"] == node["widgets_values"]
+        assert [slot["name"] for slot in nodes[node["id"]]["inputs"]] == [
+            slot["name"] for slot in node["inputs"]
+        ]
+    unknown = page.evaluate(
+        "() => window.app.graph.nodes.filter(node => node.has_errors).map(node => node.type)"
+    )
+    assert unknown == []
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_its_api_twin_is_what_the_frontend_would_submit(page: Page, path: Path) -> None:
+    open_workflow(page, path)
+    submitted = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+    assert submitted == json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
+
+
+def test_a_workflow_runs_from_the_page(page: Page, client: Client) -> None:
+    """Opened as shipped, made small by its widgets, and queued as the Run button does."""
+    open_workflow(page, ROOT / "workflows" / "firered_edit.json")
+    before = len(client.get("/history"))
+    page.evaluate(
+        """() => {
+            const small = {checkpoint: 'tiny', steps: 2, width: 64, height: 64, reference_megapixels: 0.01}
+            for (const node of window.app.graph.nodes)
+                for (const widget of node.widgets ?? [])
+                    if (widget.name in small) widget.value = small[widget.name]
+        }"""
+    )
+    page.evaluate("() => window.app.queuePrompt(0)")
+    page.wait_for_function(
+        """async before => {
+            const history = Object.values(await (await fetch('/history')).json())
+            return history.length > before && history.every(entry => entry.status.completed)
+        }""",
+        arg=before,
+        timeout=120_000,
+    )
+    newest = max(client.get("/history").values(), key=lambda entry: entry["prompt"][0])
+    assert newest["status"]["status_str"] == "success"
+    assert newest["outputs"]["7"]["images"]
