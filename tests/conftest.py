@@ -49,7 +49,7 @@ def tiny_copy(tiny_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
-    """The server's work folder: checkpoints `tiny`, `zero_cond_t` and `wide`, and nodes that make odd inputs."""
+    """The server's work folder: checkpoints `tiny`, `zero_cond_t`, `wide`, and nodes for odd inputs."""
     folder = tmp_path_factory.mktemp("comfyui")
     models = folder / "models" / "diffusers"
     models.mkdir(parents=True)

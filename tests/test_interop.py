@@ -39,7 +39,7 @@ def core_name(name: str) -> str:
 
 
 def _core_names() -> dict[str, str]:
-    """Core's name for every tensor of the VAE, by diffusers' own conversion run over the names core can have."""
+    """Core's name for every tensor of the VAE: diffusers' own conversion of every name core can have."""
     residual = [
         f"residual.{part}" for part in ("0.gamma", "2.weight", "2.bias", "3.gamma", "6.weight", "6.bias")
     ]

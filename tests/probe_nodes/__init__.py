@@ -38,7 +38,7 @@ class ProbeLatent(ProbeImage):
 
 
 class ProbeConditioning(ProbeImage):
-    """A CONDITIONING of `entries` entries, with reference latents of shape `reference` unless that is empty."""
+    """A CONDITIONING of `entries` entries, each with a reference latent of shape `reference` if given."""
 
     RETURN_TYPES = ("CONDITIONING",)
 
