@@ -31,6 +31,15 @@ TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 TORCH_PASCAL = ("torch==2.7.1", "torchvision==0.22.1", "torchaudio==2.7.1")
 TEST_PACKAGES = ("pytest", "ruff", "mypy", "comfy-test==0.4.15", "playwright")
 MIN_FREE_GB = 12
+BROWSERS = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "chrome",
+    "msedge",
+    r"C:\Program Files\Google\Chrome\Application\chrome.exe",
+    r"C:\Program Files (x86)\Microsoft\Edge\Application\msedge.exe",
+)
 
 
 class SetupError(Exception):
@@ -201,7 +210,26 @@ def serve(comfyui: Path, args: argparse.Namespace) -> int:
 
 
 def test(comfyui: Path, args: argparse.Namespace) -> int:
+    os.environ["FIRERED_BROWSER"] = find_browser()
     return run_python(comfyui, "-m", "pytest", *(args.pytest_arguments or ["tests"]))
+
+
+def find_browser() -> str:
+    """A Chromium, Chrome or Edge for the tests that open the workflows; installed where we may."""
+    candidates = (os.environ.get("FIRERED_BROWSER"), *BROWSERS)
+    found = next(filter(None, (shutil.which(name) for name in candidates if name)), None)
+    if found is None and shutil.which("apt-get") and os.geteuid() == 0:
+        print("Installing Chromium for the browser tests", flush=True)
+        for arguments in (["update"], ["install", "--yes", "--no-install-recommends", "chromium"]):
+            subprocess.run(["apt-get", "-qq", *arguments], check=False, stdout=subprocess.DEVNULL)
+        found = shutil.which("chromium")
+    if found is None:
+        raise SetupError(
+            "The tests open the workflows in a browser: install Chromium, Chrome or Edge (Debian: apt "
+            "install chromium), "
+            "or set FIRERED_BROWSER to one."
+        )
+    return found
 
 
 def bench(comfyui: Path, args: argparse.Namespace) -> int:
@@ -216,7 +244,11 @@ COMMANDS = {"demo": demo, "serve": serve, "test": test, "bench": bench}
 
 def run_python(comfyui: Path, *arguments: str) -> int:
     """Run the set-up Python in the project's folder, telling it where ComfyUI and the work folder are."""
-    environment = os.environ | {"COMFYUI_PATH": str(comfyui), "FIRERED_WORK": str(work_folder())}
+    environment = os.environ | {
+        "COMFYUI_PATH": str(comfyui),
+        "FIRERED_WORK": str(work_folder()),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "nodes")]),
+    }
     return subprocess.run([PYTHON, *arguments], cwd=ROOT, env=environment, check=False).returncode
 
 

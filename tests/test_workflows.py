@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,15 +13,13 @@ from comfyui import ROOT, Client, Server
 from playwright.sync_api import Page, sync_playwright
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge")
 READY = "() => window.app?.graph && window.app.extensionManager"
 
 
 @pytest.fixture(scope="module")
 def page(server: Server) -> Iterator[Page]:
     """ComfyUI's own page, loaded and past its welcome dialog."""
-    browser = os.environ.get("FIRERED_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
-    assert browser, "No Chromium, Chrome or Edge found. Install one (Debian: apt install chromium)."
+    browser = os.environ["FIRERED_BROWSER"]  # run.py finds or installs one
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
         opened = launched.new_page(viewport={"width": 1800, "height": 1000})
