@@ -78,7 +78,9 @@ def our_engine(folder: Path) -> Callable[[int], object]:
     def edit(seed: int) -> object:
         references = [vae.encode_reference(autoencoder, specs["vae"], PHOTO, 1.0)]
         conditions = {
-            branch: from_conditioning(to_conditioning(encoder.encode(text, [PHOTO]), references), branch, 128)
+            branch: from_conditioning(
+                to_conditioning(encoder.encode(text, [PHOTO]), references, PHOTO.size), branch, 128
+            )
             for branch, text in ((POSITIVE, PROMPT), (NEGATIVE, " "))
         }
         plan = sampling.plan_sampling(
