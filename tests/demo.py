@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from comfyui import ROOT, Prompt, PromptRejected, Server, environment
+from comfyui import ROOT, Prompt, PromptRejected, Server, ServerError, environment
 
 WORKFLOW = ROOT / "workflows" / "api" / "firered_edit.json"
 PHOTO = "cat.png"
@@ -29,22 +29,27 @@ def main() -> int:
             "No --checkpoint: using a tiny one with random weights. It runs every part; its picture is noise."
         )
         build_tiny_checkpoint(work / "models" / "diffusers" / TINY)
-    with Server(comfyui, work) as server:
-        prompt = demo_prompt(arguments.checkpoint, arguments.prompt, TINY_STEPS if is_tiny else None)
-        started = time.monotonic()
-        try:
+    prompt = demo_prompt(arguments.checkpoint, arguments.prompt, TINY_STEPS if is_tiny else None)
+    try:
+        with Server(comfyui, work) as server:
+            started = time.monotonic()
             run = server.client.run(prompt, show_progress(prompt))
-        except PromptRejected as rejected:
-            print(json.dumps(rejected.answer, indent=2), file=sys.stderr)
-            return 1
-        print()
-        if run.error:
-            print(f"{run.error['node_type']}: {run.error['exception_message']}", file=sys.stderr)
-            return 1
-        (image,) = next(iter(run.outputs.values()))["images"]
+    except PromptRejected as rejected:
+        return failed(*rejected.reasons)
+    except ServerError as error:
+        return failed(str(error))
+    print()
+    if run.error:
+        return failed(f"{run.error['node_type']}: {run.error['exception_message']}")
+    (image,) = next(iter(run.outputs.values()))["images"]
     path = work / "output" / image["subfolder"] / image["filename"]
     print(f"Edited in {time.monotonic() - started:.1f} s: {path}")
     return 0
+
+
+def failed(*lines: str) -> int:
+    print("", *lines, sep="\n", file=sys.stderr)
+    return 1
 
 
 def build_tiny_checkpoint(folder: Path) -> None:
