@@ -1,6 +1,4 @@
-"""The nodes, one file a family. Engine modules that import diffusers or transformers are imported when a node
-runs.
-"""
+"""The nodes, one file a family. Engine modules that need diffusers or transformers load when a node runs."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class FireRedEncodePrompt(io.ComfyNode):
                     encoder.encode(text, pictures), f"The {name} prompt's embedding", text_encoder
                 )
                 embeds.append(cross(encoded, CPU))
-        return io.NodeOutput(*(to_conditioning(encoded, references) for encoded in embeds))
+        return io.NodeOutput(*(to_conditioning(encoded, references, pictures[0].size) for encoded in embeds))
 
 
 def _encode_references(vae: ComponentSpec, pictures: list, megapixels: float) -> list[torch.Tensor]:

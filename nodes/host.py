@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,15 +21,17 @@ import folder_paths
 import torch
 from comfy.cli_args import args
 
+from .engine.cache import DiskCache
 from .engine.checkpoint import Checkpoint, download_hint, find_checkpoints, open_checkpoint
-from .engine.components import WORKING_BYTES, ComponentSpec, describe
+from .engine.components import GIB, WORKING_BYTES, ComponentSpec, describe, fits, require_fit
 from .engine.errors import CheckpointError, FireRedError
-from .engine.precision import PRECISIONS, Card, automatic_precision, with_math
+from .engine.precision import ROLE_PRECISIONS, Card, automatic_precision
 
 log = logging.getLogger("FireRed")
 
 NO_CHECKPOINT = "put a FireRed folder into models/diffusers"
 DEVICE_LABEL = re.compile(r"auto|cpu|gpu:\d+")
+DEFAULT_CACHE_GB = 100
 PRECISION_FLAGS = {
     "transformer": "unet",
     "text_encoder": "text_enc",
@@ -63,9 +66,7 @@ def get_checkpoint(name: str) -> Checkpoint:
 
 
 def validate_loader(checkpoint: str | None, device: str | None) -> bool | str:
-    """For a loader's validate_inputs: True, or what is wrong. A device this machine lacks is fine, it falls
-    back.
-    """
+    """For a loader's validate_inputs: True, or what is wrong. An absent device is fine: it falls back."""
     if device is not None and not DEVICE_LABEL.fullmatch(device):
         return f"device is {device!r}; choose auto, cpu or gpu:0, gpu:1 and so on."
     if checkpoint is not None:
@@ -74,6 +75,16 @@ def validate_loader(checkpoint: str | None, device: str | None) -> bool | str:
         except FireRedError as error:
             return str(error)
     return True
+
+
+def disk_cache() -> DiskCache:
+    """Where derived files are kept: models/firered_cache, unless the environment says otherwise."""
+    folder = os.environ.get("FIRERED_CACHE_DIR") or Path(folder_paths.models_dir) / "firered_cache"
+    gigabytes = os.environ.get("FIRERED_CACHE_GB", DEFAULT_CACHE_GB)
+    try:
+        return DiskCache(Path(folder), int(float(gigabytes) * 1e9))
+    except ValueError:
+        raise FireRedError(f"FIRERED_CACHE_GB is {gigabytes!r}; set it to a number of gigabytes.") from None
 
 
 # Devices and precisions
@@ -89,10 +100,22 @@ def describe_component(
 ) -> ComponentSpec:
     """Decide where and how a component runs here, log it in one line, and describe it. Loads nothing."""
     torch_device, card = _resolve_device(device, role)
-    name, reason = (precision, "") if precision != "auto" else _automatic_precision(role, card)
-    spec = describe(role, get_checkpoint(checkpoint), with_math(PRECISIONS[name], math), torch_device, card)
-    log.info("%s, about %.1f GiB%s", spec, spec.nbytes() / 2**30, f" ({reason})" if reason else "")
-    if role == "transformer" and spec.precision.compute is torch.float16:
+    found, rows = get_checkpoint(checkpoint), ROLE_PRECISIONS[role]
+
+    def described(name: str) -> ComponentSpec:
+        return describe(role, found, rows[name], torch_device, card, math)
+
+    reason = ""
+    if precision == "auto":
+        precision, reason = _automatic_precision(role, card, lambda name: _runs_here(described(name)))
+    spec = described(precision)
+    log.info("%s, about %.1f GiB%s", spec, spec.nbytes() / GIB, f" ({reason})" if reason else "")
+    require_fit(spec)
+    if spec.precision.needs_bitsandbytes:
+        from .engine.formats.bitsandbytes import require_bitsandbytes
+
+        require_bitsandbytes(spec)
+    if role == "transformer" and spec.math is torch.float16:
         log.warning(
             "fp16 arithmetic overflows in this transformer; the sampler will stop at the step where it does."
         )
@@ -106,14 +129,13 @@ def _accelerators() -> list[torch.device]:
 
 
 def _resolve_device(label: str, role: str) -> tuple[torch.device, Card]:
-    """The torch device of a label and what it can do; one this machine lacks becomes `auto`, with a logged
-    line.
-    """
+    """A label's torch device and what it can do; one that is not here becomes `auto`, logged."""
     import comfy.model_management as mm
 
-    device = mm.get_torch_device() if label == "auto" else mm.resolve_gpu_device_option(label)
+    automatic = mm.vae_device() if role == "vae" else mm.get_torch_device()
+    device = automatic if label == "auto" else mm.resolve_gpu_device_option(label)
     if device is None or (label.startswith("gpu:") and device.type == "cpu"):
-        device = mm.get_torch_device()
+        device = automatic
         log.info(
             "this machine has no %s for the %s: falling back to auto, %s",
             label,
@@ -121,21 +143,36 @@ def _resolve_device(label: str, role: str) -> tuple[torch.device, Card]:
             device,
         )
     accelerators = _accelerators()
+    memory, native_bf16 = mm.get_total_memory(device), mm.should_use_bf16(device)
     if device not in accelerators:
-        return device, Card(device.type, device.type, native_bf16=mm.should_use_bf16(device))
+        return device, Card(device.type, device.type, native_bf16, memory, is_gpu=False)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return device, Card(f"gpu:{accelerators.index(device)}", name, native_bf16=mm.should_use_bf16(device))
+    return device, Card(f"gpu:{accelerators.index(device)}", name, native_bf16, memory)
 
 
-def _automatic_precision(role: str, card: Card) -> tuple[str, str]:
+def _automatic_precision(role: str, card: Card, fits: Callable[[str], bool]) -> tuple[str, str]:
     """What ComfyUI's command line asks for this kind of model, else what suits the card; with the reason."""
-    for name in PRECISIONS:
+    for name in ("fp32", "bf16"):
         flag = f"{name}_{PRECISION_FLAGS[role]}"
-        if getattr(args, flag, False) and name != "fp16":
+        if getattr(args, flag, False):
             return name, f"--{flag.replace('_', '-')}"
     if args.force_fp32:
         return "fp32", "--force-fp32"
-    return automatic_precision(card)
+    return automatic_precision(role, card, fits)
+
+
+def _runs_here(spec: ComponentSpec) -> bool:
+    """Whether the component fits its card, and what it needs is installed and works there."""
+    from .engine.formats.bitsandbytes import require_bitsandbytes
+
+    if not fits(spec):
+        return False
+    try:
+        if spec.precision.needs_bitsandbytes:
+            require_bitsandbytes(spec)
+    except FireRedError:
+        return False
+    return True
 
 
 # Memory
@@ -156,9 +193,12 @@ class Resident(torch.nn.Module):
         self.model_loaded_weight_memory = 0
 
     def load(self, nbytes: int) -> None:
+        import comfy.model_management as mm
+
         from .engine import loading
 
-        self.component = loading.load(self.spec, progress_reporter())
+        with mm.cuda_device_context(self.spec.device):  # layers test kernels on the current device
+            self.component = loading.load(self.spec, progress_reporter(), disk_cache())
         self.device, self.model_loaded_weight_memory = self.spec.device, nbytes
 
     def unload(self) -> None:
@@ -182,9 +222,7 @@ def borrow(spec: ComponentSpec) -> Iterator[Any]:
 
 
 def _release_replaced(spec: ComponentSpec) -> None:
-    """Free what `spec` takes the place of, before it loads: the same role on its device, or of its
-    checkpoint.
-    """
+    """Free what `spec` replaces, before it loads: the same role on its device or of its checkpoint."""
     for other in list(_patchers):
         same_place = other.device == spec.device or other.checkpoint == spec.checkpoint
         if other != spec and other.role == spec.role and same_place:

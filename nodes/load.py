@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import host
-from .engine.precision import MATH, PRECISIONS
+from .engine.precision import MATH, ROLE_PRECISIONS
 
 CATEGORY = "FireRed"
 Transformer = io.Custom("FIRERED_TRANSFORMER")
@@ -27,7 +27,8 @@ class _Loader(io.ComfyNode):
         return host.get_checkpoint(checkpoint).component(cls.ROLE).identity()
 
 
-def _inputs(component: str) -> list[io.Input]:
+def _inputs(role: str) -> list[io.Input]:
+    component = {"vae": "VAE"}.get(role, role.replace("_", " "))
     return [
         io.Combo.Input(
             "checkpoint",
@@ -37,11 +38,10 @@ def _inputs(component: str) -> list[io.Input]:
         ),
         io.Combo.Input(
             "precision",
-            options=["auto", *PRECISIONS],
+            options=["auto", *ROLE_PRECISIONS[role]],
             default="auto",
             optional=True,
-            tooltip=f"How the {component} is stored and computed. auto: bf16 where the card has it, else "
-            f"fp32.",
+            tooltip=f"How the {component} is stored and computed. auto: the best that fits the device.",
         ),
         io.Combo.Input(
             "device",
@@ -64,7 +64,7 @@ class FireRedLoadTransformer(_Loader):
             category=CATEGORY,
             description="Choose the diffusion transformer, its precision and its device. Loads at first use.",
             inputs=[
-                *_inputs("transformer"),
+                *_inputs(cls.ROLE),
                 io.Combo.Input(
                     "math",
                     options=["auto", *MATH],
@@ -96,7 +96,7 @@ class FireRedLoadTextEncoder(_Loader):
             display_name="FireRed Load Text Encoder",
             category=CATEGORY,
             description="Choose the Qwen2.5-VL text encoder's precision and device. Loads at first use.",
-            inputs=_inputs("text encoder"),
+            inputs=_inputs(cls.ROLE),
             outputs=[TextEncoder.Output("text_encoder", display_name="text_encoder")],
         )
 
@@ -115,7 +115,7 @@ class FireRedLoadVAE(_Loader):
             display_name="FireRed Load VAE",
             category=CATEGORY,
             description="Choose the VAE's precision and device. Loads at first use.",
-            inputs=_inputs("VAE"),
+            inputs=_inputs(cls.ROLE),
             outputs=[VAE.Output("vae", display_name="vae")],
         )
 

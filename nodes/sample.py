@@ -101,5 +101,7 @@ class FireRedSampler(io.ComfyNode):
             samples=None if latent is None else latent["samples"],
         )
         with host.borrow(transformer) as model:
-            samples = sample(model, plan, host.sampling_reporter(transformer.device))
+            samples = sample(
+                model, plan, host.sampling_reporter(transformer.device), host.progress_reporter()
+            )
         return io.NodeOutput({"samples": samples})

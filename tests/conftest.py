@@ -13,7 +13,7 @@ import tiny_checkpoint
 import torch
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.components import ComponentSpec, describe
-from engine.precision import PRECISIONS, Card
+from engine.precision import ROLE_PRECISIONS, Card
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 SERVER_ARGUMENTS = (
@@ -75,5 +75,5 @@ def client(server: comfyui.Server) -> comfyui.Client:
 
 def spec_for(checkpoint: Checkpoint, role: str, precision: str = "fp32") -> ComponentSpec:
     """A component on the CPU."""
-    card = Card("cpu", "cpu", native_bf16=False)
-    return describe(role, checkpoint, PRECISIONS[precision], torch.device("cpu"), card)
+    card = Card("cpu", "cpu", native_bf16=False, memory=2**35, is_gpu=False)
+    return describe(role, checkpoint, ROLE_PRECISIONS[role][precision], torch.device("cpu"), card)

@@ -43,9 +43,7 @@ def with_node(prompt: Prompt, node: str, class_type: str, /, **inputs: Any) -> P
 
 
 def keep_tensor(prompt: Prompt, source: list[Any], name: str) -> Prompt:
-    """A copy of the prompt that also writes what `source` gives (LATENT, IMAGE or CONDITIONING) to
-    output/NAME.pt.
-    """
+    """A copy of the prompt that also writes what `source` gives to output/NAME.pt."""
     return with_node(prompt, f"keep_{name}", "ProbeKeep", value=source, name=name)
 
 

@@ -64,6 +64,13 @@ def test_a_device_that_is_no_device(client: Client) -> None:
     assert "device is 'cuda:0'; choose auto, cpu or gpu:0" in details
 
 
+@pytest.mark.parametrize(("node", "precision"), [("1", "nf4"), ("1", "int8-bnb"), ("2", "nf4")])
+def test_a_precision_this_machine_cannot_run(client: Client, node: str, precision: str) -> None:
+    message = fail(client, changed(edit_prompt(), node, precision=precision))["exception_message"]
+    assert f"{precision} needs a GPU that bitsandbytes supports, and this is cpu" in message
+    assert "choose int8, int8-fast or fp32" in message
+
+
 def test_a_precision_that_is_none(client: Client) -> None:
     assert "'fp8' not in" in rejection(client, changed(edit_prompt(), "1", precision="fp8"), "1")
 
@@ -133,10 +140,7 @@ def test_latents_of_absurd_sizes(client: Client, shape: str) -> None:
 
 def test_a_nan_latent_is_not_decoded(client: Client) -> None:
     message = fail(client, with_latent(DECODE, "1,16,1,4,4", "nan"))["exception_message"]
-    assert (
-        "The latent to decode holds 256 NaN" in message
-        and "Stopped here because the image would be black" in message
-    )
+    assert "The latent to decode holds 256 NaN" in message and "check the node that made it" in message
 
 
 @pytest.mark.parametrize(
@@ -213,7 +217,7 @@ def test_weights_that_overflow_stop_at_the_step(client: Client, damaged: Path) -
     assert error["node_type"] == "FireRedSampler"
     message = error["exception_message"]
     assert "Step 1 of 2: the positive prediction holds" in message and "transformer fp16 on cpu" in message
-    assert "precision to fp32" in message
+    assert "Set its precision to fp32 or int8" in message
     succeed(client, changed(edit_prompt("damaged"), "1", precision="fp32"))
 
 

@@ -102,9 +102,7 @@ def test_a_missing_folder_is_named(tiny_copy: Path, missing: str) -> None:
 
 
 def test_both_namings_of_the_text_encoder_load_alike(tiny: Checkpoint, tiny_copy: Path) -> None:
-    """transformers has stored Qwen2.5-VL as `visual.` and `model.`, and as `model.visual.` and
-    `model.language_model.`.
-    """
+    """transformers has stored Qwen2.5-VL with and without `model.` and `language_model.` in its names."""
 
     def rename(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         assert "visual.merger.ln_q.weight" in tensors and "model.norm.weight" in tensors

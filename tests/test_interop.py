@@ -66,6 +66,12 @@ def with_core_vae(core_vae: str) -> dict:
     return with_node(edit_prompt(), "30", "VAELoader", vae_name=core_vae)
 
 
+def with_photo_of(prompt: dict, node: str, width: int, height: int) -> dict:
+    """The photo at that size."""
+    inputs = dict(image=[PHOTO, 0], upscale_method="area", width=width, height=height, crop="disabled")
+    return with_node(prompt, node, "ImageScale", **inputs)
+
+
 def test_cores_vae_decodes_our_latent(client: Client, work: Path, core_vae: str) -> None:
     prompt = with_node(with_core_vae(core_vae), "31", "VAEDecode", samples=[SAMPLE, 0], vae=["30", 0])
     prompt = keep_tensor(keep_tensor(prompt, ["31", 0], "by_core"), [DECODE, 0], "by_us")
@@ -77,16 +83,7 @@ def test_cores_vae_decodes_our_latent(client: Client, work: Path, core_vae: str)
 
 def test_we_decode_cores_latent(client: Client, work: Path, core_vae: str) -> None:
     prompt = with_node(with_core_vae(core_vae), "31", "VAEEncode", pixels=["32", 0], vae=["30", 0])
-    prompt = with_node(
-        prompt,
-        "32",
-        "ImageScale",
-        image=[PHOTO, 0],
-        upscale_method="area",
-        width=96,
-        height=64,
-        crop="disabled",
-    )
+    prompt = with_photo_of(prompt, "32", 96, 64)
     prompt = with_node(prompt, "33", "VAEDecode", samples=["31", 0], vae=["30", 0])
     prompt = changed(prompt, DECODE, latent=["31", 0])
     succeed(client, keep_tensor(keep_tensor(prompt, ["33", 0], "by_core"), [DECODE, 0], "by_us"))
@@ -97,16 +94,7 @@ def test_we_decode_cores_latent(client: Client, work: Path, core_vae: str) -> No
 
 def test_a_core_latent_gives_our_sampler_its_size(client: Client, work: Path, core_vae: str) -> None:
     prompt = with_node(with_core_vae(core_vae), "31", "VAEEncode", pixels=["32", 0], vae=["30", 0])
-    prompt = with_node(
-        prompt,
-        "32",
-        "ImageScale",
-        image=[PHOTO, 0],
-        upscale_method="area",
-        width=72,
-        height=104,
-        crop="disabled",
-    )
+    prompt = with_photo_of(prompt, "32", 72, 104)
     succeed(client, keep_tensor(changed(prompt, SAMPLE, latent=["31", 0]), [SAMPLE, 0], "latent"))
     assert kept_tensor(work, "latent")["samples"].shape == (1, 16, 1, 13, 9)
 
@@ -119,21 +107,10 @@ def test_cores_empty_latents_give_size_and_batch(client: Client, work: Path, emp
 
 
 def test_cores_text_encode_feeds_our_sampler(client: Client, work: Path, core_vae: str) -> None:
-    """Core's own encoder classes at their real width, its node for this model, and its VAE for the
-    references.
-    """
+    """Core's own encoder classes at their real width, its node for this model, and its VAE."""
     prompt = with_node(edit_prompt("wide"), "30", "VAELoader", vae_name=core_vae)
     prompt = with_node(prompt, "34", "ProbeCLIP")
-    prompt = with_node(
-        prompt,
-        "35",
-        "ImageScale",
-        image=[PHOTO, 0],
-        upscale_method="area",
-        width=65,
-        height=40,
-        crop="disabled",
-    )
+    prompt = with_photo_of(prompt, "35", 65, 40)
     for node, text in (("36", "Add a red hat on the cat"), ("37", "")):
         inputs = dict(clip=["34", 0], prompt=text, vae=["30", 0], image1=["35", 0])
         prompt = with_node(prompt, node, "TextEncodeQwenImageEditPlus", **inputs)

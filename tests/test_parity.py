@@ -79,7 +79,9 @@ def run_ours(
     references = [vae.encode_reference(autoencoder, vae_spec, image, megapixels) for image in images]
     embeds = {POSITIVE: encoder.encode(PROMPT, images), NEGATIVE: encoder.encode(" ", images)}
     conditions = {
-        branch: from_conditioning(to_conditioning(encoded, references), branch, encoded.shape[-1])
+        branch: from_conditioning(
+            to_conditioning(encoded, references, images[0].size), branch, encoded.shape[-1]
+        )
         for branch, encoded in embeds.items()
     }
     plan = sampling.plan_sampling(
@@ -162,7 +164,7 @@ def test_the_default_size_and_reference_equal_diffusers(tiny: Checkpoint) -> Non
     autoencoder = loading.load(spec_for(tiny, "vae"))
     latent = vae.encode_reference(autoencoder, spec_for(tiny, "vae"), image, 1.0)
     width, height = reference.calculate_dimensions(1024 * 1024, image.width / image.height)
-    condition = from_conditioning(to_conditioning(torch.ones(1, 3, 128), [latent]), POSITIVE, 128)
+    condition = from_conditioning(to_conditioning(torch.ones(1, 3, 128), [latent], image.size), POSITIVE, 128)
     plan = sampling.plan_sampling(
         spec_for(tiny, "transformer"),
         {POSITIVE: condition},

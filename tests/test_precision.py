@@ -2,73 +2,96 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import spec_for
 from engine import loading
 from engine.checkpoint import Checkpoint
+from engine.components import GIB, ComponentSpec, DoesNotFitError, describe, fits, require_fit
 from engine.errors import InputError, NonFiniteError
-from engine.guard import require_finite
-from engine.precision import PRECISIONS, Card, automatic_precision, with_math
-from engine.schedule import Schedule
+from engine.formats import FORMATS, int8_paths
+from engine.formats.int8_math import dequantize, quantize_rows, quantize_tokens, rotate
+from engine.formats.int8_paths import choose_path, integer_paths
+from engine.guard import require_finite, require_finite_input
+from engine.modulation import Modulation
+from engine.precision import PRECISIONS, ROLE_PRECISIONS, Card, automatic_precision, resolve
+from engine.schedule import Schedule, make_schedule
 from engine.workers import POSITIVE, LocalWorker
 from test_sampling import condition
 
 CHECKPOINT_DTYPE = torch.bfloat16
-STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": CHECKPOINT_DTYPE}
-COMPUTED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": CHECKPOINT_DTYPE, "int8": torch.int8}
+CPU = torch.device("cpu")
+P40 = Card("gpu:0", "Tesla P40", native_bf16=False, memory=24 * GIB)
+RTX_4090 = Card("gpu:0", "RTX 4090", native_bf16=True, memory=24 * GIB)
+A100 = Card("gpu:0", "A100", native_bf16=True, memory=80 * GIB)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", STORED)
 @pytest.mark.parametrize("role", ["transformer", "text_encoder"])
 def test_matrices_keep_the_storage_dtype_and_the_rest_the_compute_dtype(
     tiny: Checkpoint, role: str, precision: str
 ) -> None:
-    component = loading.load(spec_for(tiny, role, precision))
+    spec = spec_for(tiny, role, precision)
+    component = loading.load(spec)
     model = component.model if role == "text_encoder" else component
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    state = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     norms = {
-        dtype for name, dtype in dtypes.items() if name.endswith(("norm.weight", "norm_q.weight", "bias"))
+        dtype for name, dtype in state.items() if name.endswith(("norm.weight", "norm_q.weight", "bias"))
     }
-    matrices = {
-        dtype
-        for name, dtype in dtypes.items()
-        if "proj" in name and name.endswith("weight") and "patch" not in name
-    }
-    assert norms == {COMPUTED[precision]}
+    blocks = ("to_q.weight", "q_proj.weight", "net.2.weight")
+    matrices = {dtype for name, dtype in state.items() if name.endswith(blocks)}
+    assert norms == {spec.math}
     assert matrices == {STORED[precision]}
 
 
 def test_fp32_equals_weights_upcast_beforehand(tiny: Checkpoint) -> None:
-    kept = loading.load(spec_for(tiny, "transformer"))
-    upcast = loading.load(spec_for(tiny, "transformer"))
+    kept, upcast = (loading.load(spec_for(tiny, "transformer")) for _ in range(2))
     upcast.float()
-    inputs = transformer_inputs(torch.float32)
-    with torch.inference_mode():
-        assert torch.equal(kept(**inputs)[0], upcast(**inputs)[0])
+    assert torch.equal(run_transformer(kept), run_transformer(upcast))
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("bf16", 5e-2), ("fp16", 5e-3)])
+@pytest.mark.parametrize(
+    ("precision", "bound"), [("bf16", 5e-2), ("fp16", 5e-3), ("int8", 5e-2), ("int8-fast", 8e-2)]
+)
 def test_low_precisions_stay_near_fp32(tiny: Checkpoint, precision: str, bound: float) -> None:
-    spec = spec_for(tiny, "transformer", precision)
-    with torch.inference_mode():
-        low = loading.load(spec)(**transformer_inputs(spec.precision.compute))[0].float()
-        full = loading.load(spec_for(tiny, "transformer"))(**transformer_inputs(torch.float32))[0]
-    error = float((low - full).norm() / full.norm())
-    assert 0 < error < bound
+    full = run_transformer(loading.load(spec_for(tiny, "transformer")))
+    low = run_transformer(loading.load(spec_for(tiny, "transformer", precision))).float()
+    assert 0 < float((low - full).norm() / full.norm()) < bound
 
 
 def test_math_forces_the_arithmetic_and_leaves_the_storage() -> None:
-    forced = with_math(PRECISIONS["bf16"], "fp32")
+    forced = resolve(PRECISIONS["bf16"], RTX_4090, "fp32")
     assert (forced.storage, forced.compute) == (torch.bfloat16, torch.float32)
-    assert with_math(PRECISIONS["bf16"], "auto") == PRECISIONS["bf16"]
     with pytest.raises(InputError, match="fp8"):
-        with_math(PRECISIONS["bf16"], "fp8")
+        resolve(PRECISIONS["bf16"], RTX_4090, "fp8")
 
 
-def test_automatic_precision_never_is_fp16() -> None:
-    assert automatic_precision(Card("gpu:0", "Tesla P40", native_bf16=False))[0] == "fp32"
-    assert automatic_precision(Card("gpu:0", "RTX 4090", native_bf16=True))[0] == "bf16"
+def test_arithmetic_follows_the_card() -> None:
+    for name in ("bf16", "int8", "int8-fast", "nf4"):
+        assert resolve(PRECISIONS[name], P40).compute is torch.float32
+        assert resolve(PRECISIONS[name], RTX_4090).compute is torch.bfloat16
+    assert resolve(ROLE_PRECISIONS["text_encoder"]["fp16"], P40).compute is torch.float32
+    assert resolve(PRECISIONS["bf16"], Card("cpu", "cpu", False, 0, is_gpu=False)).compute is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("card", "fitting", "expected"),
+    [
+        (P40, {"fp32", "int8", "nf4"}, "fp32"),
+        (P40, {"int8", "nf4"}, "int8"),
+        (P40, {"nf4"}, "nf4"),
+        (RTX_4090, {"int8", "nf4"}, "int8"),
+        (A100, {"bf16", "int8", "nf4"}, "bf16"),
+        (Card("cpu", "cpu", False, 0, is_gpu=False), set(), "int8"),
+    ],
+)
+def test_automatic_precision_is_the_best_that_fits_and_never_fp16(
+    card: Card, fitting: set[str], expected: str
+) -> None:
+    assert automatic_precision("transformer", card, fitting.__contains__)[0] == expected
 
 
 def test_a_worker_answers_in_fp32_whatever_it_computes_in(tiny: Checkpoint) -> None:
@@ -78,22 +101,199 @@ def test_a_worker_answers_in_fp32_whatever_it_computes_in(tiny: Checkpoint) -> N
     assert worker.predict(torch.randn(1, 4, 64), 0, POSITIVE).dtype is torch.float32
 
 
-def test_the_guard_counts_names_and_advises() -> None:
-    bad = torch.tensor([1.0, float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    ("precision", "remedy"), [("fp16", "precision to fp32 or int8"), ("fp32", "Check the checkpoint")]
+)
+def test_the_guard_counts_names_and_advises(tiny: Checkpoint, precision: str, remedy: str) -> None:
+    bad, good = torch.tensor([1.0, float("nan"), float("inf"), float("-inf")]), torch.tensor([1e38, -1e38])
+    spec = spec_for(tiny, "transformer", precision)
     with pytest.raises(
-        NonFiniteError, match=r"Step 3 of 40.* 1 NaN and 2 infinite values of 4.*transformer fp16.*fp32"
+        NonFiniteError,
+        match=rf"Step 3 of 40 holds 1 NaN and 2 infinite.*transformer {precision} on cpu.*{remedy}",
     ):
-        require_finite(bad, "Step 3 of 40: the prediction", "transformer fp16 on gpu:0 (Tesla P40)")
-    good = torch.tensor([1e38, -1e38])
-    assert require_finite(good, "", "") is good
+        require_finite(bad, "Step 3 of 40", spec)
+    with pytest.raises(NonFiniteError, match=r"The latent holds 1 NaN .* check the node that made it"):
+        require_finite_input(bad, "The latent")
+    bnb = describe("transformer", tiny, PRECISIONS["int8-bnb"], CPU, P40)
+    with pytest.raises(
+        NonFiniteError, match=r"int8-bnb, fp32 and fp16 math,.*Set its precision to fp32 or int8"
+    ):
+        require_finite(bad, "Step 3 of 40", bnb)
+    assert require_finite(good, "", spec) is good and require_finite_input(good, "") is good
+
+
+# INT8
+
+
+def test_rotating_twice_gives_back_and_keeps_products() -> None:
+    x, weight = torch.randn(5, 192), torch.randn(7, 192)
+    assert torch.allclose(rotate(rotate(x)), x, atol=1e-5)
+    assert torch.allclose(rotate(x) @ rotate(weight).T, x @ weight.T, atol=1e-4)
+    assert torch.equal(rotate(torch.ones(3, 10)), torch.ones(3, 10))
+
+
+def test_rows_are_quantised_to_half_a_level() -> None:
+    x = torch.randn(6, 64) * torch.logspace(-8, 30, 6).unsqueeze(1)
+    codes, scale = quantize_rows(x)
+    assert codes.dtype is torch.int8 and scale.dtype is torch.float32
+    assert bool(((dequantize(codes, scale, torch.float32) - x).abs() <= scale * 0.501).all())
+
+
+def test_a_row_of_zeros_stays_zero_and_nan_is_not_hidden() -> None:
+    tokens = torch.stack([torch.zeros(64), torch.full((64,), float("nan")), torch.full((64,), float("inf"))])
+    codes, scale = quantize_tokens(tokens)
+    product = codes.float() * scale
+    assert bool((product[0] == 0).all()) and not bool(product[1:].isfinite().any())
+
+
+def test_tokens_are_rounded_as_rounding_does() -> None:
+    tokens = torch.randn(32, 128)
+    codes, scale = quantize_tokens(tokens)
+    assert torch.equal(codes, (rotate(tokens) * (127 / (scale * 127))).round().to(torch.int8))
+
+
+@pytest.mark.parametrize("path", integer_paths(CPU), ids=lambda path: path.name)
+@pytest.mark.parametrize("scale", [1.0, 1e6, 1e30])
+def test_integer_products_of_heavy_activations_stay_within_the_bound(path, scale: float) -> None:
+    x, weight = torch.randn(48, 256), torch.randn(64, 256)
+    x[:, ::50] *= 100
+    codes, weight_scale = quantize_rows(rotate(weight))
+    y = path.multiply(x * scale, codes, weight_scale, torch.ones(64))
+    expected = (x * scale).double() @ weight.double().T + 1
+    assert float((y - expected).norm() / expected.norm()) < int8_paths.MAX_ERROR
+
+
+def test_a_path_that_is_right_and_not_clearly_slower_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    (right,) = integer_paths(CPU)
+    monkeypatch.setattr(int8_paths, "_seconds", lambda run, device: run() is None or 1.0)
+    assert choose_path.__wrapped__(CPU, torch.bfloat16, 64, 128) == (right, "64x128 torch")
+
+
+def test_a_path_that_forgets_the_bias_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    (right,) = integer_paths(CPU)
+    forgetful = int8_paths.IntegerPath(
+        "forgetful", right.quantize, lambda y, a, w, bias, dtype: right.rescale(y, a, w, None, dtype)
+    )
+    monkeypatch.setattr(int8_paths, "integer_paths", lambda device: [forgetful])
+    path, report = choose_path.__wrapped__(CPU, torch.float32, 64, 128)
+    assert path is None and "forgetful wrong by" in report
+
+
+def test_a_wrong_path_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    (right,) = integer_paths(CPU)
+    wrong = int8_paths.IntegerPath("wrong", lambda x: quantize_tokens(x * 1.1), right.rescale)
+    broken = int8_paths.IntegerPath("broken", lambda x: 1 / 0, right.rescale)
+    monkeypatch.setattr(int8_paths, "integer_paths", lambda device: [wrong, broken])
+    path, report = choose_path.__wrapped__(CPU, torch.float32, 64, 128)
+    assert path is None
+    assert (
+        "64x128 weight-only (wrong wrong by" in report
+        and "broken failed: ZeroDivisionError: division by zero" in report
+    )
+
+
+def test_sizes_the_integer_product_cannot_take_are_weight_only() -> None:
+    assert choose_path(CPU, torch.float32, 63, 128) == (None, "63x128 weight-only (sizes)")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_multiplies_within_its_error(name: str) -> None:
+    """On the CPU, with the real bitsandbytes; the same classes run on a GPU."""
+    bounds = {"int8": 0.012, "int8-fast": 0.02, "nf4": 0.12, "int8-bnb": 0.03}
+    weight, x = torch.randn(64, 256) * 0.02, torch.randn(2, 40, 256)
+    with torch.device("meta"):
+        layer = torch.nn.modules.linear.Linear(256, 64)
+    module = FORMATS[name](layer, torch.float32)
+    module.bias = torch.nn.Parameter(torch.randn(64), requires_grad=False)
+    module.set_weight(weight)
+    if name == "int8-fast":
+        (module.path,) = integer_paths(CPU)  # the CPU's self-test may find weight-only faster
+    expected = x @ weight.T + module.bias
+    with torch.inference_mode():
+        y = module(x)
+    assert y.shape == expected.shape
+    assert float((y - expected).norm() / expected.norm()) < bounds[name]
+
+
+# Folded modulation
+
+
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+def test_folded_modulation_equals_the_models_own(tmp_path: Path, zero_cond_t: bool) -> None:
+    import tiny_checkpoint
+    from diffusers import QwenImageTransformer2DModel
+    from engine.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(tiny_checkpoint.build(tmp_path / "tiny", zero_cond_t=zero_cond_t))
+    original = QwenImageTransformer2DModel.from_pretrained(
+        checkpoint.folder / "transformer", dtype=torch.float32
+    )
+    folded = loading.load(spec_for(checkpoint, "transformer"))
+    timesteps = make_schedule(checkpoint.component("scheduler").config(), 5, 64).timesteps
+    folded.modulation.use(timesteps)
+    for step, timestep in enumerate(timesteps):
+        folded.modulation.select(step)
+        inputs = transformer_inputs(torch.float32) | {"timestep": timestep.expand(1)}
+        with torch.inference_mode():
+            expected, y = original(**inputs)[0], folded(**inputs)[0]
+        assert float((y - expected).norm() / expected.norm()) < 1e-6
+
+
+def test_folding_leaves_out_a_third_of_the_weights(tiny: Checkpoint) -> None:
+    names = loading.load(spec_for(tiny, "transformer")).state_dict()
+    assert not [name for name in names if "_mod." in name]
+
+
+def test_the_schedules_last_used_are_kept(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    modulation = loading.load(spec_for(tiny, "transformer")).modulation
+    computed = []
+    compute = Modulation._compute_table
+    monkeypatch.setattr(Modulation, "_compute_table", lambda *args: computed.append(1) or compute(*args))
+    for steps in (2, 3, 2, 3):
+        modulation.use(torch.linspace(1, 0.1, steps))
+    assert len(computed) == 2
+
+
+# Fitting
+
+
+def test_a_component_too_big_for_its_card_says_what_fits(tiny: Checkpoint) -> None:
+    spec = on_card(tiny, "bf16", memory=2 * GIB + 300_000)
+    assert not fits(spec)
+    with pytest.raises(
+        DoesNotFitError, match=r"transformer bf16 on gpu:0 \(Tesla P40\) needs .* What fits: .*nf4"
+    ):
+        require_fit(spec)
+    assert fits(on_card(tiny, "bf16", memory=3 * GIB))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32", "int8"])
+@pytest.mark.parametrize("role", ["transformer", "text_encoder"])
+def test_the_size_is_known_before_loading(tiny: Checkpoint, role: str, precision: str) -> None:
+    spec = spec_for(tiny, role, precision)
+    component = loading.load(spec)
+    model = component.model if role == "text_encoder" else component
+    actual = sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert spec.nbytes() == pytest.approx(actual, rel=0.05)
+
+
+def on_card(checkpoint: Checkpoint, precision: str, memory: int) -> ComponentSpec:
+    card = Card("gpu:0", "Tesla P40", native_bf16=True, memory=memory)
+    return describe("transformer", checkpoint, PRECISIONS[precision], CPU, card)
+
+
+def run_transformer(transformer: torch.nn.Module) -> torch.Tensor:
+    transformer.modulation.use(torch.tensor([0.5]))
+    with torch.inference_mode():
+        return transformer(**transformer_inputs(transformer.img_in.bias.dtype))[0]
 
 
 def transformer_inputs(dtype: torch.dtype) -> dict:
     generator = torch.Generator().manual_seed(0)
     return dict(
-        hidden_states=torch.randn(1, 8, 64, generator=generator).to(dtype),
-        encoder_hidden_states=torch.randn(1, 5, 128, generator=generator).to(dtype),
+        hidden_states=torch.randn(1, 40, 64, generator=generator).to(dtype),
+        encoder_hidden_states=torch.randn(1, 20, 128, generator=generator).to(dtype),
         timestep=torch.tensor([0.5], dtype=dtype),
-        img_shapes=[[(1, 2, 2), (1, 2, 2)]],
+        img_shapes=[[(1, 4, 5), (1, 4, 5)]],
         return_dict=False,
     )

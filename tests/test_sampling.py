@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import spec_for
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPlusPipeline
 from engine import loading
 from engine.checkpoint import Checkpoint
+from engine.components import ComponentSpec
 from engine.conditioning import Condition, from_conditioning
 from engine.denoise import denoise, true_cfg
 from engine.errors import InputError, NonFiniteError
@@ -21,6 +24,7 @@ from engine.latents import (
     require_latents,
     unpack,
 )
+from engine.precision import PRECISIONS, Card
 from engine.sampling import plan_sampling, sample
 from engine.schedule import Schedule, dynamic_shift, make_schedule
 from engine.workers import NEGATIVE, POSITIVE
@@ -58,22 +62,21 @@ def test_normalising_comes_back(tiny: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "reference", "expected"),
+    ("asked", "image", "expected"),
     [
         ((0, 0), None, (1024, 1024)),
-        ((0, 0), (104, 156), (1248, 832)),  # an own reference of 1 MP is followed exactly
-        ((0, 0), (96, 171), (1376, 768)),  # core's is a multiple of 8: rounded as diffusers rounds
-        ((0, 0), (16, 32), (1440, 736)),  # a small reference gives the ratio
-        ((640, 0), (100, 200), (640, 320)),
-        ((0, 640), (100, 200), (1280, 640)),
-        ((650, 650), (100, 200), (640, 640)),
+        ((0, 0), (1000, 667), (1248, 832)),
+        ((0, 0), (1920, 1080), (1376, 768)),
+        ((0, 0), (1368, 768), (1376, 768)),  # the size core's reference of 1920x1080 has
+        ((640, 0), (200, 100), (640, 320)),
+        ((0, 640), (200, 100), (1280, 640)),
+        ((650, 650), (200, 100), (640, 640)),
     ],
 )
 def test_output_size(
-    asked: tuple[int, int], reference: tuple[int, int] | None, expected: tuple[int, int]
+    asked: tuple[int, int], image: tuple[int, int] | None, expected: tuple[int, int]
 ) -> None:
-    latent = None if reference is None else torch.zeros(1, 16, 1, *reference)
-    assert output_size(*asked, latent) == expected
+    assert output_size(*asked, image) == expected
 
 
 @pytest.mark.parametrize("asked", [(16, 512), (8192, 512), (4096, 16), (1, 1)])
@@ -127,20 +130,24 @@ class RecordingWorker:
         return torch.full_like(latents, float("nan") if step == self._bad_step else 1.0)
 
 
+FP16_SPEC = ComponentSpec(
+    "transformer", Checkpoint(Path()), PRECISIONS["fp16"], torch.device("cpu"),
+    Card("gpu:1", "Tesla P40", native_bf16=False, memory=0), "",
+)  # fmt: skip
 SCHEDULE = Schedule(torch.tensor([1.0, 0.75, 0.5, 0.0]), torch.tensor([1.0, 0.75, 0.5]))
 
 
 def test_euler_follows_a_constant_velocity_exactly() -> None:
     start = torch.randn(1, 4, 64)
-    assert torch.allclose(denoise(RecordingWorker(), "test", start, SCHEDULE, None), start - 1.0)
+    assert torch.allclose(denoise(RecordingWorker(), FP16_SPEC, start, SCHEDULE, None), start - 1.0)
 
 
 def test_guidance_asks_for_both_branches_and_without_it_for_one() -> None:
     worker = RecordingWorker()
-    denoise(worker, "test", torch.zeros(1, 4, 64), SCHEDULE, 4.0)
+    denoise(worker, FP16_SPEC, torch.zeros(1, 4, 64), SCHEDULE, 4.0)
     assert worker.asked == [(step, branch) for step in range(3) for branch in (POSITIVE, NEGATIVE)]
     worker = RecordingWorker()
-    denoise(worker, "test", torch.zeros(1, 4, 64), SCHEDULE, None)
+    denoise(worker, FP16_SPEC, torch.zeros(1, 4, 64), SCHEDULE, None)
     assert worker.asked == [(step, POSITIVE) for step in range(3)]
 
 
@@ -152,7 +159,7 @@ def test_the_loop_stops_at_the_step_that_went_wrong() -> None:
     ):
         denoise(
             worker,
-            "transformer fp16 on gpu:1",
+            FP16_SPEC,
             torch.zeros(1, 4, 64),
             SCHEDULE,
             None,
@@ -169,7 +176,7 @@ def test_a_step_callback_can_stop_the_run() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        denoise(worker, "test", torch.zeros(1, 4, 64), SCHEDULE, None, stop)
+        denoise(worker, FP16_SPEC, torch.zeros(1, 4, 64), SCHEDULE, None, stop)
     assert len(worker.asked) == 1
 
 
@@ -205,7 +212,9 @@ def test_a_latent_gives_size_and_batch_odd_sizes_too(tiny: Checkpoint, shape: tu
     assert latents.shape == (shape[0], 16, 1, 5, 7)
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 8, 8), (1, 16, 3, 8, 8), (16, 8, 8), (1, 16, 1, 0, 8)])
+@pytest.mark.parametrize(
+    "shape", [(1, 4, 8, 8), (1, 128, 8, 8), (1, 16, 3, 8, 8), (16, 8, 8), (1, 16, 1, 0, 8)]
+)
 def test_latents_of_other_models_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match=r"\(batch, 16, 1, height/8, width/8\)"):
         require_latents(torch.ones(shape), "The latent")
@@ -245,6 +254,14 @@ def test_a_mask_only_cuts_padding() -> None:
 def test_conditioning_that_does_not_fit_is_refused(conditioning: list, message: str) -> None:
     with pytest.raises(InputError, match=message):
         from_conditioning(conditioning, "positive", 128)
+
+
+def test_a_batch_of_references_is_several(tiny: Checkpoint) -> None:
+    """As core's text encode makes of a batch of pictures."""
+    extras = {"reference_latents": [torch.zeros(2, 16, 1, 4, 6)]}
+    batched = from_conditioning([[torch.ones(1, 3, 128), extras]], "positive", 128)
+    assert [tuple(latent.shape) for latent in batched.reference_latents] == [(1, 16, 1, 4, 6)] * 2
+    assert batched.image_size == (48, 32)
 
 
 def test_nan_in_conditioning_is_refused() -> None:

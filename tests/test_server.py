@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import time
 from pathlib import Path
 
 import pytest
@@ -46,7 +48,7 @@ def test_the_server_computes_what_the_engine_computes(client: Client, work: Path
     references = [vae.encode_reference(autoencoder, spec_for(checkpoint, "vae"), picture, 0.01)]
     conditions = {}
     for branch, text in ((POSITIVE, "Add a red hat on the cat"), (NEGATIVE, " ")):
-        conditioning = to_conditioning(encoder.encode(text, [picture]), references)
+        conditioning = to_conditioning(encoder.encode(text, [picture]), references, picture.size)
         conditions[branch] = from_conditioning(conditioning, branch, 128)
     transformer = spec_for(checkpoint, "transformer")
     plan = sampling.plan_sampling(
@@ -60,7 +62,11 @@ def test_the_server_computes_what_the_engine_computes(client: Client, work: Path
         kept_tensor(work, "image"), vae.decode(autoencoder, spec_for(checkpoint, "vae"), latents), atol=1e-5
     )
     ((embeds, extras),) = kept_tensor(work, "positive")
-    assert embeds.dtype is torch.float32 and embeds.shape[2] == 128 and set(extras) == {"reference_latents"}
+    assert (
+        embeds.dtype is torch.float32
+        and embeds.shape[2] == 128
+        and set(extras) == {"reference_latents", "image_size"}
+    )
 
 
 def cat_pixels():
@@ -101,7 +107,7 @@ def test_negative_is_not_needed_and_its_absence_is_logged(client: Client, server
 
 @pytest.mark.parametrize("checkpoint", ["tiny", "zero_cond_t"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_every_precision_runs_for_every_component(
+def test_every_plain_precision_runs_for_every_component(
     client: Client, server: Server, checkpoint: str, precision: str
 ) -> None:
     prompt = edit_prompt(checkpoint)
@@ -109,6 +115,18 @@ def test_every_precision_runs_for_every_component(
         prompt = changed(prompt, loader, precision=precision)
     succeed(client, prompt)
     assert f"transformer {precision} on cpu" in server.text()
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8-fast"])
+def test_int8_runs_and_its_copy_is_kept_for_the_next_start(
+    client: Client, work: Path, precision: str
+) -> None:
+    prompt = changed(changed(edit_prompt("zero_cond_t"), "1", precision=precision), "2", precision="int8")
+    succeed(client, prompt)
+    kept = [path.name for path in (work / "models" / "firered_cache").iterdir()]
+    for role in ("transformer", "text_encoder"):
+        assert [name for name in kept if name.startswith(f"zero_cond_t-{role}-int8-rot64-")]
+    assert not [name for name in kept if name.endswith(".partial")]
 
 
 def test_a_missing_device_falls_back_and_is_logged(client: Client, server: Server) -> None:
@@ -134,19 +152,39 @@ def test_several_pictures_of_different_sizes(client: Client) -> None:
     succeed(client, changed(prompt, ENCODE, **{"images.image0": [PHOTO, 0], "images.image1": ["11", 0]}))
 
 
-def test_changing_a_precision_frees_the_old_weights(client: Client, server: Server) -> None:
-    """ComfyUI asks for each component once per change, and the log names every load with its device."""
-    before = server.text().count("Requested to load Resident")
-    succeed(client, changed(changed(edit_prompt(), "1", precision="bf16"), SAMPLE, seed=20))
-    succeed(client, changed(changed(edit_prompt(), "1", precision="bf16"), SAMPLE, seed=21))
-    assert server.text().count("Requested to load Resident") - before <= 3
-    assert "memory leak" not in server.text()
+def residents(client: Client, work: Path) -> dict[str, int]:
+    """The components our memory manager knows, with the bytes each has loaded."""
+    succeed(
+        client,
+        {"1": {"class_type": "ProbeResidents", "inputs": {"name": "residents"}, "_meta": {"title": ""}}},
+    )
+    return dict(json.loads((work / "output" / "residents.json").read_text()))
 
 
-def test_free_unloads_and_the_next_prompt_loads_again(client: Client) -> None:
+def test_changing_a_precision_frees_the_old_weights(client: Client, work: Path) -> None:
+    for precision in ("fp32", "int8"):
+        succeed(client, changed(changed(edit_prompt(), "1", precision=precision), SAMPLE, seed=20))
+    loaded = [
+        name for name, size in residents(client, work).items() if name.startswith("transformer") and size
+    ]
+    assert loaded == ["transformer int8, fp32 math, on cpu"]
+
+
+def test_free_unloads_and_the_next_prompt_loads_again(client: Client, work: Path) -> None:
     succeed(client, changed(edit_prompt(), SAMPLE, seed=30))
-    client.post("/free", json={"unload_models": True, "free_memory": True})
-    succeed(client, changed(edit_prompt(), SAMPLE, seed=30))
+    assert any(residents(client, work).values())
+    client.post("/free", json={"unload_models": True})
+    deadline = time.monotonic() + 10
+    while any(residents(client, work).values()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(residents(client, work).values())
+    succeed(client, changed(edit_prompt(), SAMPLE, seed=31))
+    assert any(residents(client, work).values())
+
+
+def test_forced_math_is_named_in_the_log(client: Client, server: Server) -> None:
+    succeed(client, changed(edit_prompt(), "1", precision="bf16", math="fp32"))
+    assert "transformer bf16, fp32 math, on cpu" in server.text()
 
 
 def test_help_pages_and_templates_are_served(client: Client) -> None:

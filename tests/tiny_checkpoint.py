@@ -81,19 +81,24 @@ def build(
     for number, (name, model) in enumerate(parts.items()):
         randomize(model, seed + number)
         model.to(dtype).save_pretrained(partial / name)
-    FlowMatchEulerDiscreteScheduler(**SCHEDULER_CONFIG).save_pretrained(partial / "scheduler")
+    write_rest(partial)
+    partial.rename(folder)
+    return folder
+
+
+def write_rest(folder: Path) -> None:
+    """Everything of a checkpoint but its weights: scheduler, tokenizer, processor and index."""
+    FlowMatchEulerDiscreteScheduler(**SCHEDULER_CONFIG).save_pretrained(folder / "scheduler")
     tokenizer = train_tokenizer()
-    tokenizer.save_pretrained(partial / "tokenizer")
+    tokenizer.save_pretrained(folder / "tokenizer")
     pixels = dict(min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
     processor = Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessor(**pixels),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(**pixels),
     )
-    processor.save_pretrained(partial / "processor")
-    (partial / "model_index.json").write_text(json.dumps(model_index(), indent=2), encoding="utf-8")
-    partial.rename(folder)
-    return folder
+    processor.save_pretrained(folder / "processor")
+    (folder / "model_index.json").write_text(json.dumps(model_index(), indent=2), encoding="utf-8")
 
 
 def model_index() -> dict[str, object]:
@@ -111,10 +116,6 @@ def model_index() -> dict[str, object]:
 
 
 def text_encoder_config(width: int) -> Qwen2_5_VLConfig:
-    ids = {
-        name: SPECIAL_TOKENS.index(f"<|{name}|>")
-        for name in ("vision_start", "vision_end", "image_pad", "video_pad")
-    }
     return Qwen2_5_VLConfig(
         text_config=dict(
             hidden_size=width,
@@ -136,18 +137,20 @@ def text_encoder_config(width: int) -> Qwen2_5_VLConfig:
             out_hidden_size=width,
             fullatt_block_indexes=[1],
         ),
-        image_token_id=ids["image_pad"],
-        video_token_id=ids["video_pad"],
-        vision_start_token_id=ids["vision_start"],
-        vision_end_token_id=ids["vision_end"],
+        **special_token_ids(),
         tie_word_embeddings=False,
     )
 
 
+def special_token_ids() -> dict[str, int]:
+    """Where the tokens that frame and stand for pictures are in train_tokenizer()'s vocabulary."""
+    names = {"image_token_id": "image_pad", "video_token_id": "video_pad"}
+    names |= {f"{name}_token_id": name for name in ("vision_start", "vision_end")}
+    return {key: SPECIAL_TOKENS.index(f"<|{name}|>") for key, name in names.items()}
+
+
 def train_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level BPE trained from nothing on CORPUS, with Qwen's special tokens at the front of the
-    vocabulary.
-    """
+    """A byte-level BPE trained from nothing on CORPUS, after Qwen's special tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer, bpe.decoder = normalizers.NFC(), decoders.ByteLevel()
     split = pre_tokenizers.Split(Regex(PRETOKENIZE), behavior="isolated")

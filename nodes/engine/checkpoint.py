@@ -10,14 +10,13 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from .errors import CheckpointError
 
@@ -36,6 +35,20 @@ LATENTS_STD = (
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
 
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # where there is no index
+MAX_PINNED_BYTES = 2**28
 MAX_HEADER_BYTES = 100_000_000  # the limit the safetensors library itself enforces
 
 
@@ -60,7 +73,12 @@ class Component:
         if indexes:
             names = sorted(set(read_json(indexes[0]).get("weight_map", {}).values()))
         else:
-            names = [path.name for path in sorted(self.folder.glob("*.safetensors"))][:1]
+            names = [name for name in WEIGHT_FILES if (self.folder / name).is_file()]
+        if not names and any(self.folder.glob("*-of-*.safetensors")):
+            raise CheckpointError(
+                f"{self.folder} has no *.safetensors.index.json beside its shards. Download it again; they "
+                f"can stay."
+            )
         if not names:
             raise CheckpointError(f"No .safetensors weights in {self.folder}. Download the folder again.")
         shards = [self.folder / name for name in names]
@@ -68,22 +86,12 @@ class Component:
             read_header(shard)
         return shards
 
-    def numel(self) -> int:
-        """How many parameters the weight files hold."""
-        headers = (read_header(shard) for shard in self.shards())
-        return sum(prod(info["shape"]) for header in headers for info in header.values())
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every stored tensor in turn, memory-mapped on the CPU in its stored dtype."""
+    def tensors(
+        self, wanted: Callable[[str], bool] = lambda name: True, borrowed_for: torch.device | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The stored tensors whose names are `wanted`, in turn, on the CPU; see read_tensors."""
         for shard in self.shards():
-            try:
-                with safe_open(shard, framework="pt", device="cpu") as file:
-                    for name in file.keys():  # noqa: SIM118 (not a dict)
-                        yield name, file.get_tensor(name)
-            except SafetensorError as error:
-                raise CheckpointError(
-                    f"{shard} cannot be read ({error}). Download this file again."
-                ) from error
+            yield from read_tensors(shard, wanted, borrowed_for)
 
     def identity(self) -> str:
         """A short hash that changes when the component's files do (names, sizes, times; not contents)."""
@@ -180,6 +188,11 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
+        for name, info in header.items():
+            start, end = info["data_offsets"]
+            dtype = DTYPES.get(info["dtype"])
+            if dtype is not None and torch.Size(info["shape"]).numel() * dtype.itemsize != end - start:
+                raise ValueError(f"the size of {name} does not match its shape")
         expected = 8 + length + max((info["data_offsets"][1] for info in header.values()), default=0)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing. Download this file again; the others can stay.") from None
@@ -193,3 +206,67 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
             f"stay."
         )
     return header
+
+
+def read_tensors(
+    path: Path,
+    wanted: Callable[[str], bool] = lambda name: True,
+    borrowed_for: torch.device | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The `wanted` tensors of a safetensors file, each being read while the one before is worked on.
+
+    Plain reads rather than a memory map: never more than two tensors of the file are in host memory.
+    borrowed_for: the device each tensor is copied to before the next is asked for; two buffers then do.
+    """
+    header = read_header(path)
+    offset = 8 + _header_length(path)
+    names = sorted(filter(wanted, header), key=lambda name: header[name]["data_offsets"][0])
+    sizes = {name: header[name]["data_offsets"][1] - header[name]["data_offsets"][0] for name in names}
+    buffers = []
+    if borrowed_for is not None:
+        buffers = [_host_buffer(max(sizes.values(), default=0), borrowed_for) for _ in range(2)]
+
+    def read(index: int) -> torch.Tensor:
+        name = names[index]
+        info, size = header[name], sizes[name]
+        if info["dtype"] not in DTYPES:
+            raise CheckpointError(
+                f"{path}: {name} is stored as {info['dtype']}, which these nodes do not read."
+            )
+        data = buffers[index % 2][:size] if buffers else torch.empty(size, dtype=torch.uint8)
+        try:
+            file.seek(offset + info["data_offsets"][0])
+            complete = size == 0 or file.readinto(data.numpy().data) == size
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error}). Check the disk, or download it again."
+            ) from error
+        if not complete:
+            raise CheckpointError(f"{path} became shorter while it was read. Download this file again.")
+        return data.view(DTYPES[info["dtype"]]).reshape(info["shape"])
+
+    with path.open("rb") as file, ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(read, 0) if names else None
+        for index, name in enumerate(names):
+            assert ahead is not None
+            tensor = ahead.result()
+            ahead = reader.submit(read, index + 1) if index + 1 < len(names) else None
+            yield name, tensor
+            del tensor
+
+
+def stored_bytes(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> int:
+    """How many bytes the tensors of a safetensors file take there whose names are `wanted`."""
+    offsets = [info["data_offsets"] for name, info in read_header(path).items() if wanted(name)]
+    return sum(end - start for start, end in offsets)
+
+
+def _host_buffer(size: int, device: torch.device) -> torch.Tensor:
+    """Uninitialised bytes, pinned for copies to a GPU if few: pinned memory is never given back."""
+    pinned = device.type == "cuda" and size <= MAX_PINNED_BYTES
+    return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+
+
+def _header_length(path: Path) -> int:
+    with path.open("rb") as file:
+        return struct.unpack("<Q", file.read(8))[0]

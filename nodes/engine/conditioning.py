@@ -1,7 +1,8 @@
 """ComfyUI's CONDITIONING to and from what the sampler needs of it.
 
 A CONDITIONING is [[embeds (1, L, width), {"attention_mask": (1, L)?, "reference_latents": [raw latents]?}]],
-as core's TextEncodeQwenImageEditPlus makes it; keys we do not know are left alone, as core leaves ours.
+as core's TextEncodeQwenImageEditPlus makes it. Ours also says "image_size": (width, height) of the first
+picture, which a reference latent only holds rounded; keys one side does not know it leaves alone.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 
 from .errors import InputError
-from .guard import require_finite
-from .latents import require_latents
+from .guard import require_finite_input
+from .latents import VAE_SCALE, require_latents
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,23 @@ class Condition:
 
     prompt_embeds: (1, L, width). mask: (1, L) bool, or None when every token counts.
     reference_latents: raw, (1, 16, 1, h, w) each, in the order of the pictures.
+    image_size: width and height in pixels of the first picture, as far as known.
     """
 
     prompt_embeds: torch.Tensor
     mask: torch.Tensor | None
     reference_latents: tuple[torch.Tensor, ...]
+    image_size: tuple[int, int] | None = None
 
 
-def to_conditioning(prompt_embeds: torch.Tensor, reference_latents: list[torch.Tensor]) -> list[list[Any]]:
-    """A CONDITIONING of one entry."""
-    return [[prompt_embeds, {"reference_latents": reference_latents} if reference_latents else {}]]
+def to_conditioning(
+    prompt_embeds: torch.Tensor, reference_latents: list[torch.Tensor], image_size: tuple[int, int]
+) -> list[list[Any]]:
+    """A CONDITIONING of one entry. image_size: width and height in pixels of the first picture."""
+    extras: dict[str, Any] = {"image_size": image_size}
+    if reference_latents:
+        extras["reference_latents"] = reference_latents
+    return [[prompt_embeds, extras]]
 
 
 def from_conditioning(conditioning: Any, branch: str, width: int) -> Condition:
@@ -55,23 +63,21 @@ def from_conditioning(conditioning: Any, branch: str, width: int) -> Condition:
             f"The {branch} conditioning is {embeds.shape[2]} wide, this transformer takes {width}. "
             "Use the text encoder of the same checkpoint."
         )
-    require_finite(embeds, f"The {branch} conditioning", "the node that made it")
+    require_finite_input(embeds, f"The {branch} conditioning")
     embeds, mask = _trim(embeds, extras.get("attention_mask"))
-    references = tuple(
-        require_latents(raw, f"Reference latent {number} of the {branch} conditioning")
-        for number, raw in enumerate(extras.get("reference_latents") or (), start=1)
-    )
-    for number, raw in enumerate(references, start=1):
-        require_finite(
-            raw, f"Reference latent {number} of the {branch} conditioning", "the node that made it"
-        )
-    return Condition(embeds, mask, references)
+    references: list[torch.Tensor] = []
+    for number, raw in enumerate(extras.get("reference_latents") or (), start=1):
+        what = f"Reference latent {number} of the {branch} conditioning"
+        # A batch of pictures is several references, as it is several pictures to the text encoder.
+        references += require_finite_input(require_latents(raw, what), what).split(1)
+    size = extras.get("image_size")
+    if size is None and references:
+        size = (references[0].shape[-1] * VAE_SCALE, references[0].shape[-2] * VAE_SCALE)
+    return Condition(embeds, mask, tuple(references), size)
 
 
 def _trim(embeds: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Cut padding off the end; a mask that then keeps every token is dropped, since masked attention is
-    slower.
-    """
+    """Cut padding off the end, and drop a mask that then keeps all: masked attention is slower."""
     if mask is None:
         return embeds, None
     if mask.shape != embeds.shape[:2] or not bool(mask.any()):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .components import ComponentSpec
 from .guard import require_finite
 from .schedule import Schedule
 from .workers import NEGATIVE, POSITIVE, Worker
@@ -14,9 +15,7 @@ from .workers import NEGATIVE, POSITIVE, Worker
 
 @dataclass(frozen=True)
 class StepState:
-    """Where the loop is after a step. step: steps done, from 1. latents, denoised: packed (1, tokens, 64)
-    FP32.
-    """
+    """After `step` (from 1) of `steps`. latents, denoised: packed (1, tokens, 64) FP32."""
 
     step: int
     steps: int
@@ -26,7 +25,7 @@ class StepState:
 
 def denoise(
     worker: Worker,
-    component: object,
+    spec: ComponentSpec,
     latents: torch.Tensor,
     schedule: Schedule,
     true_cfg_scale: float | None,
@@ -34,16 +33,17 @@ def denoise(
 ) -> torch.Tensor:
     """Sample packed latents (1, tokens, 64) from `latents`, noise at the schedule's first level.
 
-    true_cfg_scale: None to ask the worker for the positive branch alone. component: named in errors.
+    true_cfg_scale: None to ask the worker for the positive branch alone. spec: the transformer's, named in
+    errors.
     on_step: called after each step; what it raises stops the run. Raises NonFiniteError at the step and
     branch that went wrong. Returns FP32 on the worker's device.
     """
     latents = latents.to(worker.device, torch.float32)
     for index in range(schedule.steps):
         sigma, next_sigma = schedule.sigmas[index].item(), schedule.sigmas[index + 1].item()
-        velocity = _predict(worker, component, latents, index, schedule.steps, POSITIVE)
+        velocity = _predict(worker, spec, latents, index, schedule.steps, POSITIVE)
         if true_cfg_scale is not None:
-            unconditional = _predict(worker, component, latents, index, schedule.steps, NEGATIVE)
+            unconditional = _predict(worker, spec, latents, index, schedule.steps, NEGATIVE)
             velocity = true_cfg(velocity, unconditional, true_cfg_scale)
         denoised = latents - sigma * velocity
         latents = latents + (next_sigma - sigma) * velocity
@@ -63,7 +63,7 @@ def true_cfg(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> to
 
 
 def _predict(
-    worker: Worker, component: object, latents: torch.Tensor, index: int, steps: int, branch: str
+    worker: Worker, spec: ComponentSpec, latents: torch.Tensor, index: int, steps: int, branch: str
 ) -> torch.Tensor:
     prediction = worker.predict(latents, index, branch)
-    return require_finite(prediction, f"Step {index + 1} of {steps}: the {branch} prediction", component)
+    return require_finite(prediction, f"Step {index + 1} of {steps}: the {branch} prediction", spec)

@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import torch
 
+from .components import ComponentSpec
 from .errors import NonFiniteError
 
-REMEDY = "Set this component's precision to fp32 (safe on every card), or to bf16 where the card has it."
 
+def require_finite(tensor: torch.Tensor, what: str, spec: ComponentSpec) -> torch.Tensor:
+    """Return what a component computed unchanged, or raise NonFiniteError.
 
-def require_finite(tensor: torch.Tensor, what: str, component: object) -> torch.Tensor:
-    """Return `tensor` unchanged, or raise NonFiniteError saying what held how many bad values and what to
-    change.
-
-    what: the tensor in words, with the step if there is one. component: the spec that computed it, printed as
-    is.
+    what: the tensor in words, with the step if there is one. The error says what held how many bad values,
+    which component made them at which precision on which card, and what to change.
     """
-    finite = tensor.isfinite()
-    if bool(finite.all()):
+    if bool(tensor.isfinite().all()):
         return tensor
-    bad = tensor[~finite]
-    nans = int(bad.isnan().sum())
+    remedy = "Check the checkpoint: even FP32 arithmetic overflowed."
+    if spec.math is not torch.float32 or spec.precision.fp16_inside:
+        remedy = "Set its precision to fp32 or int8, and math to fp32 where it has one: safe on every card."
     raise NonFiniteError(
-        f"{what} holds {nans} NaN and {bad.numel() - nans} infinite values of {tensor.numel()}; computed by "
-        f"{component}. "
-        f"Stopped here because the image would be black. {REMEDY}"
+        f"{_count(tensor, what)}, computed by the {spec}. Stopped because the image would be black. {remedy}"
     )
+
+
+def require_finite_input(tensor: torch.Tensor, what: str) -> torch.Tensor:
+    """Return what another node made unchanged, or raise NonFiniteError saying how many bad values it held."""
+    if bool(tensor.isfinite().all()):
+        return tensor
+    raise NonFiniteError(f"{_count(tensor, what)}. The image would be black: check the node that made it.")
+
+
+def _count(tensor: torch.Tensor, what: str) -> str:
+    bad = tensor[~tensor.isfinite()]
+    nans = int(bad.isnan().sum())
+    return f"{what} holds {nans} NaN and {bad.numel() - nans} infinite values of {tensor.numel()}"

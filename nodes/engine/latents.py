@@ -21,26 +21,23 @@ LATENT_CHANNELS = 16
 MEGAPIXEL = 1024 * 1024  # core and diffusers count 1024x1024 as one
 SIZE_MULTIPLE = 32  # of sizes we choose ourselves, as diffusers does
 MIN_SIZE, MAX_SIZE = 32, 4096  # pixels a side
-FOLLOW_TOLERANCE = 0.08  # how far rounding to SIZE_MULTIPLE can take an image of 1 MP off that area
 
 
 def dimensions_for_area(area: float, ratio: float) -> tuple[int, int]:
-    """Width and height of about `area` pixels at width/height = `ratio`, each a multiple of 32 (diffusers'
-    rule).
-    """
+    """Width and height of about `area` pixels at that width/height, in multiples of 32 (diffusers' rule)."""
     width = math.sqrt(area * ratio)
     height = width / ratio
     return round(width / SIZE_MULTIPLE) * SIZE_MULTIPLE, round(height / SIZE_MULTIPLE) * SIZE_MULTIPLE
 
 
-def output_size(width: int, height: int, reference: torch.Tensor | None) -> tuple[int, int]:
-    """The pixel size to sample at: what was asked for, the rest following the first reference at about 1 MP.
+def output_size(width: int, height: int, first_image: tuple[int, int] | None) -> tuple[int, int]:
+    """The pixel size to sample at: what was asked for, the rest following the first image at about 1 MP.
 
-    width, height: pixels, 0 for `follow`. reference: raw latents of the first image, or None (then square).
+    width, height: pixels, 0 for `follow`. first_image: its width and height, or None (then square).
     Returns multiples of 16, rounded down. Raises InputError for a size outside MIN_SIZE..MAX_SIZE.
     """
-    reference_height, reference_width = (1, 1) if reference is None else reference.shape[-2:]
-    ratio = reference_width / reference_height
+    image_width, image_height = first_image or (1, 1)
+    ratio = image_width / image_height
     if width and height:
         size = width, height
     elif width:
@@ -48,22 +45,19 @@ def output_size(width: int, height: int, reference: torch.Tensor | None) -> tupl
     elif height:
         size = round(height * ratio), height
     else:
-        size = _follow(reference_width * VAE_SCALE, reference_height * VAE_SCALE)
-    rounded = (size[0] // TOKEN_PIXELS * TOKEN_PIXELS, size[1] // TOKEN_PIXELS * TOKEN_PIXELS)
-    if min(rounded) < MIN_SIZE or max(rounded) > MAX_SIZE:
+        size = dimensions_for_area(MEGAPIXEL, ratio)
+    remedy = "Set width and height, or leave both 0 to follow the first image."
+    require_size(*size, remedy)
+    return size[0] // TOKEN_PIXELS * TOKEN_PIXELS, size[1] // TOKEN_PIXELS * TOKEN_PIXELS
+
+
+def require_size(width: int, height: int, remedy: str) -> None:
+    """Raise InputError for a size in pixels outside MIN_SIZE..MAX_SIZE a side."""
+    if min(width, height) < MIN_SIZE or max(width, height) > MAX_SIZE:
         raise InputError(
-            f"The output would be {size[0]}x{size[1]} pixels; each side must be {MIN_SIZE} to {MAX_SIZE}. "
-            "Set width and height, or leave both 0 to follow the first image."
+            f"The output would be {width}x{height} pixels; each side must be {MIN_SIZE} to {MAX_SIZE}. "
+            f"{remedy}"
         )
-    return rounded
-
-
-def _follow(width: int, height: int) -> tuple[int, int]:
-    """The size of the reference itself where it is about 1 MP already, else 1 MP at its ratio."""
-    is_multiple = width % SIZE_MULTIPLE == 0 and height % SIZE_MULTIPLE == 0
-    if is_multiple and abs(width * height / MEGAPIXEL - 1) < FOLLOW_TOLERANCE:
-        return width, height
-    return dimensions_for_area(MEGAPIXEL, width / height)
 
 
 def make_noise(shape: tuple[int, int, int, int], seed: int) -> torch.Tensor:

@@ -1,6 +1,4 @@
-"""Layers that stand in for a model's own: stored in one dtype and used in another, or doing less for the same
-result.
-"""
+"""Layers that stand in for a model's own: stored and used in two dtypes, or doing less for the same."""
 
 from __future__ import annotations
 
@@ -9,13 +7,13 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 
+from .components import is_big_matrix
+from .formats import FORMATS
 from .precision import Precision
 
 
 class UpcastLinear(torch.nn.Module):
-    """A linear layer whose weight is cast to the activation's dtype as it is used: lossless from BF16 to
-    FP32.
-    """
+    """A linear layer whose weight is cast to the activation's dtype as it is used: losslessly, to FP32."""
 
     def __init__(self, layer: torch.nn.Linear):
         super().__init__()
@@ -38,13 +36,17 @@ class UpcastEmbedding(torch.nn.Module):
         return F.embedding(ids, self.weight).to(self.compute)
 
 
-def prepare_layers(model: torch.nn.Module, precision: Precision) -> None:
+def prepare_layers(model: torch.nn.Module, role: str, precision: Precision) -> None:
     """Swap the layers of a model still on meta for those that `precision` needs, under the same names."""
-    if precision.storage == precision.compute:
-        return
-    for module in list(model.modules()):
+    assert precision.compute is not None
+    for path, module in list(model.named_modules()):
         for name, child in list(module.named_children()):
-            if type(child) is torch.nn.Linear:
+            full_name = f"{path}.{name}.weight" if path else f"{name}.weight"
+            if type(child) is torch.nn.Linear and precision.format and is_big_matrix(role, full_name):
+                setattr(module, name, FORMATS[precision.format](child, precision.compute))
+            elif precision.storage == precision.compute:
+                continue
+            elif type(child) is torch.nn.Linear:
                 setattr(module, name, UpcastLinear(child))
             elif type(child) is torch.nn.Embedding:
                 setattr(module, name, UpcastEmbedding(child, precision.compute))
@@ -75,9 +77,7 @@ class FrameConv(torch.nn.Module):
 
 
 def keep_single_frames(vae: AutoencoderKLQwenImage) -> None:
-    """Make a loaded AutoencoderKLQwenImage an image autoencoder: swap its 3-D convolutions, drop those across
-    time.
-    """
+    """Make a loaded AutoencoderKLQwenImage one for images: 2-D convolutions, none across time."""
     for module in list(vae.modules()):
         if hasattr(module, "time_conv"):
             del module.time_conv

@@ -1,11 +1,14 @@
 """From a spec to a component in memory: built empty, then filled tensor by tensor straight on its device.
 
-Host memory stays small whatever the checkpoint's size: one memory-mapped tensor is in flight at a time.
+Host memory stays small whatever the checkpoint's size: two tensors are in flight at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -14,47 +17,54 @@ import transformers
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 
-from .checkpoint import Component
-from .components import ComponentSpec
+from .cache import CacheWriter, DiskCache
+from .checkpoint import DTYPES, Component, read_header, read_tensors, stored_bytes
+from .components import ComponentSpec, model_name
 from .errors import CheckpointError
+from .formats import FORMATS, QuantizedLinear
 from .layers import is_stored, keep_single_frames, prepare_layers
-from .precision import Precision
+from .modulation import Modulation
 from .text import TextEncoder
 
+log = logging.getLogger("FireRed")
+
 OnProgress = Callable[[int, int], None]  # bytes loaded so far, bytes in all
-RenameKey = Callable[[str], str | None]  # a stored tensor's name in the model, or None to leave it out
-
-# How transformers has stored Qwen2.5-VL over the years, as prefixes of its tensors' names; the language
-# model's output head is left out because prompt embeddings are its input.
-TEXT_ENCODER_PREFIXES = {
-    "model.language_model.": "language_model.",
-    "model.visual.": "visual.",
-    "visual.": "visual.",
-    "model.": "language_model.",
-}
 
 
-def load(spec: ComponentSpec, on_progress: OnProgress = lambda done, total: None) -> Any:
+def load(
+    spec: ComponentSpec, on_progress: OnProgress = lambda done, total: None, cache: DiskCache | None = None
+) -> Any:
     """Load the component that `spec` describes onto its device.
 
-    Returns a QwenImageTransformer2DModel, a TextEncoder or an AutoencoderKLQwenImage, in evaluation mode.
-    Raises CheckpointError for files that are missing, truncated or of another model. `on_progress` may raise
-    to cancel.
+    Returns a QwenImageTransformer2DModel with its `modulation` folded, a TextEncoder or an
+    AutoencoderKLQwenImage, in evaluation mode. cache: where quantised weights are kept, if anywhere. Raises
+    CheckpointError for files that are missing, truncated or of another model. `on_progress` may raise to
+    cancel.
     """
-    return LOADERS[spec.role](spec, on_progress)
+    return LOADERS[spec.role](spec, on_progress, cache)
 
 
-def load_transformer(spec: ComponentSpec, on_progress: OnProgress) -> diffusers.QwenImageTransformer2DModel:
-    return _load_diffusers(diffusers.QwenImageTransformer2DModel, spec, on_progress)
+def load_transformer(
+    spec: ComponentSpec, on_progress: OnProgress, cache: DiskCache | None
+) -> diffusers.QwenImageTransformer2DModel:
+    model = _build_diffusers(diffusers.QwenImageTransformer2DModel, spec)
+    modulation = Modulation(spec.checkpoint, spec.identity, spec.device, spec.math, cache)
+    modulation.fold_into(model)
+    _fill(model, spec, on_progress, cache)
+    model.modulation = modulation
+    return model.eval()
 
 
-def load_vae(spec: ComponentSpec, on_progress: OnProgress) -> diffusers.AutoencoderKLQwenImage:
-    vae = _load_diffusers(diffusers.AutoencoderKLQwenImage, spec, on_progress)
+def load_vae(
+    spec: ComponentSpec, on_progress: OnProgress, cache: DiskCache | None
+) -> diffusers.AutoencoderKLQwenImage:
+    vae = _build_diffusers(diffusers.AutoencoderKLQwenImage, spec)
+    _fill(vae, spec, on_progress, cache)
     keep_single_frames(vae)
-    return vae
+    return vae.eval()
 
 
-def load_text_encoder(spec: ComponentSpec, on_progress: OnProgress) -> TextEncoder:
+def load_text_encoder(spec: ComponentSpec, on_progress: OnProgress, cache: DiskCache | None) -> TextEncoder:
     component = spec.checkpoint.component(spec.role)
     config = transformers.Qwen2_5_VLConfig.from_dict(
         _config_of(component, "Qwen2_5_VLForConditionalGeneration")
@@ -68,24 +78,21 @@ def load_text_encoder(spec: ComponentSpec, on_progress: OnProgress) -> TextEncod
         ) from error
     with init_empty_weights():
         model = transformers.Qwen2_5_VLModel(config)
-    _fill(model, component, spec.precision, spec.device, _text_encoder_key, on_progress)
+    _fill(model, spec, on_progress, cache)
     return TextEncoder(model.eval(), processor, spec.device)
 
 
-LOADERS: dict[str, Callable[[ComponentSpec, OnProgress], Any]] = {
+LOADERS: dict[str, Callable[[ComponentSpec, OnProgress, DiskCache | None], Any]] = {
     "transformer": load_transformer,
     "text_encoder": load_text_encoder,
     "vae": load_vae,
 }
 
 
-def _load_diffusers(model_class: Any, spec: ComponentSpec, on_progress: OnProgress) -> Any:
-    component = spec.checkpoint.component(spec.role)
-    config = _config_of(component, model_class.__name__)
+def _build_diffusers(model_class: Any, spec: ComponentSpec) -> Any:
+    config = _config_of(spec.checkpoint.component(spec.role), model_class.__name__)
     with init_empty_weights():
-        model = model_class.from_config(config)
-    _fill(model, component, spec.precision, spec.device, lambda name: name, on_progress)
-    return model.eval()
+        return model_class.from_config(config)
 
 
 def _config_of(component: Component, expected: str) -> dict[str, Any]:
@@ -98,51 +105,142 @@ def _config_of(component: Component, expected: str) -> dict[str, Any]:
     return config
 
 
-def _text_encoder_key(stored: str) -> str | None:
-    for old, new in TEXT_ENCODER_PREFIXES.items():
-        if stored.startswith(old):
-            return new + stored.removeprefix(old)
-    return None
-
-
 def _fill(
-    model: torch.nn.Module,
-    component: Component,
-    precision: Precision,
-    device: torch.device,
-    rename: RenameKey,
-    on_progress: OnProgress,
+    model: torch.nn.Module, spec: ComponentSpec, on_progress: OnProgress, cache: DiskCache | None
 ) -> None:
-    """Put the component's tensors into a model on meta, each in its final dtype on its final device."""
-    prepare_layers(model, precision)
-    wanted = dict(model.named_parameters())
+    """Give a model on meta its weights in their final form on its device, from the cache if kept there."""
+    prepare_layers(model, spec.role, spec.precision)
+    name = _cache_name(spec)
+    kept = cache.find(name) if cache and name else None
+    if kept is not None:
+        try:
+            with contextlib.closing(_kept_tensors(kept, spec)) as tensors:
+                _fill_from(model, spec, tensors, stored_bytes(kept), on_progress, None)
+            _finish(model, spec)
+            return
+        except CheckpointError as error:
+            log.warning("the cached weights are damaged and made again (%s)", error)
+    component = spec.checkpoint.component(spec.role)
+    shards = component.shards()
+    layout = _layout(model, spec, component)
+    writer = cache.create(name, layout) if cache and name else None
+    total = sum(
+        stored_bytes(shard, lambda stored: model_name(spec.role, stored) is not None) for shard in shards
+    )
+    try:
+        _fill_from(model, spec, _renamed_tensors(component, spec), total, on_progress, writer)
+        if writer is not None:
+            writer.finish()
+    finally:
+        if writer is not None:
+            writer.abandon()
+    _finish(model, spec)
+
+
+def _cache_name(spec: ComponentSpec) -> str | None:
+    """The cache file of a component at a precision, None where nothing is kept of it."""
+    form = FORMATS[spec.precision.format] if spec.precision.format else None
+    cached_as = getattr(form, "cached_as", None)
+    if cached_as is None:
+        return None
+    compute = str(spec.math).removeprefix("torch.")
+    return f"{spec.checkpoint.name}-{spec.role}-{cached_as}-{compute}-{spec.identity}"
+
+
+def _layout(
+    model: torch.nn.Module, spec: ComponentSpec, component: Component
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of everything the filled model holds, by name."""
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            layout |= {f"{path}.{name}": described for name, described in module.layout().items()}
+    stored = {
+        model_name(spec.role, name): info for s in component.shards() for name, info in read_header(s).items()
+    }
+    for name, parameter in model.named_parameters():
+        owner, _, attribute = name.rpartition(".")
+        dtype = spec.precision.storage if is_stored(model.get_submodule(owner), attribute) else spec.math
+        if name in stored:
+            layout[name] = (dtype or DTYPES[stored[name]["dtype"]], tuple(parameter.shape))
+    return layout
+
+
+def _renamed_tensors(component: Component, spec: ComponentSpec) -> Iterator[tuple[str, str, torch.Tensor]]:
+    for stored, tensor in component.tensors(
+        lambda stored: model_name(spec.role, stored) is not None, spec.device
+    ):
+        name = model_name(spec.role, stored)
+        assert name is not None
+        yield stored, name, tensor.to(spec.device, copy=True)
+
+
+def _kept_tensors(path: Path, spec: ComponentSpec) -> Generator[tuple[str, str, torch.Tensor], None, None]:
+    for name, tensor in read_tensors(path, borrowed_for=spec.device):
+        yield name, name, tensor.to(spec.device, copy=True)
+
+
+def _fill_from(
+    model: torch.nn.Module,
+    spec: ComponentSpec,
+    tensors: Iterator[tuple[str, str, torch.Tensor]],
+    total: int,
+    on_progress: OnProgress,
+    writer: CacheWriter | None,
+) -> None:
+    """Put (stored name, name, tensor on the device) after tensor into the model, and what became of them into
+    the writer.
+
+    Raises CheckpointError for a tensor of another shape, one too many or one missing.
+    """
+    folder = spec.checkpoint.folder / spec.role
     modules = dict(model.named_modules())
-    total = sum(shard.stat().st_size for shard in component.shards())
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for path, module in modules.items():
+        if isinstance(module, QuantizedLinear):
+            wanted[f"{path}.weight"] = (module.out_features, module.in_features)
+            wanted |= {f"{path}.{name}": shape for name, (_, shape) in module.layout().items()}
     done = 0
-    for stored, tensor in component.tensors():
+    for stored, name, tensor in tensors:
         done += tensor.nbytes
-        name = rename(stored)
-        if name is None:
-            continue
         if name not in wanted:
-            raise CheckpointError(f"{component.folder} has a tensor this model does not know: {stored}.")
-        if tensor.shape != wanted[name].shape:
+            raise CheckpointError(f"{folder} has a tensor this model does not know: {stored}.")
+        if tuple(tensor.shape) != wanted[name]:
             raise CheckpointError(
-                f"{component.folder}: {stored} is {tuple(tensor.shape)}, its config.json says "
-                f"{tuple(wanted[name].shape)}."
+                f"{folder}: {stored} is {tuple(tensor.shape)}, its config.json says {wanted[name]}."
             )
-        owner, _, parameter = name.rpartition(".")
-        dtype = precision.storage if is_stored(modules[owner], parameter) else precision.compute
-        set_module_tensor_to_device(model, name, device, value=tensor, dtype=dtype or tensor.dtype)
-        del wanted[name]
+        path, _, attribute = name.rpartition(".")
+        owner = modules[path]
+        filled = [attribute]
+        if isinstance(owner, QuantizedLinear) and owner.layout().get(attribute, (None,))[0] == tensor.dtype:
+            owner.restore(attribute, tensor)
+        elif isinstance(owner, QuantizedLinear) and attribute == "weight":
+            owner.set_weight(tensor)
+            filled = list(owner.layout()) or filled
+        else:
+            dtype = spec.precision.storage if is_stored(owner, attribute) else spec.math
+            set_module_tensor_to_device(
+                model, name, spec.device, value=tensor, dtype=dtype or tensor.dtype, clear_cache=False
+            )
+        for part in filled:
+            del wanted[f"{path}.{part}"]
+            if writer is not None:
+                writer.write(f"{path}.{part}", getattr(owner, part))
         on_progress(done, total)
     if wanted:
         raise CheckpointError(
-            f"{component.folder} lacks {len(wanted)} of the model's tensors, the first being "
-            f"{next(iter(wanted))}. "
+            f"{folder} lacks {len(wanted)} of the model's tensors, the first being {next(iter(wanted))}. "
             "Download the folder again."
         )
+
+
+def _finish(model: torch.nn.Module, spec: ComponentSpec) -> None:
+    """Move what is no weight, and let layers test what the device can do; log their choices in one line."""
     for name, buffer in model.named_buffers():
-        set_module_tensor_to_device(model, name, device, value=buffer)
-    for parameter_ in model.parameters():
-        parameter_.requires_grad_(False)
+        if buffer.device != spec.device:
+            set_module_tensor_to_device(model, name, spec.device, value=buffer, clear_cache=False)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    chosen = [module.prepare() for module in model.modules() if isinstance(module, QuantizedLinear)]
+    if reports := sorted({report for report in chosen if report}):
+        log.info("%s: %s", spec, ", ".join(reports))

@@ -1,6 +1,4 @@
-"""One sampling run: everything checked and decided before a weight is loaded, then the loop, picture by
-picture.
-"""
+"""One sampling run: all checked and decided before a weight is loaded, then the loop for each picture."""
 
 from __future__ import annotations
 
@@ -22,6 +20,7 @@ from .latents import (
     output_size,
     pack,
     require_latents,
+    require_size,
     unpack,
 )
 from .schedule import Schedule, make_schedule
@@ -31,6 +30,8 @@ from .workers import NEGATIVE, POSITIVE, LocalWorker
 # done, total, denoised: steps done of all pictures' steps, and the current estimate (1, 16, 1, h, w),
 # normalised.
 OnStep = Callable[[int, int, torch.Tensor], None]
+OnProgress = Callable[[int, int], None]
+EMPTY_LATENT_CHANNELS = 4
 
 
 @dataclass(frozen=True)
@@ -76,24 +77,30 @@ def plan_sampling(
     guided = true_cfg_scale > 1 and NEGATIVE in conditions
     used = {name: conditions[name] for name in ((POSITIVE, NEGATIVE) if guided else (POSITIVE,))}
     if samples is None:
-        references = conditions[POSITIVE].reference_latents
-        width, height = output_size(width, height, references[0] if references else None)
+        width, height = output_size(width, height, conditions[POSITIVE].image_size)
         batch, height, width = 1, height // VAE_SCALE, width // VAE_SCALE
     else:
         batch, _, _, height, width = require_latents(_empty_as_qwen(samples), "The latent").shape
-        output_size(width * VAE_SCALE, height * VAE_SCALE, None)
+        require_size(width * VAE_SCALE, height * VAE_SCALE, "Connect a latent of another size, or none.")
     tokens = -(-height // PATCH) * -(-width // PATCH)
     schedule = make_schedule(spec.checkpoint.component("scheduler").config(), steps, tokens)
     return SamplingPlan(spec, used, schedule, true_cfg_scale if guided else None, seed, batch, height, width)
 
 
 def sample(
-    transformer: Any, plan: SamplingPlan, on_step: OnStep = lambda done, total, denoised: None
+    transformer: Any,
+    plan: SamplingPlan,
+    on_step: OnStep = lambda done, total, denoised: None,
+    on_fold: OnProgress = lambda done, total: None,
 ) -> torch.Tensor:
-    """Run the plan: raw latents (B, 16, 1, h, w), FP32 on the CPU. What `on_step` raises stops the run."""
+    """Run the plan: raw latents (B, 16, 1, h, w), FP32 on the CPU.
+
+    on_fold: told how far the schedule's modulation is, before the first step. What either callback raises
+    stops the run.
+    """
     size = plan.padded_size
     mean, std = plan.spec.checkpoint.latent_statistics()
-    worker = LocalWorker(transformer, plan.spec, plan.schedule, size, plan.conditions)
+    worker = LocalWorker(transformer, plan.spec, plan.schedule, size, plan.conditions, on_fold)
     noise = make_noise((plan.batch, LATENT_CHANNELS, *size), plan.seed)
     results = []
     for picture in range(plan.batch):
@@ -109,7 +116,7 @@ def sample(
 
 
 def _empty_as_qwen(samples: torch.Tensor) -> torch.Tensor:
-    """An all-zero latent of other channels is only a size: core's Empty Latent Image has 4, not 16."""
-    if samples.ndim == 4 and samples.shape[1] != LATENT_CHANNELS and not bool(samples.any()):
+    """The 4-channel zeros of core's Empty Latent Image are only a size, at the same 8 pixels a latent."""
+    if samples.ndim == 4 and samples.shape[1] == EMPTY_LATENT_CHANNELS and not bool(samples.any()):
         return samples.new_zeros((samples.shape[0], LATENT_CHANNELS, *samples.shape[2:]))
     return samples

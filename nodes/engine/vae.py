@@ -11,7 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from .components import ComponentSpec
-from .guard import require_finite
+from .guard import require_finite, require_finite_input
 from .images import from_pixels
 from .latents import MEGAPIXEL, MIN_SIZE, TOKEN_PIXELS, VAE_SCALE, dimensions_for_area, require_latents
 from .transfer import cross
@@ -26,14 +26,11 @@ TILE_OVERLAP = 16  # latents over which neighbouring tiles fade into each other
 def encode_reference(
     vae: diffusers.AutoencoderKLQwenImage, spec: ComponentSpec, picture: Image.Image, megapixels: float
 ) -> torch.Tensor:
-    """The picture's raw latents (1, 16, 1, h, w), FP32 on the VAE's device, at about `megapixels` in
-    multiples
-    of 32.
-    """
+    """The picture's raw latents (1, 16, 1, h, w), FP32 on the VAE's device, in multiples of 32 pixels."""
     width, height = dimensions_for_area(megapixels * MEGAPIXEL, picture.width / picture.height)
     width, height = max(width, MIN_SIZE), max(height, MIN_SIZE)
     pixels = VaeImageProcessor(vae_scale_factor=TOKEN_PIXELS).preprocess(picture, height, width).unsqueeze(2)
-    moments = vae.quant_conv(vae.encoder(pixels.to(spec.device, spec.precision.compute)))
+    moments = vae.quant_conv(vae.encoder(pixels.to(spec.device, spec.math)))
     latents = moments.chunk(2, dim=1)[0].float()  # the distribution's mode is its mean
     return require_finite(latents, f"The reference latent of a {width}x{height} picture", spec)
 
@@ -49,10 +46,10 @@ def decode(
     Raises InputError for latents of another shape and NonFiniteError for NaN in or out.
     """
     latents = require_latents(samples, "The latent to decode")
-    require_finite(latents, "The latent to decode", "the node that made it")
+    require_finite_input(latents, "The latent to decode")
 
     def decode_part(raw: torch.Tensor) -> torch.Tensor:
-        part = cross(raw, spec.device).to(spec.precision.compute)
+        part = cross(raw, spec.device).to(spec.math)
         pixels = vae.decoder(vae.post_quant_conv(part)).float()
         return require_finite(pixels, "The decoded picture", spec).clamp(-1, 1)
 
@@ -73,10 +70,7 @@ def _decode_one(
 
 
 def decode_tiled(decode_part: Callable[[torch.Tensor], torch.Tensor], raw: torch.Tensor) -> torch.Tensor:
-    """Decode raw latents (1, 16, 1, h, w) in overlapping tiles that fade into each other: (1, 3, 1, 8h, 8w)
-    on
-    the CPU.
-    """
+    """Decode raw latents (1, 16, 1, h, w) in tiles that fade into each other: (1, 3, 1, 8h, 8w), CPU."""
     *_, height, width = raw.shape
     pixels = torch.zeros(1, 3, 1, height * VAE_SCALE, width * VAE_SCALE)
     weights = torch.zeros(height * VAE_SCALE, width * VAE_SCALE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -22,9 +22,7 @@ class Worker(Protocol):
     device: torch.device
 
     def predict(self, latents: torch.Tensor, step: int, branch: str) -> torch.Tensor:
-        """The predicted velocity (1, tokens, 64) FP32 for packed latents of the same shape, at `step` of the
-        schedule.
-        """
+        """The predicted velocity (1, tokens, 64) FP32 for packed latents so shaped, at `step`."""
         ...
 
 
@@ -38,11 +36,16 @@ class LocalWorker:
         schedule: Schedule,
         latent_size: tuple[int, int],
         conditions: Mapping[str, Condition],
+        on_fold: Callable[[int, int], None] = lambda done, total: None,
     ):
-        """latent_size: height and width of the latents to sample, both even."""
+        """latent_size: height and width of the latents to sample, both even.
+
+        transformer: as loading.load returns it; its folded modulation is made ready for the schedule.
+        """
         self.device = spec.device
+        transformer.modulation.use(schedule.timesteps, on_fold)
         self._transformer = transformer
-        self._compute = spec.precision.compute
+        self._compute = spec.math
         self._timesteps = schedule.timesteps.to(self.device)
         mean, std = spec.checkpoint.latent_statistics()
         self._inputs = {
@@ -52,6 +55,7 @@ class LocalWorker:
 
     @torch.inference_mode()
     def predict(self, latents: torch.Tensor, step: int, branch: str) -> torch.Tensor:
+        self._transformer.modulation.select(step)
         references, inputs = self._inputs[branch]
         hidden_states = torch.cat([latents.to(self._compute), *references], dim=1)
         timestep = self._timesteps[step].expand(1).to(self._compute)

@@ -1,8 +1,8 @@
-"""Test nodes for a real server: odd inputs no shipped node makes, tensors kept for comparison, core's models
-made small.
-"""
+"""Nodes for tests on a real server: odd inputs, tensors kept to compare, core's models made small."""
 
 import functools
+import json
+import sys
 from pathlib import Path
 
 import comfy.sd
@@ -73,6 +73,29 @@ class ProbeKeep(Probe):
         return {}
 
 
+class ProbeResidents(Probe):
+    """Writes what our memory manager holds to output/NAME.json, as [component, loaded bytes] pairs."""
+
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"name": ("STRING", {})}}
+
+    @classmethod
+    def IS_CHANGED(cls, name):
+        return float("nan")
+
+    def execute(self, name):
+        (host,) = [
+            module for path, module in sys.modules.items() if path.endswith("firered-image-edit.nodes.host")
+        ]
+        residents = [(str(spec), patcher.loaded_size()) for spec, patcher in host._patchers.items()]
+        (Path(folder_paths.get_output_directory()) / f"{name}.json").write_text(json.dumps(residents))
+        return {}
+
+
 class ProbeCLIP(Probe):
     """Core's own Qwen2.5-VL classes and tokenizer at their real width, with one layer and random weights."""
 
@@ -102,6 +125,5 @@ class ProbeCLIP(Probe):
         return (clip,)
 
 
-NODE_CLASS_MAPPINGS = {
-    probe.__name__: probe for probe in (ProbeImage, ProbeLatent, ProbeConditioning, ProbeKeep, ProbeCLIP)
-}
+PROBES = (ProbeImage, ProbeLatent, ProbeConditioning, ProbeKeep, ProbeResidents, ProbeCLIP)
+NODE_CLASS_MAPPINGS = {probe.__name__: probe for probe in PROBES}

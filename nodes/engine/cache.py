@@ -1,0 +1,136 @@
+"""Quantised weights and folded modulation kept on disk: safe to delete, never half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import struct
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .checkpoint import DTYPE_NAMES
+
+log = logging.getLogger("FireRed")
+
+SUFFIX = ".firered.safetensors"  # of every file that is ours to delete
+ABANDONED_SECONDS = 86_400  # after which a partial file is nobody's
+
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class DiskCache:
+    """A folder of derived files, together under `limit` bytes; least recently used go first."""
+
+    folder: Path
+    limit: int
+
+    def find(self, name: str) -> Path | None:
+        """The file of that name, marked as just used, or None."""
+        path = self._path(name)
+        with contextlib.suppress(OSError):  # a folder we may only read is as good
+            os.utime(path)
+        return path if path.is_file() else None
+
+    def create(self, name: str, layout: Layout) -> CacheWriter | None:
+        """A writer for a new file of that name, room having been made; None where it cannot be (logged)."""
+        size = sum(_nbytes(dtype, shape) for dtype, shape in layout.values())
+        try:
+            self._make_room(size)
+            return CacheWriter(self._path(name), layout)
+        except OSError as error:
+            log.warning(
+                "not caching %s (%.1f GiB): %s. The next start computes it again.", name, size / 2**30, error
+            )
+            return None
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}{SUFFIX}"
+
+    def _make_room(self, size: int) -> None:
+        """Delete our own least recently used files until `size` more bytes stay under the limit."""
+        if size > self.limit:
+            raise OSError(f"the cache's limit is {self.limit / 2**30:.1f} GiB")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left_over in self.folder.glob(f"*{SUFFIX}.*.partial"):
+            if time.time() - left_over.stat().st_mtime > ABANDONED_SECONDS:
+                left_over.unlink()
+        files = sorted(self.folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime, reverse=True)
+        used = 0
+        for path in files:
+            used += path.stat().st_size
+            if used > self.limit - size:
+                path.unlink()
+
+
+class CacheWriter:
+    """Writes one safetensors file tensor by tensor, so that it never needs to be in memory whole.
+
+    Nothing bears the final name until every tensor is there. A disk that fills up ends the writing, not the
+    run.
+    """
+
+    def __init__(self, path: Path, layout: Layout):
+        self._path, self._partial = path, path.with_name(f"{path.name}.{os.getpid()}.partial")
+        self._missing = set(layout)
+        self._places: dict[str, int] = {}
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, (dtype, shape) in layout.items():
+            end = offset + _nbytes(dtype, shape)
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            self._places[name] = offset
+            offset = end
+        encoded = json.dumps(header).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._start = 8 + len(encoded)
+        self._file = self._partial.open("wb")
+        try:
+            self._file.write(struct.pack("<Q", len(encoded)) + encoded)
+        except OSError:
+            self.abandon()
+            raise
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one of the layout's tensors, from any device."""
+        if self._file.closed:
+            return
+        try:
+            self._file.seek(self._start + self._places[name])
+            self._file.write(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+            self._missing.discard(name)
+        except OSError as error:
+            log.warning("not caching %s: %s. The next start computes it again.", self._path.name, error)
+            self.abandon()
+
+    def finish(self) -> None:
+        """Give the file its name if it is complete."""
+        if self._file.closed:
+            return
+        if self._missing:
+            self.abandon()
+            return
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._partial, self._path)
+        except OSError as error:
+            log.warning("not caching %s: %s. The next start computes it again.", self._path.name, error)
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Leave nothing behind."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+
+def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize

@@ -1,0 +1,186 @@
+"""Quantised weights and modulation kept on disk: identical, limited, never half-written, never required."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import spec_for
+from engine import loading
+from engine.cache import CacheWriter, DiskCache
+from engine.checkpoint import Checkpoint, read_tensors
+from safetensors.torch import load_file
+
+LAYOUT = {"a": (torch.int8, (3, 4)), "b": (torch.float32, (2,)), "c": (torch.bfloat16, (5,))}
+TENSORS = {
+    "a": torch.arange(12, dtype=torch.int8).view(3, 4),
+    "b": torch.tensor([1.5, -2.5]),
+    "c": torch.arange(5, dtype=torch.bfloat16),
+}
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> DiskCache:
+    return DiskCache(tmp_path / "cache", 10**9)
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("borrowed", [None, torch.device("cpu")])
+def test_what_is_written_tensor_by_tensor_is_a_safetensors_file(
+    tmp_path: Path, borrowed: torch.device | None
+) -> None:
+    writer = CacheWriter(tmp_path / "file", LAYOUT)
+    for name in ("c", "a", "b"):
+        assert not (tmp_path / "file").exists()
+        writer.write(name, TENSORS[name])
+    writer.finish()
+    assert same(load_file(tmp_path / "file"), TENSORS)
+    assert same(
+        {name: tensor.clone() for name, tensor in read_tensors(tmp_path / "file", borrowed_for=borrowed)},
+        TENSORS,
+    )
+
+
+def test_an_unfinished_file_never_gets_its_name(tmp_path: Path) -> None:
+    writer = CacheWriter(tmp_path / "file", LAYOUT)
+    writer.write("a", TENSORS["a"])
+    writer.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("role", "second"), [("transformer", "int8"), ("transformer", "int8-fast"), ("text_encoder", "int8")]
+)
+def test_the_second_start_reads_the_copy_and_gets_identical_weights(
+    tiny: Checkpoint, cache: DiskCache, role: str, second: str
+) -> None:
+    first = state(loading.load(spec_for(tiny, role, "int8"), cache=cache))
+    (kept,) = cache.folder.iterdir()
+    before = kept.stat()
+    os.utime(kept, ns=(1, 1))
+    assert same(first, state(loading.load(spec_for(tiny, role, second), cache=cache)))
+    after = kept.stat()
+    assert after.st_ino == before.st_ino and after.st_mtime_ns >= before.st_mtime_ns  # used, not written anew
+    assert same(first, state(loading.load(spec_for(tiny, role, "int8"))))
+
+
+def test_progress_reaches_the_end(tiny: Checkpoint, cache: DiskCache) -> None:
+    seen: list[tuple[int, int]] = []
+    for _ in ("from the checkpoint", "from the copy"):
+        loading.load(spec_for(tiny, "transformer", "int8"), lambda *progress: seen.append(progress), cache)
+        assert seen[-1][0] == seen[-1][1]
+
+
+def test_the_second_start_does_not_read_the_checkpoint(
+    tiny: Checkpoint, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading.load(spec_for(tiny, "transformer", "int8"), cache=cache).modulation.use(torch.tensor([0.5]))
+
+    def unread(*_: object, **__: object) -> None:
+        raise AssertionError("the checkpoint's weights were read")
+
+    monkeypatch.setattr("engine.checkpoint.Component.tensors", unread)
+    loading.load(spec_for(tiny, "transformer", "int8"), cache=cache).modulation.use(torch.tensor([0.5]))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "another shape", "another model's"])
+def test_a_damaged_copy_is_made_again(tiny: Checkpoint, cache: DiskCache, damage: str) -> None:
+    expected = state(loading.load(spec_for(tiny, "transformer", "int8"), cache=cache))
+    (kept,) = cache.folder.iterdir()
+    good = kept.read_bytes()
+    if damage == "truncated":
+        kept.write_bytes(good[:-100])
+    elif damage == "garbage":
+        kept.write_bytes(b"\0" * len(good))
+    elif damage == "another shape":
+        assert b"[64,64]" in good or b"[64, 64]" in good
+        kept.write_bytes(good.replace(b"[64, 64]", b"[63, 64]", 1))
+    else:
+        writer = CacheWriter(kept, LAYOUT)
+        for name, tensor in TENSORS.items():
+            writer.write(name, tensor)
+        writer.finish()
+    assert same(state(loading.load(spec_for(tiny, "transformer", "int8"), cache=cache)), expected)
+    assert kept.read_bytes() == good
+
+
+def test_a_copy_of_replaced_weights_is_not_used(tiny_copy: Path, cache: DiskCache) -> None:
+    loading.load(spec_for(Checkpoint(tiny_copy), "transformer", "int8"), cache=cache)
+    os.utime(tiny_copy / "transformer" / "diffusion_pytorch_model.safetensors", ns=(1, 1))
+    loading.load(spec_for(Checkpoint(tiny_copy), "transformer", "int8"), cache=cache)
+    assert len(list(cache.folder.iterdir())) == 2
+
+
+def test_the_limit_holds_the_least_recently_used_goes_first_and_foreign_files_stay(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 1000)
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 900)
+    (tmp_path / "folder").mkdir()
+    for age, name in enumerate(("old", "older")):
+        file = tmp_path / f"{name}.firered.safetensors"
+        file.write_bytes(b"x" * 300)
+        os.utime(file, ns=(10**9 * (5 - age), 10**9 * (5 - age)))
+    writer = cache.create("new", {"a": (torch.uint8, (500,))})
+    assert writer is not None
+    writer.abandon()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "model.safetensors",
+        "folder",
+        "old.firered.safetensors",
+    }
+    assert cache.create("huge", {"a": (torch.uint8, (2000,))}) is None
+
+
+def test_a_disk_that_fills_up_ends_the_caching_and_not_the_load(
+    tiny: Checkpoint, cache: DiskCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    create = CacheWriter.__init__
+
+    def small_disk(self: CacheWriter, *args: object) -> None:
+        create(self, *args)
+        file = self._file
+
+        class Full:
+            closed = False
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(file, name)
+
+            def write(self, data: bytes) -> None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            def close(self) -> None:
+                self.closed = True
+                file.close()
+
+        self._file = Full()
+
+    monkeypatch.setattr(CacheWriter, "__init__", small_disk)
+    loaded = state(loading.load(spec_for(tiny, "transformer", "int8"), cache=cache))
+    assert same(loaded, state(loading.load(spec_for(tiny, "transformer", "int8"))))
+    assert "No space left on device" in caplog.text
+    assert list(cache.folder.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_no_obstacle(tiny: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    loading.load(spec_for(tiny, "transformer", "int8"), cache=DiskCache(tmp_path / "file", 10**9))
+
+
+def test_cancelling_a_load_leaves_nothing_behind(tiny: Checkpoint, cache: DiskCache) -> None:
+    def cancel(done: int, total: int) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loading.load(spec_for(tiny, "transformer", "int8"), cancel, cache)
+    assert list(cache.folder.iterdir()) == []
+
+
+def state(component) -> dict[str, torch.Tensor]:
+    return getattr(component, "model", component).state_dict()
