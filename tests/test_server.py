@@ -84,6 +84,21 @@ def test_every_step_is_reported_with_a_preview(client: Client) -> None:
     assert run.previews >= 4
 
 
+def test_a_cancelled_prompt_stops_at_the_step_and_the_next_one_runs(client: Client) -> None:
+    long = changed(edit_prompt(), SAMPLE, steps=1000, seed=7)
+    seen: list[int] = []
+
+    def cancel(name: str, data: dict) -> None:
+        if name == "progress" and data["node"] == SAMPLE and data["max"] == 1000:
+            seen.append(data["value"])
+            if len(seen) == 1:
+                client.post("/interrupt")
+
+    assert client.run(long, cancel).status == "interrupted"
+    assert seen and seen[-1] < 500
+    succeed(client, changed(edit_prompt(), SAMPLE, seed=8))
+
+
 def test_only_what_changed_runs_again(client: Client) -> None:
     succeed(client, changed(edit_prompt(), SAMPLE, seed=4))
     again = succeed(client, changed(edit_prompt(), SAMPLE, seed=5))
