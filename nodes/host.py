@@ -150,7 +150,7 @@ def _resolve_device(label: str, role: str) -> tuple[torch.device, Card]:
     return device, Card(f"gpu:{accelerators.index(device)}", name, native_bf16, memory)
 
 
-def _automatic_precision(role: str, card: Card, fits: Callable[[str], bool]) -> tuple[str, str]:
+def _automatic_precision(role: str, card: Card, runs: Callable[[str], bool]) -> tuple[str, str]:
     """What ComfyUI's command line asks for this kind of model, else what suits the card; with the reason."""
     for name in ("fp32", "bf16"):
         flag = f"{name}_{PRECISION_FLAGS[role]}"
@@ -158,7 +158,7 @@ def _automatic_precision(role: str, card: Card, fits: Callable[[str], bool]) -> 
             return name, f"--{flag.replace('_', '-')}"
     if args.force_fp32:
         return "fp32", "--force-fp32"
-    return automatic_precision(role, card, fits)
+    return automatic_precision(role, card, runs)
 
 
 def _runs_here(spec: ComponentSpec) -> bool:
@@ -255,9 +255,8 @@ def _whole_model_patcher() -> type:
             return freed
 
         def detach(self, unpatch_all: bool = True) -> Resident:
-            if (
-                unpatch_all
-            ):  # load_models_gpu also calls detach(False), on every load of a model it already has
+            # load_models_gpu calls detach(False) each time it is asked for a model it already has loaded
+            if unpatch_all:
                 self.model.unload()
             return self.model
 
@@ -286,8 +285,7 @@ def progress_reporter() -> Callable[[int, int], None]:
 
 
 def sampling_reporter(device: torch.device) -> Callable[[int, int, torch.Tensor], None]:
-    """A callback (done, total, denoised) like progress_reporter's, with a live preview if ComfyUI has them
-    on.
+    """A callback (done, total, denoised) like progress_reporter's, with ComfyUI's live preview if it is on.
 
     denoised: normalised latents (1, 16, 1, h, w), which is the space of core's Wan 2.1 preview factors.
     """

@@ -24,13 +24,14 @@ from .components import MODULATION
 from .errors import CheckpointError
 
 STREAMS = ("img", "txt")
-KEPT_SCHEDULES = 4  # in memory; 354 MB each for 40 steps
+KEPT_BYTES = 3 * 2**29  # of schedules in memory beside the current one; 354 MB each for 40 steps
 TIME_EMBEDDER = "time_text_embed."
 
 OnProgress = Callable[[int, int], None]
 
 
 def is_modulation(stored: str) -> bool:
+    """Whether a stored tensor is one of those folded."""
     return MODULATION.match(stored) is not None
 
 
@@ -82,7 +83,7 @@ class Modulation:
         if digest not in self._tables:
             self._tables[digest] = self._find_or_compute(timesteps, digest, on_progress)
         self._tables.move_to_end(digest)
-        while len(self._tables) > KEPT_SCHEDULES:
+        while len(self._tables) > 1 and sum(table.nbytes for table in self._tables.values()) > KEPT_BYTES:
             self._tables.popitem(last=False)
         self._table, self._step = self._tables[digest], -1
         self.select(0)

@@ -93,10 +93,10 @@ def resolve(precision: Precision, card: Card, math: str = "auto") -> Precision:
     return precision
 
 
-def automatic_precision(role: str, card: Card, fits: Callable[[str], bool]) -> tuple[str, str]:
+def automatic_precision(role: str, card: Card, runs: Callable[[str], bool]) -> tuple[str, str]:
     """The precision for a device nobody chose one for, with the reason for the log line.
 
-    fits: whether the component fits the card and runs there at the precision of that name.
+    runs: whether the component fits the card and runs there at the precision of that name.
     """
     native = (
         ("bf16", "native bf16")
@@ -104,9 +104,9 @@ def automatic_precision(role: str, card: Card, fits: Callable[[str], bool]) -> t
         else ("fp32", "no native bf16, and fp16 overflows in this model")
     )
     smaller = [name for name in ("int8", "nf4") if name in ROLE_PRECISIONS[role]]
-    if fits(native[0]) or not smaller:
+    if runs(native[0]) or not smaller:
         return native
     for name in smaller:
-        if fits(name):
+        if runs(name):
             return name, f"{native[0]} does not fit"
     return smaller[0], "the smallest that runs here"
