@@ -111,10 +111,7 @@ def describe_component(
     spec = described(precision)
     log.info("%s, about %.1f GiB%s", spec, spec.nbytes() / GIB, f" ({reason})" if reason else "")
     require_fit(spec)
-    if spec.precision.needs_bitsandbytes:
-        from .engine.formats.bitsandbytes import require_bitsandbytes
-
-        require_bitsandbytes(spec)
+    _require_library(spec)
     if role == "transformer" and spec.math is torch.float16:
         log.warning(
             "fp16 arithmetic overflows in this transformer; the sampler will stop at the step where it does."
@@ -161,15 +158,20 @@ def _automatic_precision(role: str, card: Card, runs: Callable[[str], bool]) -> 
     return automatic_precision(role, card, runs)
 
 
+def _require_library(spec: ComponentSpec) -> None:
+    """Raise FireRedError where what the precision needs is not installed or does not work on the device."""
+    if spec.precision.needs_bitsandbytes:
+        from .engine.formats.bitsandbytes import require_bitsandbytes
+
+        require_bitsandbytes(spec)
+
+
 def _runs_here(spec: ComponentSpec) -> bool:
     """Whether the component fits its card, and what it needs is installed and works there."""
-    from .engine.formats.bitsandbytes import require_bitsandbytes
-
     if not fits(spec):
         return False
     try:
-        if spec.precision.needs_bitsandbytes:
-            require_bitsandbytes(spec)
+        _require_library(spec)
     except FireRedError:
         return False
     return True

@@ -8,20 +8,17 @@ import logging
 import os
 import struct
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .checkpoint import DTYPE_NAMES
+from .checkpoint import DTYPE_NAMES, Layout
 
 log = logging.getLogger("FireRed")
 
 SUFFIX = ".firered.safetensors"  # of every file that is ours to delete
 ABANDONED_SECONDS = 86_400  # after which a partial file is nobody's
-
-Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -106,8 +103,7 @@ class CacheWriter:
             self._file.write(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
             self._missing.discard(name)
         except OSError as error:
-            log.warning("not caching %s: %s. The next start computes it again.", self._path.name, error)
-            self.abandon()
+            self._give_up(error)
 
     def finish(self) -> None:
         """Give the file its name if it is complete."""
@@ -122,8 +118,11 @@ class CacheWriter:
             self._file.close()
             os.replace(self._partial, self._path)
         except OSError as error:
-            log.warning("not caching %s: %s. The next start computes it again.", self._path.name, error)
-            self.abandon()
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        log.warning("not caching %s: %s. The next start computes it again.", self._path.name, error)
+        self.abandon()
 
     def abandon(self) -> None:
         """Leave nothing behind."""

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Dtype and shape of tensors, by name.
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # where there is no index
 MAX_PINNED_BYTES = 2**28
@@ -69,6 +71,12 @@ class Component:
 
     def shards(self) -> list[Path]:
         """The weight files, each checked to be complete. Raises CheckpointError naming one that is not."""
+        shards = self._shard_paths()
+        for shard in shards:
+            read_header(shard)
+        return shards
+
+    def _shard_paths(self) -> list[Path]:
         indexes = sorted(self.folder.glob("*.safetensors.index.json"))
         if indexes:
             names = sorted(set(read_json(indexes[0]).get("weight_map", {}).values()))
@@ -81,10 +89,11 @@ class Component:
             )
         if not names:
             raise CheckpointError(f"No .safetensors weights in {self.folder}. Download the folder again.")
-        shards = [self.folder / name for name in names]
-        for shard in shards:
-            read_header(shard)
-        return shards
+        return [self.folder / name for name in names]
+
+    def stored(self) -> dict[str, dict[str, Any]]:
+        """Dtype, shape and offsets of every stored tensor, by name; the files are checked as by shards."""
+        return {name: info for shard in self._shard_paths() for name, info in read_header(shard).items()}
 
     def tensors(
         self, wanted: Callable[[str], bool] = lambda name: True, borrowed_for: torch.device | None = None
@@ -180,6 +189,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
     """Names, dtypes and shapes of a safetensors file, after checking that all its bytes are there."""
+    return _read_header(path)[0]
+
+
+def _read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """The header, and where in the file the data starts that its offsets count from."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -193,7 +207,8 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
             dtype = DTYPES.get(info["dtype"])
             if dtype is not None and torch.Size(info["shape"]).numel() * dtype.itemsize != end - start:
                 raise ValueError(f"the size of {name} does not match its shape")
-        expected = 8 + length + max((info["data_offsets"][1] for info in header.values()), default=0)
+        start_of_data = 8 + length
+        expected = start_of_data + max((info["data_offsets"][1] for info in header.values()), default=0)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing. Download this file again; the others can stay.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
@@ -205,7 +220,7 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
             f"{path} is truncated: {size:,} of {expected:,} bytes. Download this file again; the others can "
             f"stay."
         )
-    return header
+    return header, start_of_data
 
 
 def read_tensors(
@@ -218,10 +233,9 @@ def read_tensors(
     Plain reads rather than a memory map: never more than two tensors of the file are in host memory.
     borrowed_for: the device each tensor is copied to before the next is asked for; two buffers then do.
     """
-    header = read_header(path)
-    offset = 8 + _header_length(path)
+    header, start_of_data = _read_header(path)
     names = sorted(filter(wanted, header), key=lambda name: header[name]["data_offsets"][0])
-    sizes = {name: header[name]["data_offsets"][1] - header[name]["data_offsets"][0] for name in names}
+    sizes = {name: stored_bytes(header[name]) for name in names}
     buffers = []
     if borrowed_for is not None:
         buffers = [_host_buffer(max(sizes.values(), default=0), borrowed_for) for _ in range(2)]
@@ -235,7 +249,7 @@ def read_tensors(
             )
         data = buffers[index % 2][:size] if buffers else torch.empty(size, dtype=torch.uint8)
         try:
-            file.seek(offset + info["data_offsets"][0])
+            file.seek(start_of_data + info["data_offsets"][0])
             complete = size == 0 or file.readinto(data.numpy().data) == size
         except OSError as error:
             raise CheckpointError(
@@ -255,18 +269,13 @@ def read_tensors(
             del tensor
 
 
-def stored_bytes(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> int:
-    """How many bytes the tensors of a safetensors file take there whose names are `wanted`."""
-    offsets = [info["data_offsets"] for name, info in read_header(path).items() if wanted(name)]
-    return sum(end - start for start, end in offsets)
+def stored_bytes(info: dict[str, Any]) -> int:
+    """How many bytes a tensor takes in its file, from its entry in the header."""
+    start, end = info["data_offsets"]
+    return end - start
 
 
 def _host_buffer(size: int, device: torch.device) -> torch.Tensor:
     """Uninitialised bytes, pinned for copies to a GPU if few: pinned memory is never given back."""
     pinned = device.type == "cuda" and size <= MAX_PINNED_BYTES
     return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-
-
-def _header_length(path: Path) -> int:
-    with path.open("rb") as file:
-        return struct.unpack("<Q", file.read(8))[0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .checkpoint import DTYPES, Checkpoint, read_header
+from .checkpoint import DTYPES, Checkpoint
 from .errors import FireRedError
 from .precision import ROLE_PRECISIONS, Card, Precision, resolve
 
@@ -66,20 +66,18 @@ class ComponentSpec:
 
     def nbytes(self) -> int:
         """About how many bytes the weights take once loaded, read off the files' headers."""
-        component = self.checkpoint.component(self.role)
         total = 0.0
-        for shard in component.shards():
-            for stored, info in read_header(shard).items():
-                name = model_name(self.role, stored)
-                if name is None:
-                    continue
-                numel = torch.Size(info["shape"]).numel()
-                if len(info["shape"]) != 2 or not name.endswith(".weight"):
-                    total += numel * self.math.itemsize
-                elif self.precision.format and is_big_matrix(self.role, name):
-                    total += numel * self.precision.weight_bytes
-                else:
-                    total += numel * (self.precision.storage or DTYPES[info["dtype"]]).itemsize
+        for stored, info in self.checkpoint.component(self.role).stored().items():
+            name = model_name(self.role, stored)
+            if name is None:
+                continue
+            numel = torch.Size(info["shape"]).numel()
+            if len(info["shape"]) != 2 or not name.endswith(".weight"):
+                total += numel * self.math.itemsize
+            elif self.precision.format and is_big_matrix(self.role, name):
+                total += numel * self.precision.weight_bytes
+            else:
+                total += numel * (self.precision.storage or DTYPES[info["dtype"]]).itemsize
         return int(total)
 
 

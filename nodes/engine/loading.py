@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,19 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 
 from .cache import CacheWriter, DiskCache
-from .checkpoint import DTYPES, Component, read_header, read_tensors, stored_bytes
+from .checkpoint import DTYPES, Component, Layout, read_header, read_tensors, stored_bytes
 from .components import ComponentSpec, model_name
 from .errors import CheckpointError
 from .formats import FORMATS, QuantizedLinear
 from .layers import is_stored, keep_single_frames, prepare_layers
 from .modulation import Modulation
+from .progress import OnProgress, untold
 from .text import TextEncoder
 
 log = logging.getLogger("FireRed")
 
-OnProgress = Callable[[int, int], None]  # bytes loaded so far, bytes in all
 
-
-def load(
-    spec: ComponentSpec, on_progress: OnProgress = lambda done, total: None, cache: DiskCache | None = None
-) -> Any:
+def load(spec: ComponentSpec, on_progress: OnProgress = untold, cache: DiskCache | None = None) -> Any:
     """Load the component that `spec` describes onto its device.
 
     Returns a QwenImageTransformer2DModel with its `modulation` folded, a TextEncoder or an
@@ -115,18 +112,17 @@ def _fill(
     if kept is not None:
         try:
             with contextlib.closing(_kept_tensors(kept, spec)) as tensors:
-                _fill_from(model, spec, tensors, stored_bytes(kept), on_progress, None)
+                total = sum(map(stored_bytes, read_header(kept).values()))
+                _fill_from(model, spec, tensors, total, on_progress, None)
             _finish(model, spec)
             return
         except CheckpointError as error:
             log.warning("the cached weights are damaged and made again (%s)", error)
     component = spec.checkpoint.component(spec.role)
-    shards = component.shards()
-    layout = _layout(model, spec, component)
-    writer = cache.create(name, layout) if cache and name else None
-    total = sum(
-        stored_bytes(shard, lambda stored: model_name(spec.role, stored) is not None) for shard in shards
-    )
+    stored = {model_name(spec.role, name): info for name, info in component.stored().items()}
+    stored.pop(None, None)
+    writer = cache.create(name, _layout(model, spec, stored)) if cache and name else None
+    total = sum(map(stored_bytes, stored.values()))
     try:
         _fill_from(model, spec, _renamed_tensors(component, spec), total, on_progress, writer)
         if writer is not None:
@@ -139,25 +135,19 @@ def _fill(
 
 def _cache_name(spec: ComponentSpec) -> str | None:
     """The cache file of a component at a precision, None where nothing is kept of it."""
-    form = FORMATS[spec.precision.format] if spec.precision.format else None
-    cached_as = getattr(form, "cached_as", None)
+    cached_as = FORMATS[spec.precision.format].cached_as if spec.precision.format else None
     if cached_as is None:
         return None
     compute = str(spec.math).removeprefix("torch.")
     return f"{spec.checkpoint.name}-{spec.role}-{cached_as}-{compute}-{spec.identity}"
 
 
-def _layout(
-    model: torch.nn.Module, spec: ComponentSpec, component: Component
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of everything the filled model holds, by name."""
+def _layout(model: torch.nn.Module, spec: ComponentSpec, stored: Mapping[str | None, Any]) -> Layout:
+    """What the filled model holds. stored: the checkpoint's tensors by their names in the model."""
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for path, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             layout |= {f"{path}.{name}": described for name, described in module.layout().items()}
-    stored = {
-        model_name(spec.role, name): info for s in component.shards() for name, info in read_header(s).items()
-    }
     for name, parameter in model.named_parameters():
         owner, _, attribute = name.rpartition(".")
         dtype = spec.precision.storage if is_stored(model.get_submodule(owner), attribute) else spec.math

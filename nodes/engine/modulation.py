@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import OrderedDict
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +21,11 @@ from .cache import DiskCache
 from .checkpoint import Checkpoint, read_tensors
 from .components import MODULATION
 from .errors import CheckpointError
+from .progress import OnProgress, untold
 
 STREAMS = ("img", "txt")
 KEPT_BYTES = 3 * 2**29  # of schedules in memory beside the current one; 354 MB each for 40 steps
 TIME_EMBEDDER = "time_text_embed."
-
-OnProgress = Callable[[int, int], None]
 
 
 def is_modulation(stored: str) -> bool:
@@ -77,7 +75,7 @@ class Modulation:
             for stream, name in enumerate(STREAMS):
                 setattr(block, f"{name}_mod", FoldedModulation(self, number, stream))
 
-    def use(self, timesteps: torch.Tensor, on_progress: OnProgress = lambda done, total: None) -> None:
+    def use(self, timesteps: torch.Tensor, on_progress: OnProgress = untold) -> None:
         """Get ready for these timesteps (n,), FP32, 0 to 1: from memory, the cache, or the weights."""
         digest = hashlib.sha256(timesteps.float().cpu().numpy().tobytes()).hexdigest()[:16]
         if digest not in self._tables:

@@ -23,6 +23,7 @@ from .latents import (
     require_size,
     unpack,
 )
+from .progress import OnProgress, untold
 from .schedule import Schedule, make_schedule
 from .transfer import cross
 from .workers import NEGATIVE, POSITIVE, LocalWorker
@@ -30,7 +31,6 @@ from .workers import NEGATIVE, POSITIVE, LocalWorker
 # done, total, denoised: steps done of all pictures' steps, and the current estimate (1, 16, 1, h, w),
 # normalised.
 OnStep = Callable[[int, int, torch.Tensor], None]
-OnProgress = Callable[[int, int], None]
 EMPTY_LATENT_CHANNELS = 4
 
 
@@ -91,7 +91,7 @@ def sample(
     transformer: Any,
     plan: SamplingPlan,
     on_step: OnStep = lambda done, total, denoised: None,
-    on_fold: OnProgress = lambda done, total: None,
+    on_fold: OnProgress = untold,
 ) -> torch.Tensor:
     """Run the plan: raw latents (B, 16, 1, h, w), FP32 on the CPU.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from .components import ComponentSpec
 from .conditioning import Condition
 from .latents import PATCH, normalize, pack, pad_to_patches
+from .progress import OnProgress, untold
 from .schedule import Schedule
 from .transfer import cross
 
@@ -36,7 +37,7 @@ class LocalWorker:
         schedule: Schedule,
         latent_size: tuple[int, int],
         conditions: Mapping[str, Condition],
-        on_fold: Callable[[int, int], None] = lambda done, total: None,
+        on_fold: OnProgress = untold,
     ):
         """latent_size: height and width of the latents to sample, both even.
 

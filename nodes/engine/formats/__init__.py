@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
-
 from .bitsandbytes import Int8BnbLinear, Nf4Linear
 from .int8 import Int8FastLinear, Int8Linear
 from .linear import QuantizedLinear
 
-FORMATS: dict[str, Callable[[torch.nn.Linear, torch.dtype], QuantizedLinear]] = {
+FORMATS: dict[str, type[QuantizedLinear]] = {
     "int8": Int8Linear,
     "int8-fast": Int8FastLinear,
     "nf4": Nf4Linear,

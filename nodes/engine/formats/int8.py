@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 
+from ..checkpoint import Layout
 from .int8_math import ROTATION, multiply_upcast, quantize_rows, rotate
 from .int8_paths import IntegerPath, choose_path
-from .linear import Layout, QuantizedLinear
+from .linear import QuantizedLinear
 
 MIN_INT_MM_ROWS = 17  # torch._int_mm takes more than 16
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-# Dtype and shape of what a layer keeps of its matrix, by attribute.
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+from ..checkpoint import Layout
 
 
 class QuantizedLinear(torch.nn.Module):
