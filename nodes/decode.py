@@ -7,7 +7,6 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import host
-from .engine.components import ComponentSpec
 from .load import CATEGORY, VAE
 
 TILINGS = ["auto", "whole", "tiled"]
@@ -29,15 +28,18 @@ class FireRedDecode(io.ComfyNode):
                     options=TILINGS,
                     default="auto",
                     optional=True,
-                    tooltip="auto: whole where it fits in memory, else in tiles that fade into each other.",
+                    tooltip="auto: whole where it fits in memory, else in tiles, without seams.",
                 ),
             ],
             outputs=[io.Image.Output("image", display_name="image")],
         )
 
     @classmethod
-    def execute(cls, vae: ComponentSpec, latent: dict[str, Any], tiling: str = "auto") -> io.NodeOutput:
+    def execute(cls, vae: host.Handle, latent: dict[str, Any], tiling: str = "auto") -> io.NodeOutput:
         from .engine.vae import decode
 
         with host.borrow(vae) as autoencoder:
-            return io.NodeOutput(decode(autoencoder, vae, latent["samples"], tiling))
+            free = host.free_memory(vae.spec.device)
+            image = decode(autoencoder, vae.spec, latent["samples"], tiling, free)
+        host.forget_run(latent)
+        return io.NodeOutput(image)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from comfy_api.latest import io
 
 from . import host
-from .engine.components import ComponentSpec
 from .engine.conditioning import to_conditioning
 from .engine.errors import InputError
 from .engine.guard import require_finite
 from .engine.images import to_pil
+from .engine.recall import embedding_name, recall, reference_name
 from .engine.transfer import cross
 from .load import CATEGORY, VAE, TextEncoder
 
@@ -71,10 +73,10 @@ class FireRedEncodePrompt(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        text_encoder: ComponentSpec,
+        text_encoder: host.Handle,
         prompt: str,
         images: io.Autogrow.Type,
-        vae: ComponentSpec | None = None,
+        vae: host.Handle | None = None,
         negative_prompt: str = " ",
         reference_megapixels: float = 1.0,
     ) -> io.NodeOutput:
@@ -84,23 +86,31 @@ class FireRedEncodePrompt(io.ComfyNode):
         if not pictures:
             raise InputError("There is no picture to edit. Connect at least one image.")
         references = _encode_references(vae, pictures, reference_megapixels) if vae is not None else []
-        with host.borrow(text_encoder) as encoder:
-            embeds = []
-            for name, text in (("positive", prompt), ("negative", negative_prompt)):
-                host.check_cancelled()
-                encoded = require_finite(
-                    encoder.encode(text, pictures), f"The {name} prompt's embedding", text_encoder
-                )
-                embeds.append(cross(encoded, CPU))
+        embeds = _encode_prompts(text_encoder, (prompt, negative_prompt), pictures)
         return io.NodeOutput(*(to_conditioning(encoded, references, pictures[0].size) for encoded in embeds))
 
 
-def _encode_references(vae: ComponentSpec, pictures: list, megapixels: float) -> list[torch.Tensor]:
-    from .engine.vae import encode_reference
+def _encode_references(vae: host.Handle, pictures: list, megapixels: float) -> list[torch.Tensor]:
+    def encode(missing: list[int]) -> Iterator[torch.Tensor]:
+        from .engine.vae import encode_reference
 
-    with host.borrow(vae) as autoencoder:
-        references = []
-        for picture in pictures:
-            host.check_cancelled()
-            references.append(cross(encode_reference(autoencoder, vae, picture, megapixels), CPU))
-        return references
+        with host.borrow(vae) as autoencoder:
+            for index in missing:
+                yield cross(encode_reference(autoencoder, vae.spec, pictures[index], megapixels), CPU)
+
+    names = [reference_name(vae.spec, picture, megapixels) for picture in pictures]
+    return recall(host.disk_cache(), names, encode)
+
+
+def _encode_prompts(
+    text_encoder: host.Handle, prompts: tuple[str, str], pictures: list
+) -> list[torch.Tensor]:
+    def encode(missing: list[int]) -> Iterator[torch.Tensor]:
+        with host.borrow(text_encoder) as encoder:
+            for index in missing:
+                embeds = encoder.encode(prompts[index], pictures)
+                what = f"The {('positive', 'negative')[index]} prompt's embedding"
+                yield cross(require_finite(embeds, what, text_encoder.spec), CPU)
+
+    names = [embedding_name(text_encoder.spec, prompt, pictures) for prompt in prompts]
+    return recall(host.disk_cache(), names, encode)

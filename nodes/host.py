@@ -10,28 +10,36 @@ import functools
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import comfy.latent_formats
 import comfy.utils
 import folder_paths
 import torch
 from comfy.cli_args import args
+from comfy_execution.utils import get_executing_context
 
 from .engine.cache import DiskCache
 from .engine.checkpoint import Checkpoint, download_hint, find_checkpoints, open_checkpoint
 from .engine.components import GIB, WORKING_BYTES, ComponentSpec, describe, fits, require_fit
 from .engine.errors import CheckpointError, FireRedError
 from .engine.precision import ROLE_PRECISIONS, Card, automatic_precision
+from .engine.progress import StepTimer, before_each_block
+from .engine.resume import SavedRun, is_run_name
 
 log = logging.getLogger("FireRed")
 
 NO_CHECKPOINT = "put a FireRed folder into models/diffusers"
 DEVICE_LABEL = re.compile(r"auto|cpu|gpu:\d+")
 DEFAULT_CACHE_GB = 100
+RUN_KEY = "firered_run"  # in a LATENT: the name of the run that made it
+RUNS_GB = 1  # of unfinished runs, 1 MB each for a picture of 1 megapixel
 PRECISION_FLAGS = {
     "transformer": "unet",
     "text_encoder": "text_enc",
@@ -79,12 +87,27 @@ def validate_loader(checkpoint: str | None, device: str | None) -> bool | str:
 
 def disk_cache() -> DiskCache:
     """Where derived files are kept: models/firered_cache, unless the environment says otherwise."""
-    folder = os.environ.get("FIRERED_CACHE_DIR") or Path(folder_paths.models_dir) / "firered_cache"
     gigabytes = os.environ.get("FIRERED_CACHE_GB", DEFAULT_CACHE_GB)
     try:
-        return DiskCache(Path(folder), int(float(gigabytes) * 1e9))
+        return DiskCache(_cache_folder(), int(float(gigabytes) * 1e9))
     except ValueError:
         raise FireRedError(f"FIRERED_CACHE_GB is {gigabytes!r}; set it to a number of gigabytes.") from None
+
+
+def saved_run(name: str) -> SavedRun:
+    """The unfinished run of that name, which may be on disk or not yet."""
+    return SavedRun(DiskCache(_cache_folder() / "runs", int(RUNS_GB * 1e9)), name)
+
+
+def forget_run(latent: dict[str, Any]) -> None:
+    """The latent's picture is there: what would have resumed its run is not needed any more."""
+    name = latent.get(RUN_KEY)
+    if is_run_name(name):
+        saved_run(name).forget()
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("FIRERED_CACHE_DIR") or Path(folder_paths.models_dir) / "firered_cache")
 
 
 # Devices and precisions
@@ -95,10 +118,29 @@ def device_labels() -> list[str]:
     return ["auto", "cpu", *(f"gpu:{index}" for index in range(len(_accelerators())))]
 
 
-def describe_component(
-    role: str, checkpoint: str, precision: str, device: str, math: str = "auto"
-) -> ComponentSpec:
-    """Decide where and how a component runs here, log it in one line, and describe it. Loads nothing."""
+def open_component(role: str, checkpoint: str, precision: str, device: str, math: str = "auto") -> Handle:
+    """Decide where and how a component runs here and log it in one line. Loads nothing.
+
+    Raises FireRedError where it cannot run or does not fit.
+    """
+    spec, reason = _decide(role, checkpoint, precision, device, math)
+    log.info("%s, about %.1f GiB%s", spec, spec.nbytes() / GIB, f" ({reason})" if reason else "")
+    require_fit(spec)
+    _require_library(spec)
+    if role == "transformer" and spec.math is torch.float16:
+        log.warning(
+            "fp16 arithmetic overflows in this transformer; the sampler will stop at the step where it does."
+        )
+    return Handle(spec, _patchers.get(spec) or _make_patcher(spec))
+
+
+def describe_component(role: str, checkpoint: str, precision: str, device: str) -> ComponentSpec:
+    """What open_component would open."""
+    return _decide(role, checkpoint, precision, device, "auto")[0]
+
+
+def _decide(role: str, checkpoint: str, precision: str, device: str, math: str) -> tuple[ComponentSpec, str]:
+    """A component as it will run here, and the reason where nobody chose."""
     torch_device, card = _resolve_device(device, role)
     found, rows = get_checkpoint(checkpoint), ROLE_PRECISIONS[role]
 
@@ -108,15 +150,7 @@ def describe_component(
     reason = ""
     if precision == "auto":
         precision, reason = _automatic_precision(role, card, lambda name: _runs_here(described(name)))
-    spec = described(precision)
-    log.info("%s, about %.1f GiB%s", spec, spec.nbytes() / GIB, f" ({reason})" if reason else "")
-    require_fit(spec)
-    _require_library(spec)
-    if role == "transformer" and spec.math is torch.float16:
-        log.warning(
-            "fp16 arithmetic overflows in this transformer; the sampler will stop at the step where it does."
-        )
-    return spec
+    return described(precision), reason
 
 
 def _accelerators() -> list[torch.device]:
@@ -199,8 +233,10 @@ class Resident(torch.nn.Module):
 
         from .engine import loading
 
+        started = time.monotonic()
         with mm.cuda_device_context(self.spec.device):  # layers test kernels on the current device
             self.component = loading.load(self.spec, progress_reporter(), disk_cache())
+        log.info("%s loaded in %.1f s", self.spec, time.monotonic() - started)
         self.device, self.model_loaded_weight_memory = self.spec.device, nbytes
 
     def unload(self) -> None:
@@ -208,31 +244,72 @@ class Resident(torch.nn.Module):
         self.device, self.model_loaded_weight_memory = torch.device("cpu"), 0
 
 
-_patchers: dict[ComponentSpec, Any] = {}  # the one owner of every component in memory
+@dataclass(frozen=True, eq=False)
+class Handle:
+    """What a loader node hands on. It lives in ComfyUI's cache and alone owns the patcher, which owns the
+    weights.
+
+    When ComfyUI forgets the node's output, the weights go; when memory runs short, those with a `patcher` go
+    first.
+    """
+
+    spec: ComponentSpec
+    patcher: Any
+
+
+_patchers: WeakValueDictionary[ComponentSpec, Any] = WeakValueDictionary()  # equal handles share one
 
 
 @contextmanager
-def borrow(spec: ComponentSpec) -> Iterator[Any]:
-    """The component that `spec` describes, loaded on its device, the current one inside the block."""
+def borrow(handle: Handle) -> Iterator[Any]:
+    """The handle's component, loaded on its device, the current one inside the block.
+
+    Its forward raises ComfyUI's interrupt before the next block if the user cancels.
+    """
     import comfy.model_management as mm
 
+    spec, patcher = handle.spec, handle.patcher
+    working = WORKING_BYTES[spec.role]
     _release_replaced(spec)
-    patcher = _patchers.get(spec) or _patchers.setdefault(spec, _make_patcher(spec))
-    mm.load_models_gpu([patcher], memory_required=WORKING_BYTES[spec.role], force_full_load=True)
-    with mm.cuda_device_context(spec.device):
-        yield patcher.model.component
+    if spec.device.type == "cpu":
+        _make_room_in_host_memory(patcher, patcher.model_size() + working)
+    mm.load_models_gpu([patcher], memory_required=working, force_full_load=True)
+    component = patcher.model.component
+    module = getattr(component, "model", component)
+    with mm.cuda_device_context(spec.device), before_each_block(module, spec.device, check_cancelled):
+        yield component
 
 
 def _release_replaced(spec: ComponentSpec) -> None:
     """Free what `spec` replaces, before it loads: the same role on its device or of its checkpoint."""
-    for other in list(_patchers):
+    for other, patcher in list(_patchers.items()):
         same_place = other.device == spec.device or other.checkpoint == spec.checkpoint
         if other != spec and other.role == spec.role and same_place:
-            _patchers.pop(other).detach()
+            patcher.detach()
+
+
+def _make_room_in_host_memory(wanted: Any, nbytes: int) -> None:
+    """ComfyUI moves models between accelerators and host memory; on the CPU ours make room for each other."""
+    import comfy.model_management as mm
+
+    for patcher in list(_patchers.values()):
+        on_cpu = patcher.load_device.type == "cpu" and patcher is not wanted
+        if on_cpu and not wanted.loaded_size() and mm.get_free_memory(patcher.load_device) < nbytes:
+            patcher.detach()
+
+
+def free_memory(device: torch.device, evicting: bool = False) -> int:
+    """Bytes free on the device now, or with every model `evicting` could remove."""
+    import comfy.model_management as mm
+
+    loaded = [model for model in mm.current_loaded_models if evicting and model.device == device]
+    return int(mm.get_free_memory(device)) + sum(model.model_loaded_memory() for model in loaded)
 
 
 def _make_patcher(spec: ComponentSpec) -> Any:
-    return _whole_model_patcher()(Resident(spec), spec.device, torch.device("cpu"), size=spec.nbytes())
+    patcher = _whole_model_patcher()(Resident(spec), spec.device, torch.device("cpu"), size=spec.nbytes())
+    _patchers[spec] = patcher
+    return patcher
 
 
 @functools.cache
@@ -268,6 +345,12 @@ def _whole_model_patcher() -> type:
 # Progress and cancelling
 
 
+def running_node() -> str | None:
+    """The id in the prompt of the node that runs now."""
+    context = get_executing_context()
+    return context.node_id if context else None
+
+
 def check_cancelled() -> None:
     """Raise ComfyUI's interrupt if the user cancelled the prompt."""
     import comfy.model_management as mm
@@ -293,10 +376,12 @@ def sampling_reporter(device: torch.device) -> Callable[[int, int, torch.Tensor]
     """
     from latent_preview import get_previewer
 
-    bar = comfy.utils.ProgressBar(1)
+    bar, timer = comfy.utils.ProgressBar(1), StepTimer()
     previewer = get_previewer(device, comfy.latent_formats.Wan21())
 
     def report(done: int, total: int, denoised: torch.Tensor) -> None:
+        if line := timer.line(done, total):
+            log.info(line)
         check_cancelled()
         preview = previewer.decode_latent_to_preview_image("JPEG", denoised) if previewer else None
         bar.update_absolute(done, total, preview)

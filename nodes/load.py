@@ -83,7 +83,7 @@ class FireRedLoadTransformer(_Loader):
     def execute(
         cls, checkpoint: str, precision: str = "auto", device: str = "auto", math: str = "auto"
     ) -> io.NodeOutput:
-        return io.NodeOutput(host.describe_component(cls.ROLE, checkpoint, precision, device, math))
+        return io.NodeOutput(host.open_component(cls.ROLE, checkpoint, precision, device, math))
 
 
 class FireRedLoadTextEncoder(_Loader):
@@ -102,7 +102,7 @@ class FireRedLoadTextEncoder(_Loader):
 
     @classmethod
     def execute(cls, checkpoint: str, precision: str = "auto", device: str = "auto") -> io.NodeOutput:
-        return io.NodeOutput(host.describe_component(cls.ROLE, checkpoint, precision, device))
+        return io.NodeOutput(host.open_component(cls.ROLE, checkpoint, precision, device))
 
 
 class FireRedLoadVAE(_Loader):
@@ -121,4 +121,4 @@ class FireRedLoadVAE(_Loader):
 
     @classmethod
     def execute(cls, checkpoint: str, precision: str = "auto", device: str = "auto") -> io.NodeOutput:
-        return io.NodeOutput(host.describe_component(cls.ROLE, checkpoint, precision, device))
+        return io.NodeOutput(host.open_component(cls.ROLE, checkpoint, precision, device))

@@ -8,10 +8,10 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import host
-from .engine.components import ComponentSpec
 from .engine.conditioning import from_conditioning
 from .engine.latents import MAX_SIZE, TOKEN_PIXELS
 from .load import CATEGORY, Transformer
+from .lookahead import require_decodable
 
 log = logging.getLogger("FireRed")
 
@@ -61,14 +61,23 @@ class FireRedSampler(io.ComfyNode):
                     tooltip="The same noise as torch.Generator('cpu').manual_seed(seed) in diffusers, on "
                     "every device.",
                 ),
+                io.Combo.Input(
+                    "resume",
+                    options=["on", "off"],
+                    default="on",
+                    optional=True,
+                    advanced=True,
+                    tooltip="on: after a crash or a cancel the same prompt goes on at the step it reached.",
+                ),
             ],
             outputs=[io.Latent.Output("latent", display_name="latent")],
+            hidden=[io.Hidden.prompt],
         )
 
     @classmethod
     def execute(
         cls,
-        transformer: ComponentSpec,
+        transformer: host.Handle,
         positive: Any,
         negative: Any = None,
         latent: dict[str, Any] | None = None,
@@ -77,6 +86,7 @@ class FireRedSampler(io.ComfyNode):
         width: int = 0,
         height: int = 0,
         seed: int = 0,
+        resume: str = "on",
     ) -> io.NodeOutput:
         from .engine.sampling import plan_sampling, sample
         from .engine.workers import NEGATIVE, POSITIVE
@@ -85,10 +95,11 @@ class FireRedSampler(io.ComfyNode):
             log.warning(
                 "cfg is %s but no negative conditioning is connected: sampling without guidance.", cfg
             )
-        prompt_width = transformer.checkpoint.component("transformer").config()["joint_attention_dim"]
+        spec = transformer.spec
+        prompt_width = spec.checkpoint.component("transformer").config()["joint_attention_dim"]
         branches = {POSITIVE: positive} if negative is None else {POSITIVE: positive, NEGATIVE: negative}
         plan = plan_sampling(
-            transformer,
+            spec,
             {
                 name: from_conditioning(conditioning, name, prompt_width)
                 for name, conditioning in branches.items()
@@ -100,8 +111,11 @@ class FireRedSampler(io.ComfyNode):
             seed=seed,
             samples=None if latent is None else latent["samples"],
         )
-        with host.borrow(transformer) as model:
-            samples = sample(
-                model, plan, host.sampling_reporter(transformer.device), host.progress_reporter()
-            )
-        return io.NodeOutput({"samples": samples})
+        require_decodable(cls.hidden.prompt, plan.height, plan.width)
+        saved = host.saved_run(plan.name()) if resume == "on" else None
+        samples = saved.result(plan.batch) if saved else None
+        if samples is None:
+            with host.borrow(transformer) as model:
+                reporters = host.sampling_reporter(spec.device), host.progress_reporter()
+                samples = sample(model, plan, *reporters, saved)
+        return io.NodeOutput({"samples": samples} | ({host.RUN_KEY: saved.name} if saved else {}))

@@ -64,3 +64,23 @@ def fail(client: Client, prompt: Prompt) -> dict[str, Any]:
     run = client.run(prompt)
     assert run.error is not None, run.status
     return run.error
+
+
+def residents(client: Client, work: Path) -> dict[str, Any]:
+    """What is in the server's memory, as ProbeResidents writes it."""
+    succeed(client, with_node({}, "1", "ProbeResidents", name="residents"))
+    return json.loads((work / "output" / "residents.json").read_text(encoding="utf-8"))
+
+
+def loaded_components(client: Client, work: Path) -> dict[str, int]:
+    """The bytes each of our components has in memory, by its description; those without any are left out."""
+    models = residents(client, work)["models"]
+    return {name: size for name, _, size in models if size and " on " in name}
+
+
+def core_prompt(prompt: str = "core") -> Prompt:
+    """Core's own text encoder at work, which its memory manager loads."""
+    text = {"prompt": prompt, "clip": ["1", 0]}
+    graph = with_node({}, "1", "ProbeCLIP")
+    graph = with_node(graph, "2", "TextEncodeQwenImageEditPlus", **text)
+    return keep_tensor(graph, ["2", 0], "core")

@@ -8,9 +8,9 @@ from conftest import spec_for
 from diffusers import AutoencoderKLQwenImage
 from engine import loading, vae
 from engine.checkpoint import Checkpoint
+from engine.components import DoesNotFitError
 from engine.errors import InputError, NonFiniteError
 from engine.images import to_pil
-from engine.vae import TILE, decode_tiled
 from PIL import Image
 
 
@@ -66,47 +66,62 @@ def test_single_frame_convolutions_equal_the_causal_ones(tiny: Checkpoint) -> No
     assert sum(parameter.numel() for parameter in ours.parameters()) < 0.45 * stored
 
 
-def test_tiles_of_a_local_decoder_join_without_a_trace() -> None:
-    """A decoder that only looks at its own latent must come out of tiles exactly as it does whole."""
-
-    def decoder(raw: torch.Tensor) -> torch.Tensor:
-        return raw[:, :3].repeat_interleave(8, dim=-1).repeat_interleave(8, dim=-2)
-
-    latents = torch.randn(1, 16, 1, TILE + 5, 2 * TILE + 1)
-    assert torch.allclose(decode_tiled(decoder, latents), decoder(latents), atol=1e-5)
-
-
-def test_tiled_decoding_is_near_whole_decoding(tiny: Checkpoint) -> None:
+@pytest.mark.parametrize("size", [(80, 40), (41, 97), (100, 100)])
+def test_tiles_equal_the_whole(tiny: Checkpoint, size: tuple[int, int]) -> None:
     autoencoder, spec = loading.load(spec_for(tiny, "vae")), spec_for(tiny, "vae")
-    latents = torch.nn.functional.interpolate(torch.randn(1, 16, 5, 5), scale_factor=16, mode="bilinear")
+    latents = torch.randn(1, 16, *size)
     whole = vae.decode(autoencoder, spec, latents, "whole")
     tiled = vae.decode(autoencoder, spec, latents, "tiled")
-    assert whole.shape == tiled.shape == (1, 640, 640, 3)
-    # Random weights make the VAE's one global attention look different in every tile, as trained ones hardly
-    # do.
-    assert float((whole - tiled).abs().mean()) < 0.3 * float(whole.std())
+    assert whole.shape == tiled.shape == (1, 8 * size[0], 8 * size[1], 3)
+    assert float((whole - tiled).abs().max()) < 1e-5
+
+
+def test_a_smaller_halo_would_leave_seams(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That tiles equal the whole is the halo's doing: at half of it they differ."""
+    autoencoder, spec = loading.load(spec_for(tiny, "vae")), spec_for(tiny, "vae")
+    latents = torch.randn(1, 16, 80, 40)
+    whole = vae.decode(autoencoder, spec, latents, "whole")
+    monkeypatch.setattr(vae, "HALO", 6)
+    assert float((whole - vae.decode(autoencoder, spec, latents, "tiled")).abs().max()) > 1e-4
+
+
+def test_auto_decodes_whole_where_it_fits_and_in_the_largest_tiles_that_do(tiny: Checkpoint) -> None:
+    autoencoder, spec = loading.load(spec_for(tiny, "vae")), spec_for(tiny, "vae")
+    seen: list[int] = []
+    autoencoder.decoder.up_blocks[0].register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].shape[-1])
+    )
+    latents = torch.zeros(1, 16, 8, 120)
+    for tile, windows in ((120, 1), (96, 2), (64, 3), (40, 7)):
+        seen.clear()
+        vae.decode(autoencoder, spec, latents, "auto", vae.decode_bytes(spec, 8, 120, tile))
+        assert (len(seen), max(seen) <= tile) == (windows, True)
 
 
 def test_running_out_of_memory_retries_in_tiles_only_when_auto(tiny: Checkpoint) -> None:
     autoencoder, spec = loading.load(spec_for(tiny, "vae")), spec_for(tiny, "vae")
-    decoder, sizes = autoencoder.decoder.forward, []
 
-    def small_memory(latents: torch.Tensor) -> torch.Tensor:
-        sizes.append(latents.shape[-1])
-        if latents.shape[-1] > TILE:
+    def small_memory(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        if inputs[0].shape[-1] > 64:
             raise torch.OutOfMemoryError("no room")
-        return decoder(latents)
 
-    autoencoder.decoder.forward = small_memory
-    assert vae.decode(autoencoder, spec, torch.zeros(1, 16, 8, TILE + 8), "auto").shape == (
-        1,
-        64,
-        8 * (TILE + 8),
-        3,
-    )
-    assert sizes == [TILE + 8, TILE, TILE]
+    latents = torch.randn(1, 16, 8, 110)
+    expected = vae.decode(autoencoder, spec, latents, "whole")
+    autoencoder.decoder.up_blocks[0].register_forward_pre_hook(small_memory)
+    assert float((vae.decode(autoencoder, spec, latents, "auto") - expected).abs().max()) < 1e-5
     with pytest.raises(torch.OutOfMemoryError):
-        vae.decode(autoencoder, spec, torch.zeros(1, 16, 8, TILE + 8), "whole")
+        vae.decode(autoencoder, spec, latents, "whole")
+
+
+def test_what_cannot_be_decoded_is_said_with_what_to_do(tiny: Checkpoint) -> None:
+    spec = spec_for(tiny, "vae")
+    vae.require_decodable(spec, 512, 512, "auto", 2**30)
+    with pytest.raises(
+        DoesNotFitError, match=r"4096x4096 whole would take .* GiB on cpu.*Set tiling to auto"
+    ):
+        vae.require_decodable(spec, 512, 512, "whole", 2**30)
+    with pytest.raises(DoesNotFitError, match=r"4096x4096 even in tiles .* Choose another device"):
+        vae.require_decodable(spec, 512, 512, "auto", 2**20)
 
 
 def test_nan_never_becomes_a_picture(tiny: Checkpoint) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-import time
 from pathlib import Path
 
 import pytest
@@ -165,36 +163,6 @@ def test_several_pictures_of_different_sizes(client: Client) -> None:
         "_meta": {"title": "second"},
     }
     succeed(client, changed(prompt, ENCODE, **{"images.image0": [PHOTO, 0], "images.image1": ["11", 0]}))
-
-
-def residents(client: Client, work: Path) -> dict[str, int]:
-    """The components our memory manager knows, with the bytes each has loaded."""
-    succeed(
-        client,
-        {"1": {"class_type": "ProbeResidents", "inputs": {"name": "residents"}, "_meta": {"title": ""}}},
-    )
-    return dict(json.loads((work / "output" / "residents.json").read_text()))
-
-
-def test_changing_a_precision_frees_the_old_weights(client: Client, work: Path) -> None:
-    for precision in ("fp32", "int8"):
-        succeed(client, changed(changed(edit_prompt(), "1", precision=precision), SAMPLE, seed=20))
-    loaded = [
-        name for name, size in residents(client, work).items() if name.startswith("transformer") and size
-    ]
-    assert loaded == ["transformer int8, fp32 math, on cpu"]
-
-
-def test_free_unloads_and_the_next_prompt_loads_again(client: Client, work: Path) -> None:
-    succeed(client, changed(edit_prompt(), SAMPLE, seed=30))
-    assert any(residents(client, work).values())
-    client.post("/free", json={"unload_models": True})
-    deadline = time.monotonic() + 10
-    while any(residents(client, work).values()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(residents(client, work).values())
-    succeed(client, changed(edit_prompt(), SAMPLE, seed=31))
-    assert any(residents(client, work).values())
 
 
 def test_forced_math_is_named_in_the_log(client: Client, server: Server) -> None:

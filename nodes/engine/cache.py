@@ -1,16 +1,20 @@
-"""Quantised weights and folded modulation kept on disk: safe to delete, never half-written."""
+"""Derived files kept on disk, from quantised weights to embeddings: safe to delete, never half-written."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
 import struct
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors
+import safetensors.torch
 import torch
 
 from .checkpoint import DTYPE_NAMES, Layout
@@ -47,6 +51,34 @@ class DiskCache:
             )
             return None
 
+    def read(self, name: str) -> dict[str, torch.Tensor] | None:
+        """The tensors of a small file, on the CPU, or None where it is missing or damaged."""
+        path = self.find(name)
+        try:
+            return safetensors.torch.load(path.read_bytes()) if path else None
+        except (OSError, safetensors.SafetensorError):
+            return None
+
+    def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep a few small tensors, whole or not at all. Raises OSError where the disk does not take them."""
+        content = safetensors.torch.save({key: tensor.contiguous().cpu() for key, tensor in tensors.items()})
+        self._make_room(len(content))
+        partial = _partial(self._path(name))
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self._path(name))
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+    def remove(self, name: str) -> None:
+        """Delete a file if it is there and can be."""
+        with contextlib.suppress(OSError):
+            self._path(name).unlink(missing_ok=True)
+
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}{SUFFIX}"
 
@@ -56,7 +88,7 @@ class DiskCache:
             raise OSError(f"the cache's limit is {self.limit / 2**30:.1f} GiB")
         self.folder.mkdir(parents=True, exist_ok=True)
         for left_over in self.folder.glob(f"*{SUFFIX}.*.partial"):
-            if time.time() - left_over.stat().st_mtime > ABANDONED_SECONDS:
+            if time.time() - left_over.lstat().st_mtime > ABANDONED_SECONDS:
                 left_over.unlink()
         files = sorted(self.folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime, reverse=True)
         used = 0
@@ -74,7 +106,7 @@ class CacheWriter:
     """
 
     def __init__(self, path: Path, layout: Layout):
-        self._path, self._partial = path, path.with_name(f"{path.name}.{os.getpid()}.partial")
+        self._path, self._partial = path, _partial(path)
         self._missing = set(layout)
         self._places: dict[str, int] = {}
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -129,6 +161,23 @@ class CacheWriter:
         with contextlib.suppress(OSError):
             self._file.close()
         self._partial.unlink(missing_ok=True)
+
+
+def digest(*parts: object) -> str:
+    """A name for something that depends on all these parts and nothing else: tensors and bytes by content."""
+    hashed = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            hashed.update(repr((part.dtype, part.shape)).encode())
+            part = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        content = part if isinstance(part, bytes) else repr(part).encode()
+        hashed.update(len(content).to_bytes(8, "little") + content)
+    return hashed.hexdigest()[:32]
+
+
+def _partial(path: Path) -> Path:
+    """Where a file is written before it gets its name."""
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
 def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -30,8 +30,11 @@ def denoise(
     schedule: Schedule,
     true_cfg_scale: float | None,
     on_step: Callable[[StepState], None] = lambda state: None,
+    first_step: int = 0,
 ) -> torch.Tensor:
-    """Sample packed latents (1, tokens, 64) from `latents`, noise at the schedule's first level.
+    """Sample packed latents (1, tokens, 64) from `latents`, at the noise level that `first_step` (from 0)
+    starts
+    at.
 
     true_cfg_scale: None to ask the worker for the positive branch alone. spec: the transformer's, named in
     errors.
@@ -39,7 +42,7 @@ def denoise(
     branch that went wrong. Returns FP32 on the worker's device.
     """
     latents = latents.to(worker.device, torch.float32)
-    for index in range(schedule.steps):
+    for index in range(first_step, schedule.steps):
         sigma, next_sigma = schedule.sigmas[index].item(), schedule.sigmas[index + 1].item()
         velocity = _predict(worker, spec, latents, index, schedule.steps, POSITIVE)
         if true_cfg_scale is not None:

@@ -33,10 +33,10 @@ log = logging.getLogger("FireRed")
 def load(spec: ComponentSpec, on_progress: OnProgress = untold, cache: DiskCache | None = None) -> Any:
     """Load the component that `spec` describes onto its device.
 
-    Returns a QwenImageTransformer2DModel with its `modulation` folded, a TextEncoder or an
-    AutoencoderKLQwenImage, in evaluation mode. cache: where quantised weights are kept, if anywhere. Raises
-    CheckpointError for files that are missing, truncated or of another model. `on_progress` may raise to
-    cancel.
+    Returns a QwenImageTransformer2DModel with its `modulation` folded and its `arithmetic` (the kernels its
+    layers chose, in words), a TextEncoder or an AutoencoderKLQwenImage, in evaluation mode. cache: where
+    quantised weights are kept, if anywhere. Raises CheckpointError for files that are missing, truncated or
+    of another model. `on_progress` may raise to cancel.
     """
     return LOADERS[spec.role](spec, on_progress, cache)
 
@@ -47,7 +47,7 @@ def load_transformer(
     model = _build_diffusers(diffusers.QwenImageTransformer2DModel, spec)
     modulation = Modulation(spec.checkpoint, spec.identity, spec.device, spec.math, cache)
     modulation.fold_into(model)
-    _fill(model, spec, on_progress, cache)
+    model.arithmetic = _fill(model, spec, on_progress, cache)
     model.modulation = modulation
     return model.eval()
 
@@ -104,8 +104,11 @@ def _config_of(component: Component, expected: str) -> dict[str, Any]:
 
 def _fill(
     model: torch.nn.Module, spec: ComponentSpec, on_progress: OnProgress, cache: DiskCache | None
-) -> None:
-    """Give a model on meta its weights in their final form on its device, from the cache if kept there."""
+) -> str:
+    """Give a model on meta its weights in their final form on its device, from the cache if kept there.
+
+    Returns the kernels its layers chose, in words.
+    """
     prepare_layers(model, spec.role, spec.precision)
     name = _cache_name(spec)
     kept = cache.find(name) if cache and name else None
@@ -114,8 +117,7 @@ def _fill(
             with contextlib.closing(_kept_tensors(kept, spec)) as tensors:
                 total = sum(map(stored_bytes, read_header(kept).values()))
                 _fill_from(model, spec, tensors, total, on_progress, None)
-            _finish(model, spec)
-            return
+            return _finish(model, spec)
         except CheckpointError as error:
             log.warning("the cached weights are damaged and made again (%s)", error)
     component = spec.checkpoint.component(spec.role)
@@ -130,7 +132,7 @@ def _fill(
     finally:
         if writer is not None:
             writer.abandon()
-    _finish(model, spec)
+    return _finish(model, spec)
 
 
 def _cache_name(spec: ComponentSpec) -> str | None:
@@ -224,7 +226,7 @@ def _fill_from(
         )
 
 
-def _finish(model: torch.nn.Module, spec: ComponentSpec) -> None:
+def _finish(model: torch.nn.Module, spec: ComponentSpec) -> str:
     """Move what is no weight, and let layers test what the device can do; log their choices in one line."""
     for name, buffer in model.named_buffers():
         if buffer.device != spec.device:
@@ -232,5 +234,7 @@ def _finish(model: torch.nn.Module, spec: ComponentSpec) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     chosen = [module.prepare() for module in model.modules() if isinstance(module, QuantizedLinear)]
-    if reports := sorted({report for report in chosen if report}):
-        log.info("%s: %s", spec, ", ".join(reports))
+    arithmetic = ", ".join(sorted({report for report in chosen if report}))
+    if arithmetic:
+        log.info("%s: %s", spec, arithmetic)
+    return arithmetic

@@ -8,7 +8,6 @@ no precision quantises it.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import OrderedDict
 
@@ -17,8 +16,8 @@ import torch.nn.functional as F
 from diffusers import QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenTimestepProjEmbeddings
 
-from .cache import DiskCache
-from .checkpoint import Checkpoint, read_tensors
+from .cache import DiskCache, digest
+from .checkpoint import Checkpoint
 from .components import MODULATION
 from .errors import CheckpointError
 from .progress import OnProgress, untold
@@ -77,13 +76,13 @@ class Modulation:
 
     def use(self, timesteps: torch.Tensor, on_progress: OnProgress = untold) -> None:
         """Get ready for these timesteps (n,), FP32, 0 to 1: from memory, the cache, or the weights."""
-        digest = hashlib.sha256(timesteps.float().cpu().numpy().tobytes()).hexdigest()[:16]
-        if digest not in self._tables:
-            self._tables[digest] = self._find_or_compute(timesteps, digest, on_progress)
-        self._tables.move_to_end(digest)
+        visited = digest(timesteps.float())
+        if visited not in self._tables:
+            self._tables[visited] = self._find_or_compute(timesteps, visited, on_progress)
+        self._tables.move_to_end(visited)
         while len(self._tables) > 1 and sum(table.nbytes for table in self._tables.values()) > KEPT_BYTES:
             self._tables.popitem(last=False)
-        self._table, self._step = self._tables[digest], -1
+        self._table, self._step = self._tables[visited], -1
         self.select(0)
 
     def select(self, step: int) -> None:
@@ -94,18 +93,15 @@ class Modulation:
         rows = self._table[[step, -1]] if self._has_zero else self._table[step : step + 1]
         self.current = rows.to(self._device, self._compute)
 
-    def _find_or_compute(self, timesteps: torch.Tensor, digest: str, on_progress: OnProgress) -> torch.Tensor:
+    def _find_or_compute(
+        self, timesteps: torch.Tensor, visited: str, on_progress: OnProgress
+    ) -> torch.Tensor:
         rows = len(timesteps) + self._has_zero
         shape = (rows, self._blocks, len(STREAMS), 6 * self._dim)
-        name = f"{self._checkpoint.name}-modulation-{self._identity}-{digest}"
-        path = self._cache.find(name) if self._cache else None
-        if path is not None:
-            try:
-                ((_, table),) = read_tensors(path)
-                if tuple(table.shape) == shape:
-                    return table
-            except (CheckpointError, ValueError):
-                pass  # damaged: made again below
+        name = f"{self._checkpoint.name}-modulation-{self._identity}-{visited}"
+        kept = (self._cache.read(name) if self._cache else None) or {}
+        if "modulation" in kept and tuple(kept["modulation"].shape) == shape:
+            return kept["modulation"]
         table = self._compute_table(timesteps, shape, on_progress)
         writer = self._cache.create(name, {"modulation": (table.dtype, shape)}) if self._cache else None
         if writer is not None:

@@ -1,11 +1,82 @@
-"""How a long computation tells whoever wants to know how far it is."""
+"""How a long computation tells whoever wants to know how far it is, and can be stopped on the way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
 
 OnProgress = Callable[[int, int], None]  # done, total; may raise to cancel
+LOG_SECONDS = 10.0  # between two lines about steps
+BLOCKS_AHEAD = 2  # that a GPU may be behind the program
 
 
 def untold(done: int, total: int) -> None:
     """Nobody wants to know."""
+
+
+@contextmanager
+def before_each_block(
+    model: torch.nn.Module, device: torch.device, call: Callable[[], None]
+) -> Iterator[None]:
+    """Inside this context, `call` before every block of the model; what it raises ends the forward.
+
+    A GPU is handed work much faster than it does it: left alone, a whole forward would be queued, and the
+    last call made, before the first block is done. So the program waits for the block before the last.
+    """
+    running: deque[torch.cuda.Event] = deque()
+
+    def pause(module: torch.nn.Module, inputs: object) -> None:
+        if device.type == "cuda":
+            if len(running) == BLOCKS_AHEAD:
+                running.popleft().synchronize()
+            event = torch.cuda.Event(blocking=True)
+            event.record(torch.cuda.current_stream(device))
+            running.append(event)
+        call()
+
+    hooks = [block.register_forward_pre_hook(pause) for block in blocks(model)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The parts a model runs one after the other: the members of its lists that are more than one layer."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return [member for members in lists for member in members if any(member.children())]
+
+
+class StepTimer:
+    """Seconds a step and time left, for the log."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._started = self._last_line = clock()
+        self._first: tuple[int, float] | None = None  # the first step seen done, and when
+
+    def line(self, done: int, total: int) -> str | None:
+        """What to log after a step: "step 7/40, 87.5 s/step, 48 min left"; None while the last is fresh."""
+        now = self._clock()
+        first_done, first_time = self._first = self._first or (done, now)
+        if done < total and now - self._last_line < LOG_SECONDS:
+            return None
+        self._last_line = now
+        # The first step of a run also pays for what is set up once: it counts only while it is all there is.
+        steps = done - first_done
+        seconds = (now - first_time) / steps if steps else now - self._started
+        rest = f"{duration((total - done) * seconds)} left" if done < total else "done"
+        return f"step {done}/{total}, {seconds:.3g} s/step, {rest}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: "45 s", "12 min", "1 h 05 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +25,12 @@ from .latents import (
     unpack,
 )
 from .progress import OnProgress, untold
+from .resume import RunState, SavedRun, run_name
 from .schedule import Schedule, make_schedule
 from .transfer import cross
 from .workers import NEGATIVE, POSITIVE, LocalWorker
+
+log = logging.getLogger("FireRed")
 
 # done, total, denoised: steps done of all pictures' steps, and the current estimate (1, 16, 1, h, w),
 # normalised.
@@ -54,6 +58,17 @@ class SamplingPlan:
     @property
     def padded_size(self) -> tuple[int, int]:
         return self.height + self.height % PATCH, self.width + self.width % PATCH
+
+    def name(self) -> str:
+        """Of this run and of no other: a digest of everything its result depends on."""
+        spec, schedule = self.spec, self.schedule
+        parts: list[object] = [spec.identity, spec.precision, spec.card.name, self.padded_size]
+        parts += [schedule.sigmas, schedule.timesteps, self.true_cfg_scale, self.seed, self.batch]
+        parts += [self.height, self.width, *spec.checkpoint.latent_statistics()]
+        for branch, condition in self.conditions.items():
+            references = condition.reference_latents
+            parts += [branch, condition.prompt_embeds, condition.mask, len(references), *references]
+        return run_name(*parts)
 
 
 def plan_sampling(
@@ -92,27 +107,56 @@ def sample(
     plan: SamplingPlan,
     on_step: OnStep = lambda done, total, denoised: None,
     on_fold: OnProgress = untold,
+    saved: SavedRun | None = None,
 ) -> torch.Tensor:
     """Run the plan: raw latents (B, 16, 1, h, w), FP32 on the CPU.
 
     on_fold: told how far the schedule's modulation is, before the first step. What either callback raises
-    stops the run.
+    stops the run. saved: where the run is kept; one that was interrupted goes on at its last step, to the
+    same bits.
     """
-    size = plan.padded_size
+    size, steps = plan.padded_size, plan.schedule.steps
     mean, std = plan.spec.checkpoint.latent_statistics()
     worker = LocalWorker(transformer, plan.spec, plan.schedule, size, plan.conditions, on_fold)
-    noise = make_noise((plan.batch, LATENT_CHANNELS, *size), plan.seed)
-    results = []
-    for picture in range(plan.batch):
+    noise = pack(make_noise((plan.batch, LATENT_CHANNELS, *size), plan.seed))
+    state = _resume(plan, transformer, saved) or RunState(0, noise[:1])
+    results = list(state.finished)
+    while len(results) < plan.batch:
+        done_before, finished = len(results) * steps, tuple(results)
 
-        def report(state: StepState, done_before: int = picture * plan.schedule.steps) -> None:
-            on_step(done_before + state.step, plan.batch * plan.schedule.steps, unpack(state.denoised, *size))
+        def report(step: StepState, done_before: int = done_before, finished: Any = finished) -> None:
+            if saved is not None:
+                saved.update(RunState(step.step, step.latents, finished))
+            on_step(done_before + step.step, plan.batch * steps, unpack(step.denoised, *size))
 
-        latents = pack(noise[picture : picture + 1])
-        final = denoise(worker, plan.spec, latents, plan.schedule, plan.true_cfg_scale, report)
+        try:
+            final = denoise(
+                worker, plan.spec, state.latents, plan.schedule, plan.true_cfg_scale, report, state.step
+            )
+        except BaseException:
+            if saved is not None:
+                saved.flush()
+            raise
         raw = denormalize(cross(unpack(final, *size), torch.device("cpu")), mean, std)
         results.append(raw[..., : plan.height, : plan.width])
+        state = RunState(0, noise[len(results) : len(results) + 1], tuple(results))
+        if saved is not None:
+            saved.update(state, now=len(results) == plan.batch)
     return torch.cat(results)
+
+
+def _resume(plan: SamplingPlan, transformer: Any, saved: SavedRun | None) -> RunState | None:
+    """Where an interrupted run goes on, if there is one whose state is whole."""
+    state = saved.open(transformer.arithmetic) if saved is not None else None
+    if state is None or len(state.finished) >= plan.batch or not 0 <= state.step <= plan.schedule.steps:
+        return None
+    height, width = plan.padded_size
+    tokens = (1, height * width // PATCH**2, LATENT_CHANNELS * PATCH**2)
+    if state.latents.shape != tokens or not bool(state.latents.isfinite().all()):
+        return None
+    picture = f" of picture {len(state.finished) + 1}" if plan.batch > 1 else ""
+    log.info("resuming the interrupted run at step %d/%d%s", state.step + 1, plan.schedule.steps, picture)
+    return state
 
 
 def _empty_as_qwen(samples: torch.Tensor) -> torch.Tensor:

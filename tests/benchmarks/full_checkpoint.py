@@ -2,8 +2,8 @@
 with
 `rest`.
 
-Usage: python full_checkpoint.py FOLDER [REST_FOLDER]    (where the text encoder and VAE go, linked into
-FOLDER)
+Usage: python full_checkpoint.py FOLDER [REST_FOLDER [LAYERS]]    (where the text encoder and VAE go, linked
+into FOLDER; LAYERS: how deep the transformer and the text encoder are, for less than the real size)
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def write_transformer(folder: Path, layers: int = 60) -> None:
     write_weights(model, folder, "diffusion_pytorch_model", lambda name: name)
 
 
-def write_text_encoder(folder: Path) -> None:
+def write_text_encoder(folder: Path, layers: int = 28) -> None:
     """Qwen2.5-VL-7B's sizes, and its tensors' names as FireRed stores them."""
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+            hidden_size=3584, intermediate_size=18944, num_hidden_layers=layers, num_attention_heads=28,
             num_key_value_heads=4, vocab_size=152064, bos_token_id=0, eos_token_id=0, pad_token_id=0,
             rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]),
         ),
@@ -85,8 +85,8 @@ def write_weights(model: torch.nn.Module, folder: Path, stem: str, rename) -> No
     )
 
 
-def write_rest(folder: Path, elsewhere: Path) -> None:
-    write_text_encoder(elsewhere / "text_encoder")
+def write_rest(folder: Path, elsewhere: Path, layers: int = 28) -> None:
+    write_text_encoder(elsewhere / "text_encoder", layers)
     vae = AutoencoderKLQwenImage()
     tiny_checkpoint.randomize(vae, 0)
     vae.to(torch.bfloat16).save_pretrained(elsewhere / "vae")
@@ -98,6 +98,7 @@ if __name__ == "__main__":
     target = Path(sys.argv[1])
     target.mkdir(parents=True)
     tiny_checkpoint.write_rest(target)
-    write_transformer(target / "transformer")
+    depth = [int(sys.argv[3])] if len(sys.argv) > 3 else []
+    write_transformer(target / "transformer", *depth)
     if len(sys.argv) > 2:
-        write_rest(target, Path(sys.argv[2]))
+        write_rest(target, Path(sys.argv[2]), *depth)

@@ -5,10 +5,12 @@ import json
 import sys
 from pathlib import Path
 
+import comfy.model_management as mm
 import comfy.sd
 import comfy.text_encoders.qwen_image as qwen_image
 import comfy.text_encoders.qwen_vl as qwen_vl
 import folder_paths
+import psutil
 import torch
 
 
@@ -74,7 +76,7 @@ class ProbeKeep(Probe):
 
 
 class ProbeResidents(Probe):
-    """Writes what our memory manager holds to output/NAME.json, as [component, loaded bytes] pairs."""
+    """Writes what is in memory to output/NAME.json: [model, device, bytes] each, torch's bytes, the RSS."""
 
     RETURN_TYPES = ()
     OUTPUT_NODE = True
@@ -91,8 +93,15 @@ class ProbeResidents(Probe):
         (host,) = [
             module for path, module in sys.modules.items() if path.endswith("firered-image-edit.nodes.host")
         ]
-        residents = [(str(spec), patcher.loaded_size()) for spec, patcher in host._patchers.items()]
-        (Path(folder_paths.get_output_directory()) / f"{name}.json").write_text(json.dumps(residents))
+        ours = {patcher: str(spec) for spec, patcher in host._patchers.items()}
+        core = {model.model: type(model.model.model).__name__ for model in mm.current_loaded_models}
+        models = [
+            [name, str(patcher.load_device), patcher.loaded_size()] for patcher, name in (core | ours).items()
+        ]
+        cards = range(torch.cuda.device_count())
+        allocated = {f"cuda:{card}": torch.cuda.memory_allocated(card) for card in cards}
+        found = {"models": models, "allocated": allocated, "rss": psutil.Process().memory_info().rss}
+        (Path(folder_paths.get_output_directory()) / f"{name}.json").write_text(json.dumps(found))
         return {}
 
 

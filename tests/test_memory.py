@@ -1,0 +1,130 @@
+"""Our models come and go as ComfyUI's own do, and never twice."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import tiny_checkpoint
+from comfyui import ROOT, Client, Server, environment, link_folder
+from conftest import SERVER_ARGUMENTS
+from prompts import (
+    DECODE,
+    ENCODE,
+    PHOTO,
+    SAMPLE,
+    changed,
+    core_prompt,
+    edit_prompt,
+    loaded_components,
+    residents,
+    succeed,
+)
+
+COMPONENTS = {"transformer", "text encoder", "vae"}
+
+
+def roles(loaded: dict[str, int]) -> set[str]:
+    return {role for role in COMPONENTS if any(name.startswith(role) for name in loaded)}
+
+
+def wait_until_empty(client: Client, work: Path) -> dict[str, int]:
+    """What is still loaded once /free had its time: it is carried out after the prompt that follows."""
+    deadline = time.monotonic() + 10
+    while (loaded := loaded_components(client, work)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return loaded
+
+
+def test_changing_a_precision_frees_the_old_weights(client: Client, work: Path) -> None:
+    for precision in ("fp32", "int8"):
+        succeed(client, changed(changed(edit_prompt(), "1", precision=precision), SAMPLE, seed=20))
+    loaded = [name for name in loaded_components(client, work) if name.startswith("transformer")]
+    assert loaded == ["transformer int8, fp32 math, on cpu"]
+
+
+@pytest.mark.parametrize("what", [{"unload_models": True}, {"unload_models": True, "free_memory": True}])
+def test_free_unloads_and_the_next_prompt_loads_again(
+    client: Client, work: Path, what: dict[str, bool]
+) -> None:
+    succeed(client, changed(edit_prompt(), SAMPLE, seed=30))
+    assert loaded_components(client, work)
+    client.post("/free", json=what)
+    assert wait_until_empty(client, work) == {}
+    succeed(client, changed(edit_prompt(), SAMPLE, seed=31 + len(what)))
+    assert "transformer" in roles(loaded_components(client, work))
+
+
+def test_our_graph_and_cores_in_turn_hold_the_same_bytes_every_time(client: Client, work: Path) -> None:
+    counted = []
+    for turn in range(3):
+        succeed(client, changed(edit_prompt(), SAMPLE, seed=40 + turn))
+        succeed(client, core_prompt(f"turn {turn}"))
+        counted.append(sorted((name, size) for name, _, size in residents(client, work)["models"]))
+    assert counted[1] == counted[2]
+    assert len({name for name, _ in counted[-1]}) == len(counted[-1])  # nothing is there twice
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--cache-none",),
+        ("--cache-classic", "--disable-smart-memory"),
+        ("--cache-lru", "10"),
+        ("--cache-ram", "2", "1"),
+    ],
+)
+def test_no_way_of_caching_ever_holds_a_component_twice(
+    tmp_path: Path, tiny_folder: Path, flags: tuple[str, ...]
+) -> None:
+    folder, _ = environment()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "diffusers").mkdir()
+    (tmp_path / "custom_nodes").mkdir()
+    link_folder(tmp_path / "models" / "diffusers" / "tiny", tiny_folder)
+    link_folder(tmp_path / "custom_nodes" / "probe_nodes", ROOT / "tests" / "probe_nodes")
+    with Server(folder, tmp_path, (*SERVER_ARGUMENTS, *flags)) as server:
+        client = server.client
+        for seed, precision in enumerate(("fp32", "int8", "bf16")):
+            prompt = changed(changed(edit_prompt(), "1", precision=precision), "2", precision="fp32")
+            succeed(client, changed(prompt, SAMPLE, seed=seed))
+            loaded = list(loaded_components(client, tmp_path))
+            for role in COMPONENTS:
+                assert len([name for name in loaded if name.startswith(role)]) <= 1, loaded
+            assert not loaded or any(name.startswith(f"transformer {precision}") for name in loaded)
+        client.post("/free", json={"unload_models": True, "free_memory": True})
+        assert wait_until_empty(client, tmp_path) == {}
+
+
+@pytest.mark.parametrize("node", [ENCODE, DECODE])
+def test_encoding_and_decoding_stop_within_a_block(client: Client, node: str) -> None:
+    """At 1 megapixel either takes seconds here; the interrupt comes as it starts."""
+    prompt = changed(edit_prompt(), SAMPLE, width=1024, height=1024, steps=1, seed=50)
+    prompt = changed(prompt, ENCODE, reference_megapixels=0.9 if node == ENCODE else 0.01)
+    stopped: list[float] = []
+
+    def interrupt(name: str, data: dict) -> None:
+        if name == "executing" and data["node"] == node and not stopped:
+            client.post("/interrupt")
+            stopped.append(time.monotonic())
+
+    assert client.run(prompt, interrupt).status == "interrupted"
+    assert time.monotonic() - stopped[0] < 5
+    succeed(client, changed(edit_prompt(), SAMPLE, seed=51))
+
+
+def test_a_new_seed_after_a_restart_encodes_nothing(tmp_path: Path) -> None:
+    folder, _ = environment()
+    tiny_checkpoint.build(tmp_path / "models" / "diffusers" / "tiny")
+    (tmp_path / "custom_nodes").mkdir()
+    link_folder(tmp_path / "custom_nodes" / "probe_nodes", ROOT / "tests" / "probe_nodes")
+    for seed in (1, 2):
+        with Server(folder, tmp_path, SERVER_ARGUMENTS) as server:
+            succeed(server.client, changed(edit_prompt(), SAMPLE, seed=seed))
+            loaded = roles(loaded_components(server.client, tmp_path))
+            assert loaded == (COMPONENTS if seed == 1 else {"transformer", "vae"})
+            if seed == 2:
+                other = changed(edit_prompt(), PHOTO, image="example.png")
+                succeed(server.client, other)  # another picture is encoded
+                assert roles(loaded_components(server.client, tmp_path)) == COMPONENTS

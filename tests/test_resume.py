@@ -1,0 +1,284 @@
+"""An interrupted run goes on where it was, to the same bits, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfyui import ROOT, Client, Server, ServerError, environment, link_folder
+from conftest import SERVER_ARGUMENTS, spec_for
+from engine import loading
+from engine.cache import SUFFIX, DiskCache
+from engine.checkpoint import Checkpoint
+from engine.resume import RunState, SavedRun
+from engine.sampling import SamplingPlan, sample
+from prompts import DECODE, SAMPLE, changed, edit_prompt, keep_tensor, kept_tensor, succeed
+from test_sampling import plan
+
+STEPS = 6
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> DiskCache:
+    return DiskCache(tmp_path / "runs", 10**9)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step: int) -> Callable[[int, int, torch.Tensor], None]:
+    def on_step(done: int, total: int, denoised: torch.Tensor) -> None:
+        if done == step:
+            raise Stop
+
+    return on_step
+
+
+def sampled_steps(transformer: Any, run: SamplingPlan, saved: SavedRun) -> tuple[list[int], torch.Tensor]:
+    """The steps a run reported, and its latents."""
+    steps: list[int] = []
+    latents = sample(transformer, run, lambda done, *_: steps.append(done), saved=saved)
+    return steps, latents
+
+
+def files(store: DiskCache) -> list[Path]:
+    return sorted(store.folder.iterdir()) if store.folder.is_dir() else []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8-fast"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_run_stopped_at_any_step_ends_in_the_same_bits(
+    tiny: Checkpoint, store: DiskCache, precision: str, batch: int
+) -> None:
+    transformer = loading.load(spec_for(tiny, "transformer", precision))
+    run = plan(tiny, steps=STEPS, samples=torch.zeros(batch, 16, 4, 4))
+    expected = sample(transformer, run)
+    for step in range(1, batch * STEPS):
+        with pytest.raises(Stop):
+            sample(transformer, run, stop_at(step), saved=SavedRun(store, run.name()))
+        saved = SavedRun(store, run.name())
+        steps, resumed = sampled_steps(transformer, run, saved)
+        assert torch.equal(resumed, expected)
+        assert steps == list(range(step + 1, batch * STEPS + 1))
+        saved.forget()
+        assert files(store) == []
+
+
+def test_a_finished_run_waits_for_its_decode(tiny: Checkpoint, store: DiskCache) -> None:
+    run = plan(tiny, steps=STEPS)
+    saved = SavedRun(store, run.name())
+    latents = sample(loading.load(spec_for(tiny, "transformer")), run, saved=saved)
+    kept = SavedRun(store, run.name()).result(1)
+    assert kept is not None and torch.equal(kept, latents)
+    assert SavedRun(store, run.name()).result(2) is None
+
+
+def test_a_changed_input_never_resumes(tiny: Checkpoint, tiny_copy: Path) -> None:
+    from dataclasses import replace
+
+    base = plan(tiny)
+    condition = base.conditions["positive"]
+    other_text = replace(condition, prompt_embeds=condition.prompt_embeds + 1e-6)
+    other_picture = replace(condition, reference_latents=(condition.reference_latents[0] * 1.001,))
+    other_weights = spec_for(Checkpoint(tiny_copy), "transformer")
+    os.utime(tiny_copy / "transformer" / "config.json", ns=(1, 1))
+    touched = spec_for(Checkpoint(tiny_copy), "transformer")
+    card = replace(base.spec.card, name="another card")
+    changed_runs: list[SamplingPlan] = [
+        plan(tiny, seed=1),
+        plan(tiny, steps=3),
+        plan(tiny, true_cfg_scale=4.1),
+        plan(tiny, true_cfg_scale=1.0),
+        plan(tiny, width=48),
+        plan(tiny, samples=torch.zeros(2, 16, 4, 4)),
+        replace(base, conditions=base.conditions | {"positive": other_text}),
+        replace(base, conditions=base.conditions | {"positive": other_picture}),
+        replace(base, spec=spec_for(tiny, "transformer", "int8")),
+        replace(base, spec=touched),
+        replace(base, spec=replace(base.spec, card=card)),
+    ]
+    names = [run.name() for run in changed_runs]
+    assert base.name() not in names and len(set(names)) == len(names)
+    assert base.name() == plan(tiny).name()
+    assert other_weights.identity != touched.identity
+
+
+def test_other_kernels_start_over(store: DiskCache, caplog: pytest.LogCaptureFixture) -> None:
+    saved = SavedRun(store, "0" * 32)
+    saved.open("3072x3072 triton")
+    saved.update(RunState(3, torch.zeros(1, 4, 64)))
+    assert SavedRun(store, "0" * 32).open("3072x3072 torch") is None
+    assert "starting over" in caplog.text
+    kept = SavedRun(store, "0" * 32).open("3072x3072 triton")
+    assert kept is not None and kept.step == 3
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "garbage", "another size", "not a number"])
+def test_a_damaged_state_starts_over(tiny: Checkpoint, store: DiskCache, damage: str) -> None:
+    transformer, run = loading.load(spec_for(tiny, "transformer")), plan(tiny, steps=STEPS)
+    with pytest.raises(Stop):
+        sample(transformer, run, stop_at(3), saved=SavedRun(store, run.name()))
+    (kept,) = files(store)
+    content = kept.read_bytes()
+    saved = SavedRun(store, run.name())
+    if damage in ("empty", "truncated", "garbage"):
+        kept.write_bytes({"empty": b"", "truncated": content[:-9], "garbage": b"\xff" * 99}[damage])
+    else:
+        tokens = torch.zeros(1, 2, 64) if damage == "another size" else torch.full((1, 4, 64), float("nan"))
+        saved.open("")
+        saved.update(RunState(3, tokens), now=True)
+    steps, latents = sampled_steps(transformer, run, saved)
+    assert steps[0] == 1 and torch.equal(latents, sample(transformer, run))
+
+
+def test_states_are_written_seldom_when_steps_are_fast(store: DiskCache) -> None:
+    saved = SavedRun(store, "1" * 32)
+    saved.open("")
+    written = set()
+    for step in range(1, 200):
+        saved.update(RunState(step, torch.zeros(1, 4, 64)))
+        kept = SavedRun(store, "1" * 32).open("")
+        assert kept is not None
+        written.add(kept.step)
+    assert min(written) == 1 and len(written) < 100
+    saved.flush()
+    kept = SavedRun(store, "1" * 32).open("")
+    assert kept is not None and kept.step == 199
+
+
+def test_a_full_disk_costs_the_resume_and_not_the_run(
+    tiny: Checkpoint, store: DiskCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    transformer, run = loading.load(spec_for(tiny, "transformer")), plan(tiny, steps=STEPS)
+    store.folder.mkdir()
+    partial = store.folder / f"{run.name()}{SUFFIX}.{os.getpid()}.partial"
+
+    def refill(*_: object) -> None:  # the device that is always full, where the state would be written
+        partial.unlink(missing_ok=True)
+        partial.symlink_to("/dev/full")
+
+    refill()
+    saved = SavedRun(store, run.name())
+    assert torch.equal(sample(transformer, run, refill, saved=saved), sample(transformer, run))
+    assert caplog.text.count("cannot be resumed after a crash") == 1 and "No space left" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_costs_the_resume_and_not_the_run(
+    tiny: Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    store = DiskCache(tmp_path / "file", 10**9)
+    transformer, run = loading.load(spec_for(tiny, "transformer")), plan(tiny, steps=STEPS)
+    assert torch.equal(sample(transformer, run, saved=SavedRun(store, run.name())), sample(transformer, run))
+    assert caplog.text.count("cannot be resumed after a crash") == 1
+
+
+@pytest.mark.parametrize("moment", [0, 2**33])
+def test_a_clock_that_jumps_loses_nothing(tiny: Checkpoint, store: DiskCache, moment: int) -> None:
+    """1970 and 2242: the file's time is all that depends on the time of day."""
+    transformer, run = loading.load(spec_for(tiny, "transformer")), plan(tiny, steps=STEPS)
+    with pytest.raises(Stop):
+        sample(transformer, run, stop_at(3), saved=SavedRun(store, run.name()))
+    os.utime(files(store)[0], (moment, moment))
+    with pytest.raises(Stop):
+        other = plan(tiny, steps=STEPS, seed=9)
+        sample(transformer, other, stop_at(3), saved=SavedRun(store, other.name()))
+    kept = SavedRun(store, run.name()).open("")
+    assert kept is not None and kept.step == 3
+
+
+# On a real server
+
+
+LONG = 400  # steps of some 10 ms: seconds to interrupt
+
+
+@pytest.fixture
+def own_work(tmp_path: Path, tiny_folder: Path) -> Path:
+    """A work folder for servers that are killed."""
+    work = tmp_path / "comfyui"
+    shutil.copytree(tiny_folder, work / "models" / "diffusers" / "tiny")
+    (work / "custom_nodes").mkdir()
+    link_folder(work / "custom_nodes" / "probe_nodes", ROOT / "tests" / "probe_nodes")
+    return work
+
+
+def long_prompt(**inputs: Any):
+    return keep_tensor(changed(edit_prompt(), SAMPLE, steps=LONG, seed=11, **inputs), [SAMPLE, 0], "latent")
+
+
+def at_step(step: int, act: Callable[[], object]) -> Callable[[str, dict], None]:
+    """A websocket listener that acts once, when the sampler has come that far."""
+    acted: list[int] = []
+
+    def on_event(name: str, data: dict) -> None:
+        sampling = name == "progress" and data["node"] == SAMPLE and data["max"] == LONG
+        if sampling and data["value"] >= step and not acted:
+            acted.append(data["value"])
+            act()
+
+    return on_event
+
+
+def test_after_kill_9_the_same_prompt_ends_in_the_same_bits(own_work: Path) -> None:
+    comfyui, _ = environment()
+    runs = own_work / "models" / "firered_cache" / "runs"
+    with Server(comfyui, own_work, SERVER_ARGUMENTS) as server:
+        with pytest.raises(ServerError, match="it ended while the prompt ran"):
+            server.client.run(long_prompt(), at_step(40, server.process.kill))
+        assert len(list(runs.glob(f"*{SUFFIX}"))) == 1
+    with Server(comfyui, own_work, SERVER_ARGUMENTS) as server:
+        run = succeed(server.client, long_prompt())
+        resumed = kept_tensor(own_work, "latent")["samples"]
+        first_reported = min(value for value, total in run.progress(SAMPLE) if total == LONG)
+        assert "resuming the interrupted run at step " in server.text() and first_reported > 1
+        assert "text encoder" not in loads(server) and "vae" in loads(server)
+        assert list(runs.iterdir()) == []
+        succeed(server.client, long_prompt(resume="off"))
+        assert torch.equal(resumed, kept_tensor(own_work, "latent")["samples"])
+        assert list(runs.iterdir()) == []
+
+
+def loads(server: Server) -> str:
+    """The lines about what was loaded, one a component."""
+    return "\n".join(line for line in server.text().splitlines() if " loaded in " in line)
+
+
+def test_a_cancelled_prompt_goes_on_at_the_step_it_reached(client: Client, server: Server) -> None:
+    prompt = changed(edit_prompt(), SAMPLE, steps=LONG, seed=12)
+    assert client.run(prompt, at_step(30, lambda: client.post("/interrupt"))).status == "interrupted"
+    log_before = len(server.text())
+    succeed(client, prompt)
+    (line,) = [line for line in server.text()[log_before:].splitlines() if "resuming" in line]
+    assert int(line.rpartition("step ")[2].partition("/")[0]) > 30
+
+
+def test_latents_whose_decode_failed_are_there_after_a_restart(own_work: Path) -> None:
+    """The VAE breaks between sampling and decoding, the server ends, and only decoding is left to do."""
+    comfyui, _ = environment()
+    prompt = changed(edit_prompt(), SAMPLE, seed=13)
+    weights = own_work / "models/diffusers/tiny/vae/diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    with Server(comfyui, own_work, SERVER_ARGUMENTS) as server:
+        succeed(
+            server.client, changed(prompt, SAMPLE, seed=14)
+        )  # the prompt's encodings are on disk from now on
+        server.client.post("/free", json={"unload_models": True, "free_memory": True})
+
+        def damage(name: str, data: dict) -> None:
+            if name == "executing" and data["node"] == SAMPLE:
+                weights.write_bytes(whole[:-1])
+
+        assert server.client.run(prompt, damage).error["node_type"] == "FireRedDecode"
+    weights.write_bytes(whole)
+    with Server(comfyui, own_work, SERVER_ARGUMENTS) as server:
+        run = succeed(server.client, prompt)
+        assert DECODE in run.executed
+        assert "transformer" not in loads(server) and run.progress(SAMPLE) == []
+        assert list((own_work / "models/firered_cache/runs").iterdir()) == []
