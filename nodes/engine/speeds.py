@@ -1,0 +1,22 @@
+"""How fast one card is, as measured by preflight or assumed of a machine that is only described."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Rates of one card, counting a multiplication and an addition as two operations.
+
+    fp32, bf16, fp16: TFLOPS of big matrix products in that dtype, TF32 off. int8: TOPS of torch._int_mm.
+    fp32_attention, bf16_attention: TFLOPS of scaled_dot_product_attention, 24 heads of 128, its fastest backend.
+    None where the card, or this torch build on it, cannot or is not native at it.
+    """
+
+    fp32: float
+    fp32_attention: float
+    bf16: float | None = None
+    bf16_attention: float | None = None
+    fp16: float | None = None
+    int8: float | None = None
