@@ -31,9 +31,14 @@ ELSEWHERE = "a build that names it, from https://pytorch.org/get-started/locally
 CUDA_ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
 
 
+def device_label(device: torch.device) -> str:
+    """As the nodes spell it: "cpu", "gpu:0"."""
+    return device.type if device.type in ("cpu", "mps") else f"gpu:{device.index or 0}"
+
+
 def card_name(device: torch.device) -> str:
     """As people know it: "gpu:0 (Tesla P40, sm_61)", or "cpu (avx2)"."""
-    label = device.type if device.type in ("cpu", "mps") else f"gpu:{device.index or 0}"
+    label = device_label(device)
     model = getattr(torch, device.type).get_device_name(device) if label.startswith("gpu") else ""
     return f"{label} ({', '.join(filter(None, (model, architecture(device))))})"
 

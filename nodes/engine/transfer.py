@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .kernels import device_label
+
 log = logging.getLogger("FireRed")
 
 Copy = Callable[[torch.Tensor, torch.device], torch.Tensor]
@@ -48,7 +50,8 @@ def copy_fault(source: torch.device, target: torch.device) -> str | None:
     except torch.OutOfMemoryError:
         fault = "not enough free memory to test it"
     if fault:
-        log.warning("copies from %s to %s go through host memory: %s", source, target, fault)
+        pair = device_label(source), device_label(target)
+        log.warning("copies from %s to %s go through host memory: %s", *pair, fault)
     return fault
 
 

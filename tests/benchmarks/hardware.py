@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from engine.errors import FireRedError
+from engine.kernels import device_label
 from engine.preflight import CardReport, Rate, host_memory, preflight
 from engine.speeds import Speeds
 from engine.transfer import links
@@ -27,13 +28,12 @@ LAYOUTS = {1: "1 card", 2: "CFG over 2 cards", 4: "CFG over 2 x 2 cards"}
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    devices = find_devices()
     reports = []
-    for device in devices:
+    for device in find_devices():
         try:
             reports.append(preflight(device))
         except FireRedError as error:
-            print(f"{device} is left out. {error}\n")
+            print(f"{device_label(device)} is left out. {error}\n")
     print(
         f"torch {torch.__version__}, driver {driver_version()}, Python {platform.python_version()}, "
         f"{platform.platform()}; host memory {host_memory()}\n"
@@ -45,8 +45,9 @@ def main() -> int:
         print(f"{number}. {report.card}: {memory}, measured in {report.seconds:.1f} s")
     print_table("TFLOPS", [str(number) for number in range(1, len(reports) + 1)], speed_rows(reports))
     print("".join(f"\n- {', '.join(names)}: {reason}" for reason, names in reasons(reports).items()))
-    if len(devices) > 1 and devices[0].type == "cuda":
-        print_table("copies", ["bit for bit", "peer access"], copy_rows(devices))
+    cards = [report.device for report in reports if report.device.type == "cuda"]
+    if len(cards) > 1:
+        print_table("copies", ["bit for bit", "peer access"], copy_rows(cards))
     slowest = min((report.speeds for report in reports), key=lambda speeds: speeds.fp32)
     columns = [name for cards, name in LAYOUTS.items() if cards <= len(reports)]
     print_table("Projected s/step (not measured)", columns, projection_rows(slowest, len(reports)))
@@ -107,7 +108,7 @@ def named_rates(report: CardReport) -> list[tuple[str, Rate]]:
 def copy_rows(devices: Sequence[torch.device]) -> list[list[str]]:
     return [
         [
-            f"{link.source} to {link.target}",
+            f"{device_label(link.source)} to {device_label(link.target)}",
             f"no, goes through host memory: {link.fault}" if link.fault else "yes",
             "yes" if link.peer_access else "no",
         ]
