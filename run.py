@@ -76,7 +76,12 @@ def parse_arguments() -> argparse.Namespace:
     test = commands.add_parser("test", help="run the whole test suite")
     test.add_argument("pytest_arguments", nargs="*", metavar="-- PYTEST ARGS", help="passed on to pytest")
     bench = commands.add_parser("bench", help="print how fast this machine is")
-    bench.add_argument("name", nargs="?", help="one of the scripts in tests/benchmarks")
+    bench.add_argument(
+        "name",
+        nargs="?",
+        default="hardware",
+        help="one of the scripts in tests/benchmarks (default: hardware, which tests every card)",
+    )
     for command in (demo, serve, test, bench):
         command.add_argument(
             "--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help="your own ComfyUI"

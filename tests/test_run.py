@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from comfyui import ROOT, environment
 
 
@@ -34,6 +36,14 @@ def test_a_benchmark_that_does_not_exist_lists_those_that_do() -> None:
     assert (
         refused.returncode == 1 and "Choose a benchmark: " in refused.stderr and "overhead" in refused.stderr
     )
+
+
+def test_bench_without_a_name_measures_the_hardware() -> None:
+    measured = run("bench")
+    assert measured.returncode == 0, measured.stderr
+    rows = dict(re.findall(r"^\| (.+?) \| ([\d.]+)", measured.stdout, re.MULTILINE))
+    assert all(float(rows[name]) > 0 for name in ("matmul fp32", "matmul int8", "attention fp32 math"))
+    assert f"torch {torch.__version__}" in measured.stdout and "Projected" in measured.stdout
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows always has Edge")

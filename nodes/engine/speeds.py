@@ -11,7 +11,8 @@ class Speeds:
 
     fp32, bf16, fp16: TFLOPS of big matrix products in that dtype, TF32 off. int8: TOPS of torch._int_mm.
     fp32_attention, bf16_attention: TFLOPS of scaled_dot_product_attention, 24 heads of 128, its fastest
-    backend. None where the card, or this torch build on it, cannot or is not native at it.
+    backend.
+    None where the card, or this torch build on it, cannot or is not native at it.
     """
 
     fp32: float

@@ -2,13 +2,121 @@
 
 There are three crossings: text embeddings and reference latents into the sampler, final latents out of it.
 They are always FP32: FP16 would overflow, BF16 would round what the next component computes in FP32.
+
+Some machines advertise copies between cards that do not work (an IOMMU, ACS or a virtual machine in between):
+zeros arrive, silently (https://github.com/pytorch/pytorch/issues/84803). So each way is tested before it is
+used, and one that fails is replaced by two hops through host memory.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import torch
+
+from .kernels import device_label
+
+log = logging.getLogger("FireRed")
+
+Copy = Callable[[torch.Tensor, torch.device], torch.Tensor]
+# 64 MiB, and a size that leaves a remainder whatever the copy is cut into.
+PATTERN_NUMBERS = (2**24, 1_000_003)
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Link:
+    """The way from one card to another.
+
+    peer_access: whether the driver offers direct copies. fault: what a direct copy got wrong, None for
+    nothing; with a fault, `cross` goes through host memory.
+    """
+
+    source: torch.device
+    target: torch.device
+    peer_access: bool
+    fault: str | None
+
+
+@functools.cache
+def copy_fault(source: torch.device, target: torch.device) -> str | None:
+    """What direct copies from one card to another get wrong, tested once per process; None for nothing."""
+    try:
+        fault = find_fault(source, target, _copy_directly)
+    except torch.OutOfMemoryError:
+        fault = "not enough free memory to test it"
+    if fault:
+        pair = device_label(source), device_label(target)
+        log.warning("copies from %s to %s go through host memory: %s", *pair, fault)
+    return fault
+
+
+def needs_detour(
+    source: torch.device,
+    target: torch.device,
+    find: Callable[[torch.device, torch.device], str | None] = copy_fault,
+) -> bool:
+    """Whether a copy is between two cards where direct copies have a fault; `find` tests a pair of cards."""
+    return source.type == target.type == "cuda" and source != target and find(source, target) is not None
 
 
 def cross(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor in FP32 on `device`."""
+    """The tensor in FP32 on `device`. The first crossing between two cards tests the way, in a second."""
+    if needs_detour(tensor.device, device):
+        tensor = through_host(tensor, device)
     return tensor.to(device=device, dtype=torch.float32)
+
+
+def through_host(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`, by way of host memory, pinned where it comes from a GPU."""
+    pinned = tensor.device.type == "cuda"
+    staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned).copy_(tensor)
+    return staged.to(device)
+
+
+def find_fault(
+    source: torch.device,
+    target: torch.device,
+    copy: Copy,
+    numbers: Sequence[int] = PATTERN_NUMBERS,
+    repeats: int = REPEATS,
+) -> str | None:
+    """Copy random INT32 patterns and compare them on the CPU bit for bit: the first difference in words.
+
+    Each pattern is another, so that what an earlier one left in memory cannot pass for a copy.
+    """
+    generator = torch.Generator(source).manual_seed(0)
+    for count, attempt in itertools.product(numbers, range(1, repeats + 1)):
+        pattern = torch.randint(
+            -(2**31), 2**31, (count,), dtype=torch.int32, device=source, generator=generator
+        )
+        sent, arrived = pattern.cpu(), copy(pattern, target).cpu()
+        if torch.equal(sent, arrived):
+            continue
+        wrong = (sent != arrived).nonzero()
+        first = int(wrong[0])
+        return (
+            f"{len(wrong)} of {count} numbers arrived wrong at attempt {attempt}, "
+            f"number {first} as {int(arrived[first])} instead of {int(sent[first])}"
+        )
+    return None
+
+
+def links(devices: Sequence[torch.device]) -> list[Link]:
+    """Every ordered pair of these cards, tested."""
+    return [
+        Link(source, target, torch.cuda.can_device_access_peer(source, target), copy_fault(source, target))
+        for source, target in itertools.permutations(devices, 2)
+    ]
+
+
+def _copy_directly(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """As fast code copies: queued, then waited for on both cards."""
+    copied = tensor.to(device, non_blocking=True)
+    for card in (tensor.device, device):
+        torch.cuda.synchronize(card)
+    return copied

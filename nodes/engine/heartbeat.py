@@ -1,0 +1,41 @@
+"""A sign of life from work that may be silent for minutes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+INTERVAL = 30.0  # seconds
+
+
+@contextmanager
+def heartbeat(what: str, log: Callable[[str], None], interval: float = INTERVAL) -> Iterator[None]:
+    """Log now, then every `interval` seconds until the block is left, that `what` is still going on.
+
+    what: as in "still testing gpu:0, 2 min 30 s so far". ROCm needs it: the first run of a shape may compile
+    kernels for half an hour at full load.
+    """
+    started, left = time.monotonic(), threading.Event()
+
+    def beat() -> None:
+        while not left.wait(interval):
+            log(f"still {what}, {duration(time.monotonic() - started)} so far")
+
+    log(f"{what}: the first run on a card may compile kernels for minutes, up to half an hour")
+    thread = threading.Thread(target=beat, name=f"heartbeat: {what}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        thread.join()
+
+
+def duration(seconds: float) -> str:
+    """As people say it: "42 s", "2 min 30 s", "1 h 5 min"."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

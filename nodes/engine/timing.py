@@ -1,0 +1,92 @@
+"""How fast a device does some work: at a size it manages, for as long as it takes to know.
+
+A measurement starts at a size for the slowest card and grows as long as time and memory allow.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+MAX_RUN_SECONDS = 0.5  # sizes that would take longer are left out
+BATCH_SECONDS, MAX_BATCH, BATCHES = 0.05, 50, 3
+
+Work = Callable[[], object]
+
+
+def measure_rate(
+    prepare: Callable[[int], Work],
+    operations: Callable[[int], float],
+    sizes: Sequence[int],
+    device: torch.device,
+) -> float:
+    """Operations a second at the largest size that takes at most MAX_RUN_SECONDS and fits into memory.
+
+    prepare: makes the work of a size. operations: how many it does. Raises what the smallest size raises.
+    """
+    work: Work | None = None
+    done = seconds = 0.0
+    for size in sizes:
+        if work and seconds * operations(size) / done > MAX_RUN_SECONDS:
+            break
+        try:
+            larger = prepare(size)
+            _seconds(larger, device)  # kernels are loaded, or compiled
+            seconds = _seconds(larger, device)
+        except RuntimeError:
+            if work is None:
+                raise
+            break
+        work, done = larger, operations(size)
+    assert work is not None
+    calls = min(MAX_BATCH, int(BATCH_SECONDS / seconds))
+    batches = [_seconds(work, device, calls) for _ in range(BATCHES if calls else 0)]
+    return done / min([seconds, *batches])
+
+
+@contextmanager
+def tf32_off() -> Iterator[None]:
+    """FP32 products in FP32 inside the block, and as they were after it.
+
+    torch has an old and a new switch, and refuses to read the old one where only the new one was used.
+    """
+    try:
+        switch, before, off = (
+            torch.set_float32_matmul_precision,
+            torch.get_float32_matmul_precision(),
+            "highest",
+        )
+    except RuntimeError:
+        matmul = torch.backends.cuda.matmul
+        switch, before, off = (
+            functools.partial(setattr, matmul, "fp32_precision"),
+            matmul.fp32_precision,
+            "ieee",
+        )
+    if before == off:  # writing the old switch would set the new one too
+        yield
+        return
+    switch(off)
+    try:
+        yield
+    finally:
+        switch(before)
+
+
+def _seconds(work: Work, device: torch.device, calls: int = 1) -> float:
+    """Seconds a call, the device waited for."""
+    _synchronize(device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        work()
+    _synchronize(device)
+    return (time.perf_counter() - started) / calls
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,143 @@
+"""What this machine's cards can do, as a table to paste into an issue: speeds, memory, copies between cards,
+and a projection of the seconds a step takes.
+
+Usage: python hardware.py    (what `run.py bench` runs)
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import torch
+from engine.errors import FireRedError
+from engine.kernels import device_label
+from engine.preflight import CardReport, Rate, host_memory, preflight
+from engine.speeds import Speeds
+from engine.transfer import links
+
+# One forward at 1024x1024 with one 1 MP reference and 250 text tokens.
+TOKENS = 4096 + 4096 + 250
+LINEAR_OPERATIONS = 2 * 6.795e9 * TOKENS
+ATTENTION_OPERATIONS = 4 * TOKENS**2 * 3072 * 60
+LAYOUTS = {1: "1 card", 2: "CFG over 2 cards", 4: "CFG over 2 x 2 cards"}
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    reports = []
+    for device in find_devices():
+        try:
+            reports.append(preflight(device))
+        except FireRedError as error:
+            print(f"{device_label(device)} is left out. {error}\n")
+    print(
+        f"torch {torch.__version__}, driver {driver_version()}, Python {platform.python_version()}, "
+        f"{platform.platform()}; host memory {host_memory()}\n"
+    )
+    if not reports:
+        return 1
+    for number, report in enumerate(reports, 1):
+        memory = report.memory or "memory unknown"
+        print(f"{number}. {report.card}: {memory}, measured in {report.seconds:.1f} s")
+    print_table("TFLOPS", [str(number) for number in range(1, len(reports) + 1)], speed_rows(reports))
+    print("".join(f"\n- {', '.join(names)}: {reason}" for reason, names in reasons(reports).items()))
+    cards = [report.device for report in reports if report.device.type == "cuda"]
+    if len(cards) > 1:
+        print_table("copies", ["bit for bit", "peer access"], copy_rows(cards))
+    slowest = min((report.speeds for report in reports), key=lambda speeds: speeds.fp32)
+    columns = [name for cards, name in LAYOUTS.items() if cards <= len(reports)]
+    print_table("Projected s/step (not measured)", columns, projection_rows(slowest, len(reports)))
+    return 0
+
+
+def find_devices() -> list[torch.device]:
+    """Every accelerator, or the CPU where there is none."""
+    if not torch.accelerator.is_available():
+        return [torch.device("cpu")]
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    return [torch.device(kind.type, index) for index in range(torch.accelerator.device_count())]
+
+
+def driver_version() -> str:
+    if torch.version.hip:
+        return f"ROCm {torch.version.hip}"
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+        return answer.split()[0]
+    except (OSError, IndexError, subprocess.SubprocessError):
+        return "none"
+
+
+def speed_rows(reports: Sequence[CardReport]) -> list[list[str]]:
+    """A row for each kind of work, a column for each card."""
+    columns = [dict(named_rates(report)) for report in reports]
+    return [
+        [name, *(shown(rates[name], report.speeds) for rates, report in zip(columns, reports, strict=True))]
+        for name in columns[0]
+    ]
+
+
+def shown(rate: Rate, speeds: Speeds) -> str:
+    if rate.tflops is None:
+        return "-"
+    emulated = rate.name in ("bf16", "fp16") and getattr(speeds, rate.name) is None
+    return f"{rate.tflops:.4g}" + (" (not native)" if emulated else "")
+
+
+def reasons(reports: Sequence[CardReport]) -> dict[str, list[str]]:
+    """Why cells are empty: each reason once, with the rows it stands for."""
+    told: dict[str, list[str]] = {}
+    for report in reports:
+        for name, rate in named_rates(report):
+            if rate.reason and name not in told.setdefault(rate.reason, []):
+                told[rate.reason].append(name)
+    return told
+
+
+def named_rates(report: CardReport) -> list[tuple[str, Rate]]:
+    kinds = {"matmul": report.products, "attention": report.attention}
+    return [(f"{kind} {rate.name}", rate) for kind, rates in kinds.items() for rate in rates]
+
+
+def copy_rows(devices: Sequence[torch.device]) -> list[list[str]]:
+    return [
+        [
+            f"{device_label(link.source)} to {device_label(link.target)}",
+            f"no, goes through host memory: {link.fault}" if link.fault else "yes",
+            "yes" if link.peer_access else "no",
+        ]
+        for link in links(devices)
+    ]
+
+
+def projection_rows(speeds: Speeds, cards: int) -> list[list[str]]:
+    """Seconds a step with true CFG (two forwards) from operations and rates alone, a column a layout."""
+    attention, linear = speeds.bf16_attention or speeds.fp32_attention, speeds.bf16 or speeds.fp32
+    rates = {
+        "fp32": (speeds.fp32, speeds.fp32_attention),
+        "bf16": (speeds.bf16, speeds.bf16_attention),
+        "int8": (linear, attention),
+        "int8-fast": (speeds.int8, attention),
+    }
+    rows = []
+    for precision, (products, attended) in rates.items():
+        if products and attended:
+            forward = (LINEAR_OPERATIONS / products + ATTENTION_OPERATIONS / attended) / 1e12
+            rows.append([precision, *(f"{2 * forward / used:.1f}" for used in LAYOUTS if used <= cards)])
+    return rows
+
+
+def print_table(corner: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    print(f"\n| {' | '.join((corner, *columns))} |\n|{'---|' * (1 + len(columns))}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

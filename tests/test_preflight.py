@@ -1,0 +1,293 @@
+"""Nothing is trusted that can be tested: kernels, speeds, copies between cards; and silence is filled."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+
+import psutil
+import pytest
+import torch
+from engine.errors import FireRedError
+from engine.heartbeat import duration, heartbeat
+from engine.kernels import RELEASES, has_kernels, install_line, require_build, require_kernels
+from engine.preflight import NATIVE, CardReport, Rate, host_memory, preflight, rate_or_reason
+from engine.timing import measure_rate, tf32_off
+from engine.transfer import cross, find_fault, needs_detour, through_host
+
+CPU = torch.device("cpu")
+CURRENT, LEGACY = (built for _, built, _ in RELEASES)
+PATTERN = (4096, 1003)
+
+# Kernels
+
+
+@pytest.mark.parametrize(
+    ("card", "built", "runs"),
+    [
+        ("sm_61", LEGACY, True),  # sm_60 code, on a later card of its major version
+        ("sm_61", CURRENT, False),
+        ("sm_61", ("sm_62",), False),
+        ("sm_61", ("sm_70", "compute_70"), False),
+        ("sm_89", CURRENT, True),
+        ("sm_120", LEGACY, False),
+        ("sm_120", (*LEGACY, "compute_90"), True),  # portable code is compiled by the driver
+        ("sm_120", ("compute_90a",), False),
+        ("sm_103", ("sm_100a",), False),
+        ("sm_103", ("sm_100f",), True),
+        ("gfx1151", ("gfx1100", "gfx1151"), True),
+        ("gfx1151", ("gfx1100", "gfx1101"), False),
+        ("gfx1103", ("gfx11-generic",), True),
+        ("gfx1030", ("gfx11-generic",), False),
+    ],
+)
+def test_a_build_runs_on_the_cards_it_has_code_for(card: str, built: tuple[str, ...], runs: bool) -> None:
+    assert has_kernels(card, built) is runs
+
+
+def test_a_pascal_card_is_told_the_release_that_has_its_kernels() -> None:
+    with pytest.raises(FireRedError) as refused:
+        require_build("gpu:0 (Tesla P40, sm_61)", "sm_61", CURRENT)
+    told = str(refused.value)
+    assert "no kernels for gpu:0 (Tesla P40, sm_61): it was built for sm_75, sm_80" in told
+    assert "pip install torch==2.7.1 torchvision==0.22.1 torchaudio==2.7.1" in told
+    require_build("gpu:0 (Tesla P40, sm_61)", "sm_61", LEGACY)
+
+
+def test_a_newer_card_is_told_a_newer_release_and_an_unknown_one_where_to_look() -> None:
+    assert install_line("sm_120", windows=False) == f"pip install {RELEASES[0][0]}"
+    assert install_line("sm_61", windows=True).endswith("--index-url https://download.pytorch.org/whl/cu126")
+    assert "get-started" in install_line("sm_35") and "get-started" in install_line("gfx1151")
+
+
+def test_a_card_that_computes_wrong_or_not_at_all_is_refused() -> None:
+    require_kernels(CPU)
+    with pytest.raises(FireRedError, match=r"cpu .* multiplies small whole numbers wrong"):
+        require_kernels(CPU, lambda a, b: (a @ b).index_fill(0, torch.tensor([63]), 0))
+
+    def no_image(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
+
+    with pytest.raises(
+        FireRedError, match=r"cannot compute .* no kernel image .* device\. Update the driver"
+    ):
+        require_kernels(CPU, no_image)
+
+
+# Speeds
+
+
+def sleeping(seconds_an_operation: float, seen: list[int]) -> Callable[[int], Callable[[], object]]:
+    def prepare(size: int) -> Callable[[], object]:
+        seen.append(size)
+        return lambda: time.sleep(seconds_an_operation * size)
+
+    return prepare
+
+
+def test_a_rate_is_operations_a_second() -> None:
+    """20 ms for a size of 20, which stands for 10000 operations."""
+    rate = measure_rate(sleeping(1e-3, []), lambda size: 500.0 * size, (1, 20), CPU)
+    assert rate == pytest.approx(500_000, rel=0.2)
+
+
+def test_a_slow_device_is_measured_at_a_small_size_in_little_time() -> None:
+    seen: list[int] = []
+    started = time.perf_counter()
+    rate = measure_rate(sleeping(0.01, seen), float, (10, 100, 1000), CPU)
+    assert seen == [10] and time.perf_counter() - started < 1
+    assert rate == pytest.approx(100, rel=0.2)
+
+
+def test_a_full_card_is_measured_at_the_size_that_fits() -> None:
+    def prepare(size: int) -> Callable[[], object]:
+        if size > 10:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return lambda: time.sleep(0.02)
+
+    assert measure_rate(prepare, float, (10, 20), CPU) == pytest.approx(500, rel=0.2)
+    with pytest.raises(torch.OutOfMemoryError):
+        measure_rate(prepare, float, (20,), CPU)
+
+
+@pytest.fixture(scope="module")
+def report() -> CardReport:
+    preflight.cache_clear()
+    others = torch.get_rng_state()
+    measured = preflight(CPU)
+    assert torch.equal(torch.get_rng_state(), others), "other people's random numbers changed"
+    return measured
+
+
+def test_the_cpu_is_measured_once_in_seconds(report: CardReport) -> None:
+    assert preflight(CPU) is report
+    assert report.seconds < 30
+    assert [rate.name for rate in report.products] == ["fp32", "bf16", "fp16", "int8"]
+    rates = {rate.name: rate.tflops for rate in (*report.products, *report.attention)}
+    assert report.speeds.fp32 == rates["fp32"] and 1e-4 < report.speeds.fp32 < 1e3
+    assert report.speeds.int8 == rates["int8"]
+    assert report.speeds.fp32_attention == max(rates["fp32 flash"] or 0, rates["fp32 math"] or 0) > 1e-4
+
+
+def test_sixteen_bits_are_native_only_where_clearly_faster(report: CardReport) -> None:
+    rates = {rate.name: rate.tflops or 0 for rate in report.products}
+    for name in ("bf16", "fp16"):
+        is_faster = rates[name] > NATIVE * rates["fp32"]
+        assert getattr(report.speeds, name) == (rates[name] if is_faster else None)
+    assert (report.speeds.bf16_attention is None) == (report.speeds.bf16 is None)
+
+
+def test_what_does_not_run_says_why(report: CardReport) -> None:
+    missing = {rate.name: rate.reason for rate in report.attention if rate.tflops is None}
+    assert set(missing) == {"fp32 efficient", "fp32 cudnn", "bf16 efficient", "bf16 cudnn"}
+    assert all("backend" in reason and "\n" not in reason for reason in missing.values())
+
+
+def test_an_attention_backends_reason_is_found_among_torchs_warnings() -> None:
+    """What torch says on a V100 with the flash backend alone."""
+    where = " (Triggered internally at ../aten/src/ATen/native/transformers/cuda/sdp_utils.cpp:201.)"
+    reason = "Flash attention only supports gpu architectures in the range [sm80, sm90]"
+
+    def attend() -> None:
+        for text in (
+            "Memory efficient kernel not used because:",
+            "Memory Efficient attention has been runtime disabled.",
+            "Flash attention kernel not used because:",
+            f"{reason}. Attempting to run on a sm 7.0 gpu.",
+            "CuDNN attention kernel not used because:",
+        ):
+            warnings.warn(text + where, stacklevel=1)
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    assert rate_or_reason("flash", lambda size: attend, float, (1,), CPU) == Rate("flash", None, reason)
+
+
+def test_the_report_is_one_line_for_the_log(report: CardReport) -> None:
+    assert str(report).startswith("cpu (") and "\n" not in str(report)
+    assert f"fp32 {report.speeds.fp32:.3g}" in str(report)
+
+
+def test_host_memory_is_what_the_system_says(report: CardReport) -> None:
+    assert host_memory().total == psutil.virtual_memory().total
+    assert 0 < host_memory().free < host_memory().total
+    assert report.memory is not None and report.memory.total == host_memory().total
+
+
+@pytest.mark.parametrize("before", ["highest", "high", "medium"])
+def test_tf32_is_off_while_measuring_and_then_as_it_was(before: str) -> None:
+    torch.set_float32_matmul_precision(before)
+    try:
+        with tf32_off():
+            assert not torch.backends.cuda.matmul.allow_tf32
+        assert torch.get_float32_matmul_precision() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch 2.9 and later")
+def test_tf32_set_by_the_newer_switch_is_off_and_back_too() -> None:
+    matmul = torch.backends.cuda.matmul
+    try:
+        matmul.fp32_precision = "tf32"
+        with tf32_off():
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+# Copies
+
+
+def test_a_copy_that_arrives_intact_has_no_fault() -> None:
+    assert find_fault(CPU, CPU, lambda tensor, device: tensor.clone(), PATTERN) is None
+
+
+def test_zeros_instead_of_a_copy_are_found() -> None:
+    fault = find_fault(CPU, CPU, lambda tensor, device: torch.zeros_like(tensor), PATTERN)
+    assert fault is not None
+    assert fault.startswith("4096 of 4096 numbers arrived wrong at attempt 1, number 0 as 0 instead of ")
+
+
+def test_one_wrong_bit_in_the_last_number_of_the_odd_size_is_found() -> None:
+    def flip(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        copied = tensor.clone()
+        if len(copied) % 2:
+            copied[-1] ^= 1
+        return copied
+
+    fault = find_fault(CPU, CPU, flip, PATTERN)
+    assert fault is not None and fault.startswith("1 of 1003 numbers arrived wrong at attempt 1, number 1002")
+
+
+def test_a_copy_that_fails_now_and_then_is_found() -> None:
+    copies = []
+
+    def third_fails(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        copies.append(tensor.clone())
+        return copies[-1] + (len(copies) == 3)
+
+    assert "at attempt 3" in str(find_fault(CPU, CPU, third_fails, PATTERN))
+
+
+def test_a_copy_that_never_happened_is_not_mistaken_for_the_one_before() -> None:
+    kept: list[torch.Tensor] = []
+
+    def stale(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        if not kept:
+            kept.append(tensor.clone())
+        return kept[0]
+
+    assert "at attempt 2" in str(find_fault(CPU, CPU, stale, PATTERN))
+
+
+def test_by_way_of_the_host_everything_arrives() -> None:
+    assert find_fault(CPU, CPU, through_host, PATTERN) is None
+    strided = torch.arange(12.0, dtype=torch.bfloat16).reshape(3, 4).T
+    assert torch.equal(through_host(strided, CPU), strided)
+
+
+def test_only_pairs_of_cards_with_a_fault_take_the_detour() -> None:
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    faults = {(first, second): "zeros", (second, first): None}
+    asked = []
+
+    def find(source: torch.device, target: torch.device) -> str | None:
+        asked.append((source, target))
+        return faults[source, target]
+
+    assert needs_detour(first, second, find) and not needs_detour(second, first, find)
+    assert not any(needs_detour(*pair, find) for pair in ((first, CPU), (CPU, first), (first, first)))
+    assert asked == [(first, second), (second, first)]
+
+
+def test_a_crossing_is_in_fp32() -> None:
+    crossed = cross(torch.tensor([1.5, 3e38], dtype=torch.bfloat16), CPU)
+    assert crossed.dtype == torch.float32 and crossed[0] == 1.5 and crossed.isfinite().all()
+
+
+# Signs of life
+
+
+def test_a_heartbeat_speaks_first_then_at_intervals_then_never_again() -> None:
+    said: list[str] = []
+    with heartbeat("testing gpu:0", said.append, interval=0.05):
+        assert len(said) == 1 and said[0].startswith("testing gpu:0")
+        time.sleep(0.28)
+    count = len(said)
+    assert 3 <= count <= 6 and said[1:] == ["still testing gpu:0, 0 s so far"] * (count - 1)
+    time.sleep(0.12)
+    assert len(said) == count
+
+
+def test_a_heartbeat_ends_with_what_it_covers_failing() -> None:
+    said: list[str] = []
+    with pytest.raises(ValueError, match="broken"), heartbeat("testing", said.append, interval=0.02):
+        raise ValueError("broken")
+    time.sleep(0.06)
+    assert len(said) == 1
+
+
+def test_durations_read_as_people_say_them() -> None:
+    assert [duration(seconds) for seconds in (29.6, 150, 3900)] == ["30 s", "2 min 30 s", "1 h 5 min"]
