@@ -7,7 +7,6 @@ Usage: python soak.py [--prompts N] [--checkpoint FOLDER] [--devices gpu:0,gpu:1
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -16,7 +15,18 @@ from typing import Any
 
 import comfyui
 import tiny_checkpoint
-from prompts import LOADERS, SAMPLE, changed, core_prompt, edit_prompt, residents, succeed
+from prompts import (
+    ENCODE,
+    LOADERS,
+    PHOTO,
+    SAMPLE,
+    changed,
+    core_prompt,
+    edit_prompt,
+    residents,
+    succeed,
+    with_node,
+)
 
 MIB = 2**20
 PRECISIONS = ("int8", "bf16")  # of the transformer, in turn, so that weights are replaced as well
@@ -46,6 +56,8 @@ def make_work_folder(folder: Path, checkpoint: Path | None) -> None:
 
 def our_prompt(args: argparse.Namespace, number: int) -> comfyui.Prompt:
     prompt = changed(edit_prompt("soak"), SAMPLE, seed=number, width=args.size, height=args.size)
+    photo = with_node({}, PHOTO, "ProbeImage", shape=f"1,{args.size},{args.size},3", fill=f"{number % 7 / 7}")
+    prompt = changed(prompt, ENCODE, reference_megapixels=args.size**2 / 2**20) | photo
     for node, device in zip(LOADERS, args.devices.split(","), strict=True):
         prompt = changed(prompt, node, device=device)
     return changed(prompt, "1", precision=PRECISIONS[number // 4 % len(PRECISIONS)])
@@ -85,9 +97,7 @@ def main() -> int:
             time.sleep(2)
             print(f"before /free: {describe(before)}")
             print(f"after /free:  {describe(residents(server.client, Path(work)))}")
-            print(
-                json.dumps([line for line in server.text().splitlines() if "FireRed" in line][:20], indent=0)
-            )
+            print()
     return 0
 
 
