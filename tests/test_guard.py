@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
+from pathlib import Path
 
 import pytest
 import tiny_checkpoint
 import torch
+from comfyui import Client
 from conftest import spec_for
 from engine import loading
 from engine.checkpoint import Checkpoint, open_checkpoint
@@ -20,6 +22,7 @@ from engine.schedule import Schedule
 from engine.trace import FP16_MAX, Culprit, find_culprit
 from engine.workers import NEGATIVE, POSITIVE, LocalWorker
 from PIL import Image
+from prompts import changed, edit_prompt, fail, succeed
 from test_sampling import condition
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -268,3 +271,23 @@ def test_checking_reads_a_good_prediction_once(tiny: Checkpoint) -> None:
         NonFiniteError, match=rf"stayed within {tensor.abs().max():.4g}\. First to break: a \(b"
     ):
         guard.check(tensor * float("nan"), "It", lambda: Culprit("a", "b", 1.0))
+
+
+# The nodes
+
+
+@pytest.fixture(scope="module")
+def overflowing_name(work: Path) -> str:
+    """The name of such a checkpoint in the running ComfyUI."""
+    return tiny_checkpoint.build(work / "models/diffusers/overflowing", layers=3, overflow_block=1).name
+
+
+def test_the_sampler_node_stops_with_the_module_named(client: Client, overflowing_name: str) -> None:
+    error = fail(client, changed(edit_prompt(overflowing_name), "1", precision="fp16"))
+    assert (error["node_type"], error["exception_type"].rpartition(".")[2]) == (
+        "FireRedSampler",
+        "NonFiniteError",
+    )
+    assert error["exception_message"].startswith("Step 1 of 2: the positive prediction ")
+    assert f"First to break: {OVERFLOWING} (Linear)" in error["exception_message"]
+    succeed(client, changed(edit_prompt(overflowing_name), "1", precision="int8"))
