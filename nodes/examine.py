@@ -8,10 +8,12 @@ import torch
 from comfy_api.latest import io, ui
 
 from . import host
+from .engine.charts import draw_ranges, to_image
 from .engine.components import ComponentSpec
 from .engine.conditioning import from_conditioning
 from .engine.images import to_pil
 from .engine.latents import MAX_SIZE, TOKEN_PIXELS
+from .engine.ranges import Ranges, report
 from .load import CATEGORY, TextEncoder, Transformer
 
 
@@ -76,33 +78,51 @@ class FireRedNumerics(io.ComfyNode):
         height: int = 0,
         seed: int = 0,
     ) -> io.NodeOutput:
-        from .engine.charts import draw_ranges, to_image
-        from .engine.numerics import measure_text_encoder, measure_transformer, parse_steps
-        from .engine.ranges import report
-        from .engine.sampling import plan_sampling
-        from .engine.workers import POSITIVE
-
-        looked_at = parse_steps(look_at, steps)
-        prompt_width = transformer.checkpoint.component("transformer").config()["joint_attention_dim"]
-        condition = from_conditioning(positive, POSITIVE, prompt_width)
         samples = None if latent is None else latent["samples"]
-        plan = plan_sampling(
-            transformer,
-            {POSITIVE: condition},
-            steps=steps,
-            true_cfg_scale=1.0,
-            width=width,
-            height=height,
-            seed=seed,
-            samples=samples,
-        )
-        with host.borrow(transformer) as model:
-            progress = host.progress_reporter()
-            measured = {transformer: measure_transformer(model, plan, looked_at, samples, progress)}
+        size = width, height
+        measured = [_measure_transformer(transformer, positive, samples, steps, look_at, size, seed)]
         if text_encoder is not None:
-            with host.borrow(text_encoder) as encoder:
-                pictures = [] if images is None else to_pil([images])
-                measured[text_encoder] = measure_text_encoder(encoder, prompt, pictures)
-        charts = [draw_ranges(f"Activation ranges: {spec}", ranges) for spec, ranges in measured.items()]
-        text = "\n\n".join(report(spec, ranges) for spec, ranges in measured.items())
+            measured.append(_measure_text_encoder(text_encoder, prompt, images))
+        charts = [draw_ranges(f"Activation ranges: {spec}", ranges) for spec, ranges in measured]
+        text = "\n\n".join(report(spec, ranges) for spec, ranges in measured)
         return io.NodeOutput(to_image(charts), text, ui=ui.PreviewText(text))
+
+
+def _measure_transformer(
+    transformer: ComponentSpec,
+    positive: Any,
+    samples: torch.Tensor | None,
+    steps: int,
+    look_at: str,
+    size: tuple[int, int],
+    seed: int,
+) -> tuple[ComponentSpec, Ranges]:
+    from .engine.numerics import measure_transformer, parse_steps
+    from .engine.sampling import plan_sampling
+    from .engine.workers import POSITIVE
+
+    spec = transformer
+    looked_at, (width, height) = parse_steps(look_at, steps), size
+    prompt_width = spec.checkpoint.component("transformer").config()["joint_attention_dim"]
+    plan = plan_sampling(
+        spec,
+        {POSITIVE: from_conditioning(positive, POSITIVE, prompt_width)},
+        steps=steps,
+        true_cfg_scale=1.0,
+        width=width,
+        height=height,
+        seed=seed,
+        samples=samples,
+    )
+    with host.borrow(transformer) as model:
+        return spec, measure_transformer(model, plan, looked_at, samples, host.progress_reporter())
+
+
+def _measure_text_encoder(
+    text_encoder: ComponentSpec, prompt: str, images: torch.Tensor | None
+) -> tuple[ComponentSpec, Ranges]:
+    from .engine.numerics import measure_text_encoder
+
+    pictures = [] if images is None else to_pil([images])
+    with host.borrow(text_encoder) as encoder:
+        return text_encoder, measure_text_encoder(encoder, prompt, pictures)

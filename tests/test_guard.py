@@ -23,6 +23,7 @@ from engine.trace import FP16_MAX, Culprit, find_culprit
 from engine.workers import NEGATIVE, POSITIVE, LocalWorker
 from PIL import Image
 from prompts import changed, edit_prompt, fail, succeed
+from safetensors.torch import load_file, save_file
 from test_sampling import condition
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -241,6 +242,17 @@ def test_a_nan_weight_in_the_text_encoder_is_named(tiny: Checkpoint, module: str
             encode(), "The embedding", spec, functools.partial(find_culprit, encoder.model, encode)
         )
     assert hooks(encoder.model) == 0
+
+
+def test_a_weight_too_large_for_fp16_is_no_damaged_file(tiny_copy: Path) -> None:
+    path = tiny_copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["proj_out.weight"][0, 0] = 1e5
+    save_file(tensors, path, {"format": "pt"})
+    checkpoint = open_checkpoint(tiny_copy)
+    with pytest.raises(NonFiniteError, match=r"First to break: proj_out .*Set its precision to fp32 or int8"):
+        run(worker_for(checkpoint, "fp16"), checkpoint, "fp16")
+    assert bool(run(worker_for(checkpoint, "fp32"), checkpoint, "fp32").isfinite().all())
 
 
 def test_the_remedy_offers_what_the_component_has(tiny: Checkpoint) -> None:

@@ -53,7 +53,7 @@ class Guard:
         if math.isfinite(largest) and not clipped:
             self._largest = max(self._largest, largest)
         elif not self._warned:
-            message = self._message(tensor, what, clipped, trace)
+            message = self._message(tensor, what, trace)
             if self._level == STOP:
                 raise NonFiniteError(message)
             self._warned = True
@@ -77,7 +77,7 @@ class Guard:
         with watch_outputs({str(number): block for number, block in enumerate(blocks)}, keep):
             yield peaks
 
-    def _message(self, tensor: torch.Tensor, what: str, clipped: bool, trace: Trace | None) -> str:
+    def _message(self, tensor: torch.Tensor, what: str, trace: Trace | None) -> str:
         finite = bool(tensor.isfinite().all())
         wrong = f"{what} was clipped to FP16's limit of 65504 inside" if finite else _count(tensor, what)
         said = [f"{wrong}, computed by the {self._spec}."]
@@ -116,10 +116,11 @@ def require_finite_input(tensor: torch.Tensor, what: str) -> torch.Tensor:
 
 
 def _remedy(spec: ComponentSpec, culprit: Culprit | None) -> str:
-    if culprit is not None and culprit.bad_parameters:
+    fp16 = torch.float16 in (spec.math, spec.precision.storage) or spec.precision.fp16_inside
+    if culprit is not None and culprit.bad_parameters and not fp16:
         names = " and ".join(culprit.bad_parameters)
         return f"Its {names} holds NaN or infinity: the file is damaged. Download the {spec.role} again."
-    if spec.math is torch.float32 and not spec.precision.fp16_inside:
+    if spec.math is torch.float32 and not fp16:
         return "Check the checkpoint: even FP32 arithmetic overflowed."
     names = " or ".join(name for name in SAFE_PRECISIONS if name in ROLE_PRECISIONS[spec.role])
     forced = ", and math to fp32" if spec.role == "transformer" else ""

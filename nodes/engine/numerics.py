@@ -80,9 +80,10 @@ def measure_text_encoder(
 
 @torch.inference_mode()
 def measure(model: torch.nn.Module, forward: Callable[[], object]) -> list[BlockRange]:
-    """Run `forward`, which calls `model`, and return the ranges of the blocks that ran, in their order.
+    """Run `forward`, which calls `model`, and return the ranges of the blocks in the order they ran.
 
-    Adds two reads of each activation and, at the end, one copy to the host. Leaves no hook behind.
+    Adds a read of each activation and of each linear layer's input and, at the end, one copy to the host.
+    Leaves no hook behind.
     """
     tallies: dict[str, _Tally] = {}
     inside = {name: module for name, module in model.named_modules() if BLOCKS.fullmatch(name)}
@@ -99,17 +100,13 @@ def measure(model: torch.nn.Module, forward: Callable[[], object]) -> list[Block
 
     with watch_outputs(inside, watch):
         forward()
-    order = {name: place for place, name in enumerate(inside)}
-    names = sorted(tallies, key=order.__getitem__)
-    if not names:
+    if not tallies:
         return []
-    device = tallies[names[0]].totals().device
-    rows = torch.stack([tallies[name].totals().to(device) for name in names]).tolist()
+    totals = [tally.totals() for tally in tallies.values()]
+    rows = torch.stack([total.to(totals[0].device) for total in totals]).tolist()
     return [
-        BlockRange(name, largest, outliers / max(tally.columns, 1), overflows / max(tally.channels, 1))
-        for (name, tally), (largest, outliers, overflows) in zip(
-            ((name, tallies[name]) for name in names), rows, strict=True
-        )
+        BlockRange(name, largest, outliers / max(tally.columns, 1), overflows / tally.channels)
+        for (name, tally), (largest, outliers, overflows) in zip(tallies.items(), rows, strict=True)
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,12 @@ def find_culprit(model: torch.nn.Module, forward: Callable[[], object]) -> Culpr
             kind = type(module).__name__
             found.append(Culprit(name, kind, given.largest, gave.largest, _bad_parameters(module)))
 
-    with _watched(model, before, after):
+    modules = dict(model.named_modules())
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hook = functools.partial(before, name)
+            hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+        hooks.enter_context(watch_outputs(modules, after))
         forward()
     return found[0] if found else None
 
@@ -77,14 +82,10 @@ def watch_outputs(
     modules: Mapping[str, torch.nn.Module], watch: Callable[[str, torch.nn.Module, Any, Any], None]
 ) -> Iterator[None]:
     """Call watch(name, module, its positional arguments, its output) after each module runs."""
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for name, module in modules.items():
-            handles.append(module.register_forward_hook(functools.partial(watch, name)))
+            hooks.enter_context(module.register_forward_hook(functools.partial(watch, name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -128,20 +129,3 @@ def _bad_parameters(module: torch.nn.Module) -> tuple[str, ...]:
     """Names of the module's own weights and buffers that hold NaN or infinity."""
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     return tuple(name for name, tensor in own if any(_range_of(part).bad for part in tensors_in(tensor)))
-
-
-@contextmanager
-def _watched(
-    model: torch.nn.Module, before: Callable[..., None], after: Callable[..., None]
-) -> Iterator[None]:
-    modules = dict(model.named_modules())
-    handles = []
-    try:
-        for name, module in modules.items():
-            hook = functools.partial(before, name)
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        with watch_outputs(modules, after):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
