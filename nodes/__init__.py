@@ -7,6 +7,7 @@ from typing_extensions import override
 
 from .decode import FireRedDecode
 from .encode import FireRedEncodePrompt
+from .examine import FireRedNumerics
 from .load import FireRedLoadTextEncoder, FireRedLoadTransformer, FireRedLoadVAE
 from .sample import FireRedSampler
 
@@ -17,6 +18,7 @@ NODE_CLASS_MAPPINGS = {
     "FireRedEncodePrompt": FireRedEncodePrompt,
     "FireRedSampler": FireRedSampler,
     "FireRedDecode": FireRedDecode,
+    "FireRedNumerics": FireRedNumerics,
 }
 
 

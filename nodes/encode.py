@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +14,7 @@ from .engine.errors import InputError
 from .engine.guard import require_finite
 from .engine.images import to_pil
 from .engine.recall import embedding_name, recall, reference_name
+from .engine.trace import find_culprit
 from .engine.transfer import cross
 from .load import CATEGORY, VAE, TextEncoder
 
@@ -108,9 +110,10 @@ def _encode_prompts(
     def encode(missing: list[int]) -> Iterator[torch.Tensor]:
         with host.borrow(text_encoder) as encoder:
             for index in missing:
-                embeds = encoder.encode(prompts[index], pictures)
+                encode_one = functools.partial(encoder.encode, prompts[index], pictures)
+                trace = functools.partial(find_culprit, encoder.model, encode_one)
                 what = f"The {('positive', 'negative')[index]} prompt's embedding"
-                yield cross(require_finite(embeds, what, text_encoder.spec), CPU)
+                yield cross(require_finite(encode_one(), what, text_encoder.spec, trace), CPU)
 
     names = [embedding_name(text_encoder.spec, prompt, pictures) for prompt in prompts]
     return recall(host.disk_cache(), names, encode)

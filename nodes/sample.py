@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from . import host
 from .engine.conditioning import from_conditioning
+from .engine.guard import GUARDS, STOP
 from .engine.latents import MAX_SIZE, TOKEN_PIXELS
 from .load import CATEGORY, Transformer
 from .lookahead import require_decodable
@@ -69,6 +70,15 @@ class FireRedSampler(io.ComfyNode):
                     advanced=True,
                     tooltip="on: after a crash or a cancel the same prompt goes on at the step it reached.",
                 ),
+                io.Combo.Input(
+                    "guard",
+                    options=list(GUARDS),
+                    default=STOP,
+                    optional=True,
+                    advanced=True,
+                    tooltip="When a prediction is NaN or infinite: stop and name the module that broke, warn "
+                    "in the log and go on, or do not look.",
+                ),
             ],
             outputs=[io.Latent.Output("latent", display_name="latent")],
             hidden=[io.Hidden.prompt],
@@ -87,6 +97,7 @@ class FireRedSampler(io.ComfyNode):
         height: int = 0,
         seed: int = 0,
         resume: str = "on",
+        guard: str = STOP,
     ) -> io.NodeOutput:
         from .engine.sampling import plan_sampling, sample
         from .engine.workers import NEGATIVE, POSITIVE
@@ -117,5 +128,5 @@ class FireRedSampler(io.ComfyNode):
         if samples is None:
             with host.borrow(transformer) as model:
                 reporters = host.sampling_reporter(spec.device), host.progress_reporter()
-                samples = sample(model, plan, *reporters, saved)
+                samples = sample(model, plan, *reporters, saved, guard)
         return io.NodeOutput({"samples": samples} | ({host.RUN_KEY: saved.name} if saved else {}))

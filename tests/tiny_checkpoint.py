@@ -48,6 +48,8 @@ SCHEDULER_CONFIG = dict(  # FireRed-Image-Edit-1.0's scheduler_config.json
     shift=1.0,
     shift_terminal=0.02, time_shift_type="exponential", use_dynamic_shifting=True,
 )  # fmt: skip
+# Of a matrix whose entries stay below FP16's 65504 while its products with a normalised token pass it.
+OVERFLOW_GAIN = 2e5
 
 
 def build(
@@ -59,10 +61,13 @@ def build(
     joint_attention_dim: int | None = None,
     zero_cond_t: bool = False,
     dtype: torch.dtype = torch.bfloat16,
+    overflow_block: int | None = None,
 ) -> Path:
     """Write the checkpoint to `folder`, which must not exist yet, and return it.
 
     joint_attention_dim: what the transformer expects of embeddings; the text encoder's width unless given.
+    overflow_block: a transformer block whose img_mlp.net.2 gives more than FP16 holds, as late ones do in the
+    real model.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -80,6 +85,8 @@ def build(
     }
     for number, (name, model) in enumerate(parts.items()):
         randomize(model, seed + number)
+        if name == "transformer" and overflow_block is not None:
+            model.transformer_blocks[overflow_block].img_mlp.net[2].weight.data.mul_(OVERFLOW_GAIN)
         model.to(dtype).save_pretrained(partial / name)
     write_rest(partial)
     partial.rename(folder)

@@ -12,6 +12,7 @@ import torch
 from .components import ComponentSpec
 from .conditioning import Condition
 from .denoise import StepState, denoise
+from .guard import STOP
 from .latents import (
     LATENT_CHANNELS,
     PATCH,
@@ -108,6 +109,7 @@ def sample(
     on_step: OnStep = lambda done, total, denoised: None,
     on_fold: OnProgress = untold,
     saved: SavedRun | None = None,
+    guard: str = STOP,
 ) -> torch.Tensor:
     """Run the plan: raw latents (B, 16, 1, h, w), FP32 on the CPU.
 
@@ -131,7 +133,14 @@ def sample(
 
         try:
             final = denoise(
-                worker, plan.spec, state.latents, plan.schedule, plan.true_cfg_scale, report, state.step
+                worker,
+                plan.spec,
+                state.latents,
+                plan.schedule,
+                plan.true_cfg_scale,
+                report,
+                state.step,
+                guard,
             )
         except BaseException:
             if saved is not None:

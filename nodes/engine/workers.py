@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -24,6 +24,15 @@ class Worker(Protocol):
 
     def predict(self, latents: torch.Tensor, step: int, branch: str) -> torch.Tensor:
         """The predicted velocity (1, tokens, 64) FP32 for packed latents so shaped, at `step`."""
+        ...
+
+
+@runtime_checkable
+class Traceable(Protocol):
+    """A worker whose model the guard can look into."""
+
+    def module(self, branch: str) -> torch.nn.Module | None:
+        """The model that computes this branch, if it is in this process."""
         ...
 
 
@@ -53,6 +62,9 @@ class LocalWorker:
             branch: self._model_inputs(condition, latent_size, mean, std)
             for branch, condition in conditions.items()
         }
+
+    def module(self, branch: str) -> torch.nn.Module:
+        return self._transformer
 
     @torch.inference_mode()
     def predict(self, latents: torch.Tensor, step: int, branch: str) -> torch.Tensor:

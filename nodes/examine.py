@@ -1,0 +1,128 @@
+"""What a graph's models do inside, as pictures and text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io, ui
+
+from . import host
+from .engine.charts import draw_ranges, to_image
+from .engine.components import ComponentSpec
+from .engine.conditioning import from_conditioning
+from .engine.images import to_pil
+from .engine.latents import MAX_SIZE, TOKEN_PIXELS
+from .engine.ranges import Ranges, report
+from .load import CATEGORY, TextEncoder, Transformer
+
+
+class FireRedNumerics(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        size: dict[str, Any] = dict(default=0, min=0, max=MAX_SIZE, step=TOKEN_PIXELS, optional=True)
+        size["tooltip"] = "Pixels; 0 follows the first image at about 1 megapixel."
+        return io.Schema(
+            node_id="FireRedNumerics",
+            display_name="FireRed Numerics",
+            category=CATEGORY,
+            description="Measure how large activations get in every block, against the limits of FP16 and "
+            "INT8, and say which precisions hold them.",
+            is_output_node=True,
+            inputs=[
+                Transformer.Input("transformer"),
+                io.Conditioning.Input("positive"),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="A sampled latent, looked at with each step's noise. Without it, noise alone.",
+                ),
+                TextEncoder.Input(
+                    "text_encoder", optional=True, tooltip="Measured too, on the prompt and the images below."
+                ),
+                io.Image.Input("images", optional=True, tooltip="For the text encoder's vision tower."),
+                io.Int.Input("steps", default=40, min=1, max=1000, optional=True),
+                io.String.Input(
+                    "look_at",
+                    default="1, 20, 40",
+                    optional=True,
+                    tooltip="Which of the steps to look at, one forward each; past the last means the last.",
+                ),
+                io.String.Input(
+                    "prompt", default="", optional=True, multiline=True, tooltip="For the text encoder."
+                ),
+                io.Int.Input("width", **size),
+                io.Int.Input("height", **size),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=2**64 - 1, optional=True, control_after_generate=True
+                ),
+            ],
+            outputs=[
+                io.Image.Output("image", display_name="image"),
+                io.String.Output("text", display_name="text"),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        transformer: host.Handle,
+        positive: Any,
+        latent: dict[str, Any] | None = None,
+        text_encoder: host.Handle | None = None,
+        images: torch.Tensor | None = None,
+        steps: int = 40,
+        look_at: str = "1, 20, 40",
+        prompt: str = "",
+        width: int = 0,
+        height: int = 0,
+        seed: int = 0,
+    ) -> io.NodeOutput:
+        samples = None if latent is None else latent["samples"]
+        size = width, height
+        measured = [_measure_transformer(transformer, positive, samples, steps, look_at, size, seed)]
+        if text_encoder is not None:
+            measured.append(_measure_text_encoder(text_encoder, prompt, images))
+        charts = [draw_ranges(f"Activation ranges: {spec}", ranges) for spec, ranges in measured]
+        text = "\n\n".join(report(spec, ranges) for spec, ranges in measured)
+        return io.NodeOutput(to_image(charts), text, ui=ui.PreviewText(text))
+
+
+def _measure_transformer(
+    transformer: host.Handle,
+    positive: Any,
+    samples: torch.Tensor | None,
+    steps: int,
+    look_at: str,
+    size: tuple[int, int],
+    seed: int,
+) -> tuple[ComponentSpec, Ranges]:
+    from .engine.numerics import measure_transformer, parse_steps
+    from .engine.sampling import plan_sampling
+    from .engine.workers import POSITIVE
+
+    spec = transformer.spec
+    looked_at, (width, height) = parse_steps(look_at, steps), size
+    prompt_width = spec.checkpoint.component("transformer").config()["joint_attention_dim"]
+    plan = plan_sampling(
+        spec,
+        {POSITIVE: from_conditioning(positive, POSITIVE, prompt_width)},
+        steps=steps,
+        true_cfg_scale=1.0,
+        width=width,
+        height=height,
+        seed=seed,
+        samples=samples,
+    )
+    with host.borrow(transformer) as model:
+        return spec, measure_transformer(model, plan, looked_at, samples, host.progress_reporter())
+
+
+def _measure_text_encoder(
+    text_encoder: host.Handle, prompt: str, images: torch.Tensor | None
+) -> tuple[ComponentSpec, Ranges]:
+    from .engine.numerics import measure_text_encoder
+
+    pictures = [] if images is None else to_pil([images])
+    with host.borrow(text_encoder) as encoder:
+        return text_encoder.spec, measure_text_encoder(encoder, prompt, pictures)
