@@ -15,7 +15,7 @@ from engine.errors import CheckpointError, InputError
 from engine.estimates import GIB, Edit, Shape, forward_seconds, step_seconds, workspace_bytes
 from engine.memory_map import COLOURS, WIDTH, draw_memory_map
 from engine.placement import ROLES, Fixed, place
-from engine.precision import PRECISIONS, ROLE_PRECISIONS, Card, resolve
+from engine.precision import PRECISIONS, ROLE_PRECISIONS, Card, Precision, resolve
 from engine.speeds import ASSUMED, Speeds
 from machines import H100, MACHINES, gpu, machine_of, p40s
 from PIL import ImageColor
@@ -210,6 +210,17 @@ def test_nf4_needs_its_library_and_a_component_that_fits_nowhere_says_so(real_si
     there = plan.place("transformer")
     assert there.precision.name == "int8" and not there.fits
     assert there.reason == "nothing smaller runs there" and there.description.endswith("does not fit")
+
+
+def test_a_library_is_tried_only_where_it_decides(real_size: Checkpoint) -> None:
+    tried: list[str] = []
+
+    def runs(role: str, precision: Precision, card: Card) -> bool:
+        tried.append(precision.name)
+        return True
+
+    place(MACHINES["one 80 GB card"], real_size, runs=runs)
+    assert tried == ["bf16"] * 3
 
 
 def test_what_is_fixed_stays_and_the_others_stay_where_they_were(real_size: Checkpoint) -> None:

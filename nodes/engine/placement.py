@@ -136,8 +136,9 @@ class _Planner:
         """The first precision that runs and fits the device alone; failing that, the smallest that runs."""
         wanted = (wish.precision,) if wish.precision else preferences(role, device.card)
         options = [self._option(role, device, name, wish) for name in wanted]
-        options = [option for option in options if self._runs(option)] or options
-        best = next((option for option in options if option.fits), options[-1])
+        best = next((option for option in options if option.fits and self._runs(option)), None)
+        if best is None:
+            best = ([option for option in options if self._runs(option)] or options)[-1]
         quick = self._option(role, device, "int8-fast", wish) if self.fast and role == "transformer" else None
         if quick and not wish.precision and device.measured and quick.fits and self._runs(quick):
             seconds, usual = self.step_seconds([quick]), self.step_seconds([best])
@@ -195,10 +196,8 @@ class _Planner:
             if name == chosen.precision.name:
                 break
             option = self._option(chosen.role, chosen.device, name, wish)
-            if not self._runs(option):
-                yield f"{option}: does not run there"
-            elif not option.fits:
-                yield f"{option}: {option.size} do not fit {option.device.usable / GIB:.1f} GiB"
+            needs = f"{option.size} do not fit {option.device.usable / GIB:.1f} GiB"
+            yield f"{option}: {'does not run there' if option.fits else needs}"
         if chosen.role == "transformer" and chosen.precision.name != "int8-fast" and card.is_gpu:
             quick = self._option(chosen.role, chosen.device, "int8-fast", wish)
             seconds, usual = self.step_seconds([quick]), self.step_seconds([chosen])
