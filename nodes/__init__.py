@@ -8,6 +8,7 @@ from typing_extensions import override
 from .decode import FireRedDecode
 from .encode import FireRedEncodePrompt
 from .load import FireRedLoadTextEncoder, FireRedLoadTransformer, FireRedLoadVAE
+from .plan import FireRedHardwarePlan
 from .sample import FireRedSampler
 
 NODE_CLASS_MAPPINGS = {
@@ -17,6 +18,7 @@ NODE_CLASS_MAPPINGS = {
     "FireRedEncodePrompt": FireRedEncodePrompt,
     "FireRedSampler": FireRedSampler,
     "FireRedDecode": FireRedDecode,
+    "FireRedHardwarePlan": FireRedHardwarePlan,
 }
 
 
