@@ -173,8 +173,12 @@ def test_a_much_slower_card_is_not_worth_half_of_guidance(real_size: Checkpoint)
 
 def test_the_halves_of_guidance_are_computed_alike(real_size: Checkpoint) -> None:
     cards = gpu(0, "H100", 79, True, H100), gpu(1, "Tesla P40", 23.9, False, P40)
-    plan = place(machine_of(*cards), real_size, fixed={"transformer": Fixed(precision="int8")}, modes=CFG)
+    machine = machine_of(*cards)
+    plan = place(machine, real_size, fixed={"transformer": Fixed(precision="int8")}, modes=CFG)
     assert plan.mode == "none" and "cfg: no second card holds the int8 transformer" in plan.rejected
+    cards = tuple(replace(card, speeds=P40) for card in cards)
+    fp32 = Fixed(precision="int8", math="fp32")
+    assert place(machine_of(*cards), real_size, fixed={"transformer": fp32}, modes=CFG).mode == "cfg"
 
 
 def test_the_fastest_card_gets_the_transformer(real_size: Checkpoint) -> None:

@@ -68,7 +68,8 @@ def place(
         rejected += against
     if not places or places[0].role != "transformer":
         return Placement(machine, edit, tuple(places), "none", None, tuple(rejected))
-    replica, against = planner.replica(places, available="cfg" in modes)
+    wish = (fixed or {}).get("transformer", Fixed())
+    replica, against = planner.replica(places, wish, available="cfg" in modes)
     transformers = [places[0], *([replica] if replica else [])]
     return Placement(
         machine,
@@ -103,10 +104,12 @@ class _Planner:
                 against.append(f"{option}: would take turns with the {others_there}")
         return chosen, against
 
-    def replica(self, places: Sequence[Place], available: bool) -> tuple[Place | None, list[str]]:
+    def replica(
+        self, places: Sequence[Place], wish: Fixed, available: bool
+    ) -> tuple[Place | None, list[str]]:
         """A second place for the transformer, for the two halves of true CFG, or why there is none."""
         first = places[0]
-        wish = Fixed(precision=first.precision.name, reason="the other half of true CFG")
+        wish = replace(wish, precision=first.precision.name, reason="the other half of true CFG")
         others = [device for device in self.machine.gpus if device != first.device]
         if not self.edit.guided or not first.device.card.is_gpu or not others:
             return None, []
