@@ -9,6 +9,7 @@ from .decode import FireRedDecode
 from .encode import FireRedEncodePrompt
 from .examine import FireRedNumerics
 from .load import FireRedLoadTextEncoder, FireRedLoadTransformer, FireRedLoadVAE
+from .plan import FireRedHardwarePlan
 from .sample import FireRedSampler
 
 NODE_CLASS_MAPPINGS = {
@@ -19,6 +20,7 @@ NODE_CLASS_MAPPINGS = {
     "FireRedSampler": FireRedSampler,
     "FireRedDecode": FireRedDecode,
     "FireRedNumerics": FireRedNumerics,
+    "FireRedHardwarePlan": FireRedHardwarePlan,
 }
 
 

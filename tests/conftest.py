@@ -9,6 +9,7 @@ from pathlib import Path
 
 import comfyui
 import pytest
+import real_checkpoint
 import tiny_checkpoint
 import torch
 from engine.checkpoint import Checkpoint, open_checkpoint
@@ -39,6 +40,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tiny_folder: Path) -> Checkpoint:
     return open_checkpoint(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def real_size(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """FireRed's sizes without its bytes: for what reads headers and configs only."""
+    return open_checkpoint(real_checkpoint.build(tmp_path_factory.mktemp("real_size") / "real"))
 
 
 @pytest.fixture

@@ -9,7 +9,15 @@ import torch
 from conftest import spec_for
 from engine import loading
 from engine.checkpoint import Checkpoint
-from engine.components import GIB, ComponentSpec, DoesNotFitError, describe, fits, require_fit
+from engine.components import (
+    GIB,
+    ComponentSpec,
+    DoesNotFitError,
+    describe,
+    fits,
+    require_fit,
+    working_bytes,
+)
 from engine.errors import InputError, NonFiniteError
 from engine.formats import FORMATS, int8_paths
 from engine.formats.int8_math import dequantize, quantize_rows, quantize_tokens, rotate
@@ -258,13 +266,14 @@ def test_the_schedules_last_used_are_kept(tiny: Checkpoint, monkeypatch: pytest.
 
 
 def test_a_component_too_big_for_its_card_says_what_fits(tiny: Checkpoint) -> None:
-    spec = on_card(tiny, "bf16", memory=2 * GIB + 300_000)
+    needed = working_bytes(on_card(tiny, "bf16", memory=0))
+    spec = on_card(tiny, "bf16", memory=needed + 300_000)
     assert not fits(spec)
     with pytest.raises(
         DoesNotFitError, match=r"transformer bf16 on gpu:0 \(Tesla P40\) needs .* What fits: .*nf4"
     ):
         require_fit(spec)
-    assert fits(on_card(tiny, "bf16", memory=3 * GIB))
+    assert fits(on_card(tiny, "bf16", memory=needed + spec.nbytes()))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32", "int8"])

@@ -9,10 +9,10 @@ import torch
 
 from .checkpoint import DTYPES, Checkpoint
 from .errors import FireRedError
+from .estimates import GIB, RESERVED_BYTES, Edit, workspace_bytes
 from .precision import ROLE_PRECISIONS, Card, Precision, resolve
 
-GIB = 2**30
-# What a component needs beside its weights for an edit at 1 MP with one or two references.
+# What ComfyUI is asked to keep free beside the weights.
 WORKING_BYTES = {"transformer": 2 * GIB, "text_encoder": 1 * GIB, "vae": 3 * GIB}
 
 # How transformers has stored Qwen2.5-VL over the years, as prefixes of its tensors' names. Its output head is
@@ -112,9 +112,15 @@ def is_big_matrix(role: str, name: str) -> bool:
     return role in BIG_MATRICES and BIG_MATRICES[role].fullmatch(name) is not None
 
 
+def working_bytes(spec: ComponentSpec, edit: Edit = Edit()) -> int:  # noqa: B008 - it is frozen
+    """What the component needs beside its weights, the driver's share included."""
+    reserved = RESERVED_BYTES if spec.card.is_gpu else 0
+    return workspace_bytes(spec.role, spec.checkpoint, spec.math, edit) + reserved
+
+
 def fits(spec: ComponentSpec) -> bool:
     """Whether the component and what it works with fit its card when nothing else is there."""
-    return spec.nbytes() + WORKING_BYTES[spec.role] <= spec.card.memory
+    return spec.nbytes() + working_bytes(spec) <= spec.card.memory
 
 
 def require_fit(spec: ComponentSpec) -> None:
@@ -126,6 +132,6 @@ def require_fit(spec: ComponentSpec) -> None:
         other = describe(spec.role, spec.checkpoint, row, spec.device, spec.card)
         if fits(other) and name != "fp16":
             alternatives.append(f"{name} ({other.nbytes() / GIB:.1f} GiB)")
-    needs = f"{spec.nbytes() / GIB:.1f} GiB and {WORKING_BYTES[spec.role] / GIB:.0f} GiB to work with"
+    needs = f"{spec.nbytes() / GIB:.1f} GiB and {working_bytes(spec) / GIB:.1f} GiB to work with"
     remedy = f"What fits: {', '.join(alternatives)}." if alternatives else "Choose a bigger card, or cpu."
     raise DoesNotFitError(f"{spec} needs {needs}; {spec.card} has {spec.card.memory / GIB:.1f} GiB. {remedy}")

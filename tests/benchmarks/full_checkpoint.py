@@ -12,54 +12,33 @@ import json
 import sys
 from pathlib import Path
 
+import real_checkpoint
 import tiny_checkpoint
 import torch
-from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+from diffusers import AutoencoderKLQwenImage
 from engine.cache import CacheWriter
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 SHARD_BYTES = 10e9
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def write_transformer(folder: Path, layers: int = 60) -> None:
-    with torch.device("meta"):
-        model = QwenImageTransformer2DModel(num_layers=layers)
+    model = real_checkpoint.transformer_on_meta(layers)
     model.save_config(folder)
-    write_weights(model, folder, "diffusion_pytorch_model", lambda name: name)
+    write_weights(model, folder, "diffusion_pytorch_model")
 
 
 def write_text_encoder(folder: Path, layers: int = 28) -> None:
-    """Qwen2.5-VL-7B's sizes, and its tensors' names as FireRed stores them."""
-    config = Qwen2_5_VLConfig(
-        text_config=dict(
-            hidden_size=3584, intermediate_size=18944, num_hidden_layers=layers, num_attention_heads=28,
-            num_key_value_heads=4, vocab_size=152064, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]),
-        ),
-        vision_config=dict(
-            depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, out_hidden_size=3584
-        ),
-        tie_word_embeddings=False,
-        **tiny_checkpoint.special_token_ids(),
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
-    config.save_pretrained(folder)
-
-    def stored(name: str) -> str:
-        return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
-
-    write_weights(model, folder, "model", stored)
+    model = real_checkpoint.text_encoder_on_meta(layers)
+    model.config.save_pretrained(folder)
+    write_weights(model, folder, "model")
 
 
-def write_weights(model: torch.nn.Module, folder: Path, stem: str, rename) -> None:
+def write_weights(model: torch.nn.Module, folder: Path, stem: str) -> None:
     """Random BF16 weights in shards with an index: matrices at std 0.02, norms 1, biases 0."""
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
-    for name, parameter in model.named_parameters():
+    for name, parameter in real_checkpoint.named_weights(model):
         if size > SHARD_BYTES:
             shards.append({})
             size = 0
@@ -69,7 +48,7 @@ def write_weights(model: torch.nn.Module, folder: Path, stem: str, rename) -> No
     generator = torch.Generator(DEVICE).manual_seed(0)
     for number, shard in enumerate(shards, start=1):
         file = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
-        layout = {rename(name): (torch.bfloat16, tuple(parameter.shape)) for name, parameter in shard.items()}
+        layout = {name: (torch.bfloat16, tuple(parameter.shape)) for name, parameter in shard.items()}
         writer = CacheWriter(folder / file, layout)
         for name, parameter in shard.items():
             values = torch.empty(parameter.shape, dtype=torch.bfloat16, device=DEVICE)
@@ -77,7 +56,7 @@ def write_weights(model: torch.nn.Module, folder: Path, stem: str, rename) -> No
                 values.normal_(0, 0.02, generator=generator)
             else:
                 values.fill_(0.0 if name.endswith("bias") else 1.0)
-            writer.write(rename(name), values)
+            writer.write(name, values)
         writer.finish()
         weight_map |= dict.fromkeys(layout, file)
     (folder / f"{stem}.safetensors.index.json").write_text(

@@ -1,0 +1,171 @@
+"""How much memory and time an edit takes on a card, before anything is loaded.
+
+The constants come from runs of a real-size transformer with random weights: the README's "Measured" (an H200)
+and, for the parts of a forward, an H100. Memory is linear in tokens or pixels, time follows the FLOPs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .checkpoint import Checkpoint
+from .latents import MEGAPIXEL, TOKEN_PIXELS
+from .precision import Precision
+from .speeds import Speeds
+
+GIB = 2**30
+# What the driver, CUDA's kernels and holes between allocations take of a card. Not measured: a usual figure.
+RESERVED_BYTES = GIB // 2
+
+# Memory beside the weights. Vectors of the model's width that live at once for each token: 1.5 GiB in FP32
+# and 0.8 in BF16 at 8442 tokens of 3072.
+TRANSFORMER_VECTORS = 16
+# What the encoder needs for a short prompt (in FP32, matrices upcast as they are used), and what each token
+# adds: three vectors of the MLP's width and a few of the model's. 9.3 - 8.4 GiB in FP32, 14.6 - 14.4 in BF16.
+TEXT_ENCODER_BYTES = {torch.float32: 0.86 * GIB, torch.bfloat16: 0.13 * GIB}
+TEXT_ENCODER_TOKEN_VALUES = 75_000
+# Values for each pixel of a picture decoded whole: 2.8 - 0.47 GiB in FP32, 1.4 - 0.24 in BF16 at 1024x1024.
+VAE_PIXEL_VALUES = 597
+VAE_TILE_PIXELS = 512 * 512
+
+# Time that is neither matrix products nor attention, in seconds a forward of MEASURED_VALUES on the H100, by
+# (precision, dtype of its arithmetic). It is bound by memory, so it scales with tokens and with bandwidth.
+MEASURED_VALUES = 8442 * 3072 * 60  # tokens, width, layers
+MEASURED_BANDWIDTH = 3350.0  # GB/s, H100 SXM
+H100_FP32 = 52.7  # TFLOPS, of the same run
+OVERHEAD_SECONDS = {
+    ("fp32", torch.float32): 0.21,
+    ("int8", torch.float32): 0.30,
+    ("nf4", torch.float32): 0.16,
+    ("int8-bnb", torch.float32): 0.44,
+    ("int8-fast", torch.float32): 0.54,  # plain torch around the product, as where Triton does not run
+    ("bf16", torch.bfloat16): 0.14,
+    ("int8", torch.bfloat16): 0.19,
+    ("int8-fast", torch.bfloat16): 0.19,
+}
+FUSED_INT8_SECONDS = 0.23  # int8-fast in FP32 with Triton: 1.55 s a forward, 1.32 of them products, attention
+
+PROMPT_TOKENS = 54  # of a sentence; with one picture that makes the 250 text tokens of the measurements
+PICTURE_TOKENS = 196  # a reference adds for the text encoder: 384x384 pixels, 28x28 a token
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What is asked for: size in pixels, reference pictures and their size, the prompt, steps.
+
+    guided: whether true CFG makes a step two forwards.
+    """
+
+    width: int = 1024
+    height: int = 1024
+    references: int = 1
+    steps: int = 40
+    reference_megapixels: float = 1.0
+    prompt_tokens: int = PROMPT_TOKENS
+    guided: bool = True
+
+    @property
+    def text_tokens(self) -> int:
+        return self.prompt_tokens + self.references * PICTURE_TOKENS
+
+    @property
+    def tokens(self) -> int:
+        """What the transformer attends over: output, references and text."""
+        reference = int(self.reference_megapixels * MEGAPIXEL) // TOKEN_PIXELS**2
+        output = (self.width // TOKEN_PIXELS) * (self.height // TOKEN_PIXELS)
+        return output + self.references * reference + self.text_tokens
+
+    @property
+    def forwards(self) -> int:
+        return 2 if self.guided else 1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The transformer's: layers, and width (heads times their size)."""
+
+    layers: int
+    width: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Shape:
+        """With diffusers' own defaults for what the config leaves out."""
+        config = checkpoint.component("transformer").config()
+        heads, size = config.get("num_attention_heads", 24), config.get("attention_head_dim", 128)
+        return cls(config.get("num_layers", 60), heads * size)
+
+    def linear_flops(self, tokens: int) -> float:
+        """Of a forward: attention's four matrices are 4 width^2 weights a token and layer, the MLP's 8."""
+        return 2.0 * 12 * self.width**2 * self.layers * tokens
+
+    def attention_flops(self, tokens: int) -> float:
+        """Of a forward: two products of tokens x tokens x width a layer."""
+        return 4.0 * tokens**2 * self.width * self.layers
+
+
+def workspace_bytes(
+    role: str, checkpoint: Checkpoint, math: torch.dtype, edit: Edit, tiled: bool = False
+) -> int:
+    """Bytes a component needs beside its weights while it works, in arithmetic of dtype `math`.
+
+    tiled: whether the VAE decodes in tiles.
+    """
+    if role == "transformer":
+        return TRANSFORMER_VECTORS * Shape.of(checkpoint).width * edit.tokens * math.itemsize
+    if role == "text_encoder":
+        fixed = TEXT_ENCODER_BYTES.get(math, TEXT_ENCODER_BYTES[torch.float32])
+        return int(fixed) + TEXT_ENCODER_TOKEN_VALUES * edit.text_tokens * math.itemsize
+    reference = edit.reference_megapixels * MEGAPIXEL if edit.references else 0
+    pixels = VAE_TILE_PIXELS if tiled else edit.width * edit.height
+    return int(max(pixels, reference) * VAE_PIXEL_VALUES * math.itemsize)
+
+
+def forward_seconds(speeds: Speeds, shape: Shape, tokens: int, precision: Precision) -> float | None:
+    """Seconds one forward of the transformer takes, or None where the card's speed at it is not known.
+
+    precision: resolved for the card, so that its arithmetic is decided.
+    """
+    products, attention = _rates(speeds, precision)
+    if not products or not attention:
+        return None
+    busy = shape.linear_flops(tokens) / products + shape.attention_flops(tokens) / attention
+    return busy / 1e12 + _overhead_seconds(speeds, shape, tokens, precision)
+
+
+def step_seconds(
+    speeds: tuple[Speeds, ...], shape: Shape, edit: Edit, precision: Precision, layout: str = "none"
+) -> float | None:
+    """Seconds a step takes: all its forwards on the first card, or with layout `cfg` one on each of two.
+
+    Two cards measured 0.501 of one, so the exchange of latents costs nothing here.
+    """
+    forwards = [forward_seconds(card, shape, edit.tokens, precision) for card in speeds[: edit.forwards]]
+    known = [seconds for seconds in forwards if seconds is not None]
+    if len(known) < len(forwards):
+        return None
+    return max(known) if layout == "cfg" and len(known) > 1 else edit.forwards * known[0]
+
+
+def _rates(speeds: Speeds, precision: Precision) -> tuple[float | None, float | None]:
+    """TFLOPS of the matrix products and of attention."""
+    if precision.compute is torch.bfloat16:
+        products, attention = speeds.bf16, speeds.bf16_attention
+    elif precision.compute is torch.float16:
+        products, attention = speeds.fp16, speeds.bf16_attention or speeds.fp32_attention
+    else:
+        products, attention = speeds.fp32, speeds.fp32_attention
+    if precision.name in ("int8-fast", "int8-bnb"):
+        products = speeds.int8 or products
+    return products, attention
+
+
+def _overhead_seconds(speeds: Speeds, shape: Shape, tokens: int, precision: Precision) -> float:
+    bandwidth = speeds.bandwidth or MEASURED_BANDWIDTH * speeds.fp32 / H100_FP32
+    math = torch.float32 if precision.compute is torch.float32 else torch.bfloat16
+    usual = OVERHEAD_SECONDS["bf16" if math is torch.bfloat16 else "fp32", math]
+    seconds = OVERHEAD_SECONDS.get((precision.name, math), usual)
+    if precision.name == "int8-fast" and math is torch.float32 and speeds.bf16:
+        seconds = FUSED_INT8_SECONDS  # Triton runs on all cards that have BF16
+    return seconds * (tokens * shape.width * shape.layers / MEASURED_VALUES) * MEASURED_BANDWIDTH / bandwidth

@@ -1,0 +1,124 @@
+"""What goes where: a placement as the log, the plan's picture and the loaders read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .errors import CheckpointError
+from .estimates import GIB, Edit
+from .machine import Device, Machine
+from .precision import Precision
+
+
+@dataclass(frozen=True)
+class Place:
+    """One component on one device. weights, workspace: bytes. tiled: the VAE decodes in tiles."""
+
+    role: str
+    device: Device
+    precision: Precision
+    weights: int
+    workspace: int
+    reason: str = ""
+    tiled: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.precision.name} on {self.device.card.label}"
+
+    @property
+    def name(self) -> str:
+        return "VAE" if self.role == "vae" else self.role.replace("_", " ")
+
+    @property
+    def size(self) -> str:
+        return f"{self.weights / GIB:.1f} GiB + {self.workspace / GIB:.1f} GiB to work with"
+
+    @property
+    def description(self) -> str:
+        """In one line: what, where, how much, why."""
+        why = (self.reason, "in tiles" * self.tiled, "does not fit" * (not self.fits))
+        return ", ".join(part for part in (f"{self}: {self.size}", *why) if part)
+
+    @property
+    def fits(self) -> bool:
+        """With nothing else there."""
+        return self.weights + self.workspace <= self.device.usable
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where everything goes; in mode `cfg` the transformer has a second place.
+
+    step_seconds: None where a card's speeds are not known. rejected: what was not chosen, each with why.
+    """
+
+    machine: Machine
+    edit: Edit
+    places: tuple[Place, ...]
+    mode: str
+    step_seconds: float | None
+    rejected: tuple[str, ...]
+
+    def place(self, role: str) -> Place:
+        """Raises CheckpointError for a component that the checkpoint does not have in order."""
+        for place in self.places:
+            if place.role == role:
+                return place
+        raise CheckpointError(f"The checkpoint's {role} folder is missing or damaged. Download it again.")
+
+    def on(self, device: Device) -> tuple[Place, ...]:
+        """What takes from that device's memory."""
+        return tuple(place for place in self.places if self.machine.shared(place.device, device))
+
+    def turns(self) -> list[tuple[Place, ...]]:
+        """The groups of components that their device does not hold together."""
+        groups = (self.on(device) for device in self.machine.memories)
+        return [group for group in groups if take_turns(group)]
+
+    @property
+    def measured(self) -> bool:
+        """Whether step_seconds comes from these cards' own speeds."""
+        return all(place.device.measured for place in self.places if place.role == "transformer")
+
+    @property
+    def total_seconds(self) -> float | None:
+        """Of sampling."""
+        return None if self.step_seconds is None else self.step_seconds * self.edit.steps
+
+    @property
+    def reason(self) -> str:
+        """Why so, in one line."""
+        parts = [f"{place} ({place.reason})" if place.reason else str(place) for place in self.places]
+        return "; ".join(parts + [f"{names(turns)} take turns" for turns in self.turns()])
+
+    @property
+    def speed(self) -> str:
+        """How long sampling takes, in one line."""
+        if self.step_seconds is None or self.total_seconds is None:
+            return "time unknown: nobody measured how fast this card is"
+        source = "measured speeds" if self.measured else "projected from assumed speeds"
+        minutes = self.total_seconds / 60
+        total = f"{minutes:.0f} min" if minutes >= 2 else f"{self.total_seconds:.0f} s"
+        return f"about {self.step_seconds:.3g} s a step, {total} for {self.edit.steps} steps ({source})"
+
+    def __str__(self) -> str:
+        lines = [place.description for place in self.places]
+        lines += [f"{names(turns)} take turns on {turns[0].device.card}" for turns in self.turns()]
+        return "\n".join([*lines, self.speed, *(f"not {alternative}" for alternative in self.rejected)])
+
+
+def names(places: Sequence[Place]) -> str:
+    """As people read a list: "transformer and VAE"."""
+    *front, last = (place.name for place in places)
+    return f"{', '.join(front)} and {last}" if front else last
+
+
+def occupied(places: Sequence[Place]) -> int:
+    """Peak bytes of components that stay together: they work one after the other."""
+    return sum(place.weights for place in places) + max((place.workspace for place in places), default=0)
+
+
+def take_turns(places: Sequence[Place]) -> bool:
+    """Whether components of one memory do not fit it together, so that each makes room for the next."""
+    return len(places) > 1 and occupied(places) > min(place.device.usable for place in places)

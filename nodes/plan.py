@@ -1,0 +1,82 @@
+"""What fits where and how long it takes, before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from comfy_api.latest import io
+
+from . import host
+from .engine.estimates import Edit
+from .engine.latents import MAX_SIZE, MIN_SIZE, TOKEN_PIXELS
+from .engine.memory_map import draw_memory_map
+from .engine.placement import ROLES
+from .load import CATEGORY
+
+MAX_REFERENCES = 10
+DeviceLabel = io.Custom("STRING,COMBO")  # to be shown as text, and to be linked to a loader's `device`
+
+
+class FireRedHardwarePlan(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        size = dict(default=1024, min=MIN_SIZE, max=MAX_SIZE, step=TOKEN_PIXELS, optional=True)
+        return io.Schema(
+            node_id="FireRedHardwarePlan",
+            display_name="FireRed Hardware Plan",
+            category=CATEGORY,
+            description="What the loaders' auto chooses on this machine, and how long an edit takes. "
+            "Loads nothing.",
+            inputs=[
+                io.Int.Input("width", **size, tooltip="Of the picture to make, in pixels."),
+                io.Int.Input("height", **size, tooltip="Of the picture to make, in pixels."),
+                io.Int.Input(
+                    "references",
+                    default=1,
+                    min=0,
+                    max=MAX_REFERENCES,
+                    optional=True,
+                    tooltip="How many pictures the edit starts from, at 1 megapixel each.",
+                ),
+                io.Int.Input("steps", default=40, min=1, max=1000, optional=True),
+                io.Combo.Input(
+                    "checkpoint",
+                    options=host.checkpoint_names(),
+                    optional=True,
+                    tooltip="Without one, the first there is.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("image", display_name="image"),
+                io.String.Output("text", display_name="text"),
+                *(
+                    DeviceLabel.Output(name, display_name=name)
+                    for name in (f"{role}_device" for role in ROLES)
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, checkpoint: str | None = None) -> bool | str:
+        return host.validate_loader(checkpoint, None)
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: str | None = None, **_: Any) -> str:
+        return host.get_checkpoint(checkpoint or host.checkpoint_names()[0]).component(ROLES[0]).identity()
+
+    @classmethod
+    def execute(
+        cls,
+        width: int = 1024,
+        height: int = 1024,
+        references: int = 1,
+        steps: int = 40,
+        checkpoint: str | None = None,
+    ) -> io.NodeOutput:
+        edit = Edit(width, height, references, steps)
+        plan = host.plan(checkpoint or host.checkpoint_names()[0], edit)
+        picture = torch.from_numpy(np.array(draw_memory_map(plan), dtype=np.float32) / 255)
+        devices = [plan.place(role).device.card.label for role in ROLES]
+        return io.NodeOutput(picture.unsqueeze(0), str(plan), *devices)

@@ -1,0 +1,55 @@
+"""Machines as people describe them, for plans of hardware that is not here."""
+
+from __future__ import annotations
+
+from engine.estimates import GIB
+from engine.machine import Device, Machine
+from engine.precision import Card
+from engine.speeds import ASSUMED, Speeds
+
+# One H100 80GB, 8442 tokens: TFLOPS from the seconds of products and attention in each mode's forward.
+LINEAR_TFLOP, ATTENTION_TFLOP = 114.7, 52.6
+H100 = Speeds(
+    fp32=LINEAR_TFLOP / 2.19,
+    fp32_attention=ATTENTION_TFLOP / 1.16,
+    bf16=LINEAR_TFLOP / 0.16,
+    bf16_attention=ATTENTION_TFLOP / 0.09,
+    int8=LINEAR_TFLOP / 0.15,
+    bandwidth=3350.0,
+)
+
+
+def gpu(
+    index: int,
+    name: str,
+    gib: float,
+    native_bf16: bool,
+    speeds: Speeds | None = None,
+    measured: bool = False,
+) -> Device:
+    memory = int(gib * GIB)
+    return Device(Card(f"gpu:{index}", name, native_bf16, memory), memory, speeds, measured)
+
+
+def cpu(gib: int) -> Device:
+    return Device(Card("cpu", "cpu", native_bf16=False, memory=gib * GIB, is_gpu=False), gib * GIB)
+
+
+def machine_of(*cards: Device, unified: bool = False) -> Machine:
+    return Machine(cards, cpu(64), unified)
+
+
+def p40s(count: int, speeds: Speeds = ASSUMED["Tesla P40"], measured: bool = False) -> Machine:
+    cards = (gpu(index, "Tesla P40", 23.9, False, speeds, measured) for index in range(count))
+    return Machine(tuple(cards), cpu(64))
+
+
+MACHINES = {
+    "four P40": p40s(4),
+    "two unequal cards": Machine((gpu(0, "RTX 3060", 11.9, True), gpu(1, "RTX 3090", 23.7, True)), cpu(64)),
+    "one 24 GB card": Machine((gpu(0, "RTX 4090", 23.6, True),), cpu(64)),
+    "one 16 GB card": Machine((gpu(0, "RTX 4080", 15.7, True),), cpu(32)),
+    "one 80 GB card": Machine((gpu(0, "H100", 79.2, True, H100, measured=True),), cpu(256)),
+    "96 GB of unified memory": Machine((gpu(0, "Radeon 8060S", 96, True),), cpu(96), unified=True),
+    "64 GB and no GPU": Machine((), cpu(64)),
+}
