@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -27,9 +27,15 @@ from comfy_execution.utils import get_executing_context
 
 from .engine.cache import DiskCache
 from .engine.checkpoint import Checkpoint, download_hint, find_checkpoints, open_checkpoint
-from .engine.components import GIB, WORKING_BYTES, ComponentSpec, describe, fits, require_fit
+from .engine.components import GIB, ComponentSpec, describe, require_fit, working_bytes
 from .engine.errors import CheckpointError, FireRedError
-from .engine.precision import ROLE_PRECISIONS, Card, automatic_precision
+from .engine.estimates import Edit
+from .engine.kernels import require_kernels
+from .engine.machine import Device, Machine
+from .engine.placement import Fixed, place
+from .engine.places import Placement
+from .engine.precision import ROLE_PRECISIONS, Card, Precision
+from .engine.preflight import preflight
 from .engine.progress import StepTimer, before_each_block
 from .engine.resume import SavedRun, is_run_name
 
@@ -125,8 +131,9 @@ def open_component(role: str, checkpoint: str, precision: str, device: str, math
     """
     spec, reason = _decide(role, checkpoint, precision, device, math)
     log.info("%s, about %.1f GiB%s", spec, spec.nbytes() / GIB, f" ({reason})" if reason else "")
+    require_kernels(spec.device)
     require_fit(spec)
-    _require_library(spec)
+    _require_library(spec.precision, spec.card)
     if role == "transformer" and spec.math is torch.float16:
         log.warning(
             "fp16 arithmetic overflows in this transformer; the sampler will stop at the step where it does."
@@ -140,17 +147,62 @@ def describe_component(role: str, checkpoint: str, precision: str, device: str) 
 
 
 def _decide(role: str, checkpoint: str, precision: str, device: str, math: str) -> tuple[ComponentSpec, str]:
-    """A component as it will run here, and the reason where nobody chose."""
-    torch_device, card = _resolve_device(device, role)
-    found, rows = get_checkpoint(checkpoint), ROLE_PRECISIONS[role]
+    """A component as it will run here, and why so where somebody else than the user chose."""
+    found = get_checkpoint(checkpoint)
+    found.component(role).shards()  # a plan leaves out what is damaged; this says which file is
+    chosen = Fixed(_present(device, role), None if precision == "auto" else precision, math)
+    placed = plan(checkpoint, fixed={role: chosen}).place(role)
+    card = placed.device.card
+    row = ROLE_PRECISIONS[role][placed.precision.name]
+    return describe(role, found, row, _torch_device(card), card, math), placed.reason
 
-    def described(name: str) -> ComponentSpec:
-        return describe(role, found, rows[name], torch_device, card, math)
 
-    reason = ""
-    if precision == "auto":
-        precision, reason = _automatic_precision(role, card, lambda name: _runs_here(described(name)))
-    return described(precision), reason
+def plan(checkpoint: str, edit: Edit = Edit(), fixed: dict[str, Fixed] | None = None) -> Placement:  # noqa: B008
+    """Where everything of the checkpoint goes on this machine: the answer that all loaders share.
+
+    fixed: what the user chose; ComfyUI's command line fixes some of the rest.
+    """
+    wishes = {role: _with_flags(role, (fixed or {}).get(role, Fixed())) for role in PRECISION_FLAGS}
+    return place(machine(), get_checkpoint(checkpoint), edit, wishes, runs=_runs_here)
+
+
+@functools.cache
+def machine() -> Machine:
+    """This machine as it was when first asked: later answers must not change with what is free then.
+
+    Its cards are tested and measured, which takes seconds once.
+    """
+    import comfy.model_management as mm
+
+    cpu, native_bf16 = torch.device("cpu"), mm.should_use_bf16(torch.device("cpu"))
+    memory = mm.get_total_memory(cpu)
+    gpus = tuple(_measure_device(f"gpu:{index}", device) for index, device in enumerate(_accelerators()))
+    unified = mm.cpu_state == mm.CPUState.MPS or any(map(_is_integrated, _accelerators()))
+    return Machine(gpus, Device(Card("cpu", "cpu", native_bf16, memory, is_gpu=False), memory), unified)
+
+
+def _measure_device(label: str, device: torch.device) -> Device:
+    """An accelerator as a place for components; one that cannot be used is one without room."""
+    import comfy.model_management as mm
+
+    memory = mm.get_total_memory(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    try:
+        speeds = preflight(device).speeds
+    except FireRedError as error:
+        log.warning("%s", error)
+        return Device(Card(label, name, False, memory), free=0)
+    native_bf16 = speeds.bf16 is not None if device.type == "cuda" else mm.should_use_bf16(device)
+    free = min(memory, free_memory(device, evicting=True))
+    return Device(Card(label, name, native_bf16, memory), free, speeds, measured=True)
+
+
+def _is_integrated(device: torch.device) -> bool:
+    return device.type == "cuda" and bool(torch.cuda.get_device_properties(device).is_integrated)
+
+
+def _torch_device(card: Card) -> torch.device:
+    return _accelerators()[int(card.label.partition(":")[2])] if card.is_gpu else torch.device("cpu")
 
 
 def _accelerators() -> list[torch.device]:
@@ -159,53 +211,40 @@ def _accelerators() -> list[torch.device]:
     return [device for device in mm.get_all_torch_devices() if device.type != "cpu"]
 
 
-def _resolve_device(label: str, role: str) -> tuple[torch.device, Card]:
-    """A label's torch device and what it can do; one that is not here becomes `auto`, logged."""
+def _present(label: str, role: str) -> str | None:
+    """The label of a device of this machine; None for `auto` and, logged, for one that is not here."""
+    if label == "auto" or label in device_labels():
+        return None if label == "auto" else label
+    log.info("this machine has no %s for the %s: falling back to auto", label, role.replace("_", " "))
+    return None
+
+
+def _with_flags(role: str, wish: Fixed) -> Fixed:
+    """What ComfyUI's command line says of what the user left free."""
     import comfy.model_management as mm
 
-    automatic = mm.vae_device() if role == "vae" else mm.get_torch_device()
-    device = automatic if label == "auto" else mm.resolve_gpu_device_option(label)
-    if device is None or (label.startswith("gpu:") and device.type == "cpu"):
-        device = automatic
-        log.info(
-            "this machine has no %s for the %s: falling back to auto, %s",
-            label,
-            role.replace("_", " "),
-            device,
-        )
-    accelerators = _accelerators()
-    memory, native_bf16 = mm.get_total_memory(device), mm.should_use_bf16(device)
-    if device not in accelerators:
-        return device, Card(device.type, device.type, native_bf16, memory, is_gpu=False)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return device, Card(f"gpu:{accelerators.index(device)}", name, native_bf16, memory)
-
-
-def _automatic_precision(role: str, card: Card, runs: Callable[[str], bool]) -> tuple[str, str]:
-    """What ComfyUI's command line asks for this kind of model, else what suits the card; with the reason."""
+    if role == "vae" and mm.vae_device().type == "cpu" and wish.device is None:
+        wish = replace(wish, device="cpu")
+    if wish.precision is not None:
+        return wish
     for name in ("fp32", "bf16"):
         flag = f"{name}_{PRECISION_FLAGS[role]}"
         if getattr(args, flag, False):
-            return name, f"--{flag.replace('_', '-')}"
-    if args.force_fp32:
-        return "fp32", "--force-fp32"
-    return automatic_precision(role, card, runs)
+            return replace(wish, precision=name, reason=f"--{flag.replace('_', '-')}")
+    return replace(wish, precision="fp32", reason="--force-fp32") if args.force_fp32 else wish
 
 
-def _require_library(spec: ComponentSpec) -> None:
-    """Raise FireRedError where what the precision needs is not installed or does not work on the device."""
-    if spec.precision.needs_bitsandbytes:
+def _require_library(precision: Precision, card: Card) -> None:
+    """Raise FireRedError where what the precision needs is not installed or does not work on the card."""
+    if precision.needs_bitsandbytes:
         from .engine.formats.bitsandbytes import require_bitsandbytes
 
-        require_bitsandbytes(spec)
+        require_bitsandbytes(precision, card, _torch_device(card))
 
 
-def _runs_here(spec: ComponentSpec) -> bool:
-    """Whether the component fits its card, and what it needs is installed and works there."""
-    if not fits(spec):
-        return False
+def _runs_here(role: str, precision: Precision, card: Card) -> bool:
     try:
-        _require_library(spec)
+        _require_library(precision, card)
     except FireRedError:
         return False
     return True
@@ -261,18 +300,20 @@ _patchers: WeakValueDictionary[ComponentSpec, Any] = WeakValueDictionary()  # eq
 
 
 @contextmanager
-def borrow(handle: Handle) -> Iterator[Any]:
+def borrow(handle: Handle, working: float | None = None) -> Iterator[Any]:
     """The handle's component, loaded on its device, the current one inside the block.
 
-    Its forward raises ComfyUI's interrupt before the next block if the user cancels.
+    working: bytes it needs there beside its weights; for an edit of usual size if nobody knows. Its forward
+    raises ComfyUI's interrupt before the next block if the user cancels.
     """
     import comfy.model_management as mm
 
     spec, patcher = handle.spec, handle.patcher
-    working = WORKING_BYTES[spec.role]
+    if working is None:
+        working = working_bytes(spec)
     _release_replaced(spec)
     if spec.device.type == "cpu":
-        _make_room_in_host_memory(patcher, patcher.model_size() + working)
+        _make_room_in_host_memory(patcher, patcher.model_size() + int(working))
     mm.load_models_gpu([patcher], memory_required=working, force_full_load=True)
     component = patcher.model.component
     module = getattr(component, "model", component)

@@ -126,7 +126,7 @@ class FireRedSampler(io.ComfyNode):
         saved = host.saved_run(plan.name()) if resume == "on" else None
         samples = saved.result(plan.batch) if saved else None
         if samples is None:
-            with host.borrow(transformer) as model:
+            with host.borrow(transformer, plan.working_bytes()) as model:
                 reporters = host.sampling_reporter(spec.device), host.progress_reporter()
                 samples = sample(model, plan, *reporters, saved, guard)
         return io.NodeOutput({"samples": samples} | ({host.RUN_KEY: saved.name} if saved else {}))

@@ -10,6 +10,7 @@ from engine import loading, vae
 from engine.checkpoint import Checkpoint
 from engine.components import DoesNotFitError
 from engine.errors import InputError, NonFiniteError
+from engine.estimates import decode_bytes
 from engine.images import to_pil
 from PIL import Image
 
@@ -94,7 +95,8 @@ def test_auto_decodes_whole_where_it_fits_and_in_the_largest_tiles_that_do(tiny:
     latents = torch.zeros(1, 16, 8, 120)
     for tile, windows in ((120, 1), (96, 2), (64, 3), (40, 7)):
         seen.clear()
-        vae.decode(autoencoder, spec, latents, "auto", vae.decode_bytes(spec, 8, 120, tile))
+        free = decode_bytes(tiny, torch.float32, 8, 120, tile)
+        vae.decode(autoencoder, spec, latents, "auto", free)
         assert (len(seen), max(seen) <= tile) == (windows, True)
 
 
@@ -130,5 +132,5 @@ def test_nan_never_becomes_a_picture(tiny: Checkpoint) -> None:
         latents = torch.zeros(1, 16, 4, 4)
         latents[0, 0, 0, 0] = float("nan")
         vae.decode(autoencoder, spec, latents)
-    with pytest.raises(NonFiniteError, match=r"The decoded picture.*vae fp32 on cpu"):
+    with pytest.raises(NonFiniteError, match=r"The picture being decoded.*vae fp32 on cpu"):
         vae.decode(autoencoder, spec, torch.full((1, 16, 4, 4), 3e38))

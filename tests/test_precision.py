@@ -24,7 +24,7 @@ from engine.formats.int8_math import dequantize, quantize_rows, quantize_tokens,
 from engine.formats.int8_paths import choose_path, integer_paths
 from engine.guard import require_finite, require_finite_input
 from engine.modulation import Modulation
-from engine.precision import PRECISIONS, ROLE_PRECISIONS, Card, automatic_precision, resolve
+from engine.precision import PRECISIONS, ROLE_PRECISIONS, Card, resolve
 from engine.schedule import Schedule, make_schedule
 from engine.workers import POSITIVE, LocalWorker
 from test_sampling import condition
@@ -34,7 +34,6 @@ STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": CHECKPOINT_DTYP
 CPU = torch.device("cpu")
 P40 = Card("gpu:0", "Tesla P40", native_bf16=False, memory=24 * GIB)
 RTX_4090 = Card("gpu:0", "RTX 4090", native_bf16=True, memory=24 * GIB)
-A100 = Card("gpu:0", "A100", native_bf16=True, memory=80 * GIB)
 
 
 @pytest.mark.parametrize("precision", STORED)
@@ -83,23 +82,6 @@ def test_arithmetic_follows_the_card() -> None:
         assert resolve(PRECISIONS[name], RTX_4090).compute is torch.bfloat16
     assert resolve(ROLE_PRECISIONS["text_encoder"]["fp16"], P40).compute is torch.float32
     assert resolve(PRECISIONS["bf16"], Card("cpu", "cpu", False, 0, is_gpu=False)).compute is torch.bfloat16
-
-
-@pytest.mark.parametrize(
-    ("card", "fitting", "expected"),
-    [
-        (P40, {"fp32", "int8", "nf4"}, "fp32"),
-        (P40, {"int8", "nf4"}, "int8"),
-        (P40, {"nf4"}, "nf4"),
-        (RTX_4090, {"int8", "nf4"}, "int8"),
-        (A100, {"bf16", "int8", "nf4"}, "bf16"),
-        (Card("cpu", "cpu", False, 0, is_gpu=False), set(), "int8"),
-    ],
-)
-def test_automatic_precision_is_the_best_that_fits_and_never_fp16(
-    card: Card, fitting: set[str], expected: str
-) -> None:
-    assert automatic_precision("transformer", card, fitting.__contains__)[0] == expected
 
 
 def test_a_worker_answers_in_fp32_whatever_it_computes_in(tiny: Checkpoint) -> None:

@@ -12,9 +12,6 @@ from .errors import FireRedError
 from .estimates import GIB, RESERVED_BYTES, Edit, workspace_bytes
 from .precision import ROLE_PRECISIONS, Card, Precision, resolve
 
-# What ComfyUI is asked to keep free beside the weights.
-WORKING_BYTES = {"transformer": 2 * GIB, "text_encoder": 1 * GIB, "vae": 3 * GIB}
-
 # How transformers has stored Qwen2.5-VL over the years, as prefixes of its tensors' names. Its output head is
 # left out: embeddings are what goes into it.
 TEXT_ENCODER_PREFIXES = {
@@ -24,6 +21,7 @@ TEXT_ENCODER_PREFIXES = {
     "model.": "language_model.",
 }
 MODULATION = re.compile(r"transformer_blocks\.\d+\.(img|txt)_mod\.")  # folded, see modulation.py
+CONV_3D = 5  # dimensions of its weight
 BIG_MATRICES = {
     "transformer": re.compile(r"transformer_blocks\..*\.weight"),
     "text_encoder": re.compile(r"language_model\.layers\..*_proj\.weight"),
@@ -72,6 +70,9 @@ class ComponentSpec:
             if name is None:
                 continue
             numel = torch.Size(info["shape"]).numel()
+            if self.role == "vae" and len(info["shape"]) == CONV_3D:
+                # for single frames one time tap is kept, and nothing across time (layers.keep_single_frames)
+                numel = 0 if "time_conv" in name else numel // info["shape"][2]
             if len(info["shape"]) != 2 or not name.endswith(".weight"):
                 total += numel * self.math.itemsize
             elif self.precision.format and is_big_matrix(self.role, name):

@@ -14,7 +14,7 @@ import torch
 
 from .errors import InputError
 from .guard import require_finite_input
-from .latents import VAE_SCALE, require_latents
+from .latents import PATCH, VAE_SCALE, require_latents
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,12 @@ class Condition:
     mask: torch.Tensor | None
     reference_latents: tuple[torch.Tensor, ...]
     image_size: tuple[int, int] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """What it adds to what the transformer attends over."""
+        references = (latent.shape[-2] * latent.shape[-1] // PATCH**2 for latent in self.reference_latents)
+        return self.prompt_embeds.shape[1] + sum(references)
 
 
 def to_conditioning(

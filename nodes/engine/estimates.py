@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .checkpoint import Checkpoint
-from .latents import MEGAPIXEL, TOKEN_PIXELS
+from .latents import MEGAPIXEL, TOKEN_PIXELS, VAE_SCALE
 from .precision import Precision
 from .speeds import Speeds
 
@@ -19,16 +19,21 @@ GIB = 2**30
 # What the driver, CUDA's kernels and holes between allocations take of a card. Not measured: a usual figure.
 RESERVED_BYTES = GIB // 2
 
-# Memory beside the weights. Vectors of the model's width that live at once for each token: 1.5 GiB in FP32
-# and 0.8 in BF16 at 8442 tokens of 3072.
-TRANSFORMER_VECTORS = 16
+# Memory beside the weights, measured on an H200 (tests/benchmarks/memory.py) and linear from there.
+# Vectors of the model's width that live at once for each token: 1.43 GiB in FP32 and 0.72 in BF16 at 8442
+# tokens of 3072, within 1 % of that a token from 5370 to 16634.
+TRANSFORMER_VECTORS = 15
 # What the encoder needs for a short prompt (in FP32, matrices upcast as they are used), and what each token
 # adds: three vectors of the MLP's width and a few of the model's. 9.3 - 8.4 GiB in FP32, 14.6 - 14.4 in BF16.
 TEXT_ENCODER_BYTES = {torch.float32: 0.86 * GIB, torch.bfloat16: 0.13 * GIB}
 TEXT_ENCODER_TOKEN_VALUES = 75_000
-# Values for each pixel of a picture decoded whole: 2.8 - 0.47 GiB in FP32, 1.4 - 0.24 in BF16 at 1024x1024.
-VAE_PIXEL_VALUES = 597
-VAE_TILE_PIXELS = 512 * 512
+# Bytes a pixel and channel of base_dim, by the size of a number, the convolutions' workspace included. At 96
+# channels decoding takes 2.27 GiB a megapixel in FP32 and 1.33 in BF16, encoding 1.89 and 1.14.
+DECODE_BYTES = {4: 24.3, 2: 14.2}
+ENCODE_BYTES = {4: 20.2, 2: 12.2}
+VAE_CHANNELS = 96  # base_dim, where a config leaves it out
+FEATURES = 4  # times base_dim, what attention over the whole picture leaves for each latent
+SMALLEST_TILE = 40  # latents a side; see vae.py
 
 # Time that is neither matrix products nor attention, in seconds a forward of MEASURED_VALUES on the H100, by
 # (precision, dtype of its arithmetic). It is bound by memory, so it scales with tokens and with bandwidth.
@@ -113,13 +118,31 @@ def workspace_bytes(
     tiled: whether the VAE decodes in tiles.
     """
     if role == "transformer":
-        return TRANSFORMER_VECTORS * Shape.of(checkpoint).width * edit.tokens * math.itemsize
+        return transformer_bytes(checkpoint, math, edit.tokens)
     if role == "text_encoder":
         fixed = TEXT_ENCODER_BYTES.get(math, TEXT_ENCODER_BYTES[torch.float32])
         return int(fixed) + TEXT_ENCODER_TOKEN_VALUES * edit.text_tokens * math.itemsize
+    height, width = edit.height // VAE_SCALE, edit.width // VAE_SCALE
+    decoding = decode_bytes(checkpoint, math, height, width, SMALLEST_TILE if tiled else max(height, width))
     reference = edit.reference_megapixels * MEGAPIXEL if edit.references else 0
-    pixels = VAE_TILE_PIXELS if tiled else edit.width * edit.height
-    return int(max(pixels, reference) * VAE_PIXEL_VALUES * math.itemsize)
+    return int(max(decoding, reference * _vae_channels(checkpoint) * ENCODE_BYTES[math.itemsize]))
+
+
+def transformer_bytes(checkpoint: Checkpoint, math: torch.dtype, tokens: int) -> int:
+    """Bytes a forward over so many tokens needs beside the weights."""
+    return TRANSFORMER_VECTORS * Shape.of(checkpoint).width * tokens * math.itemsize
+
+
+def decode_bytes(checkpoint: Checkpoint, math: torch.dtype, height: int, width: int, tile: int) -> int:
+    """Bytes that decoding latents of that size in tiles of `tile` latents needs beside the weights."""
+    channels = _vae_channels(checkpoint)
+    pixels = min(height, tile) * min(width, tile) * VAE_SCALE**2
+    features = height * width * FEATURES * channels * math.itemsize  # of the whole picture, beside any tile
+    return int(pixels * channels * DECODE_BYTES[math.itemsize]) + features
+
+
+def _vae_channels(checkpoint: Checkpoint) -> int:
+    return checkpoint.component("vae").config().get("base_dim", VAE_CHANNELS)
 
 
 def forward_seconds(speeds: Speeds, shape: Shape, tokens: int, precision: Precision) -> float | None:

@@ -5,7 +5,6 @@ A row here and, for a new way to store a matrix, a class in formats/ are all a n
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -97,18 +96,3 @@ def preferences(role: str, card: Card) -> tuple[str, ...]:
     """What a card nobody chose a precision for should try, lossless first: the first that fits is the one."""
     native = "bf16" if card.native_bf16 else "fp32"
     return (native, *(name for name in ("int8", "nf4") if name in ROLE_PRECISIONS[role]))
-
-
-def automatic_precision(role: str, card: Card, runs: Callable[[str], bool]) -> tuple[str, str]:
-    """The precision for a device nobody chose one for, with the reason for the log line.
-
-    runs: whether the component fits the card and runs there at the precision of that name.
-    """
-    native, *smaller = preferences(role, card)
-    reason = "native bf16" if card.native_bf16 else "no native bf16, and fp16 overflows in this model"
-    if runs(native) or not smaller:
-        return native, reason
-    for name in smaller:
-        if runs(name):
-            return name, f"{native} does not fit"
-    return smaller[0], "the smallest that runs here"

@@ -12,6 +12,7 @@ import torch
 from .components import ComponentSpec
 from .conditioning import Condition
 from .denoise import StepState, denoise
+from .estimates import transformer_bytes
 from .guard import STOP
 from .latents import (
     LATENT_CHANNELS,
@@ -59,6 +60,12 @@ class SamplingPlan:
     @property
     def padded_size(self) -> tuple[int, int]:
         return self.height + self.height % PATCH, self.width + self.width % PATCH
+
+    def working_bytes(self) -> int:
+        """What the transformer needs beside its weights."""
+        height, width = self.padded_size
+        tokens = height * width // PATCH**2 + max(condition.tokens for condition in self.conditions.values())
+        return transformer_bytes(self.spec.checkpoint, self.spec.math, tokens)
 
     def name(self) -> str:
         """Of this run and of no other: a digest of everything its result depends on."""

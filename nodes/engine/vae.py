@@ -15,6 +15,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from .components import GIB, ComponentSpec, DoesNotFitError
+from .estimates import SMALLEST_TILE, decode_bytes
 from .guard import require_finite, require_finite_input
 from .images import from_pixels
 from .latents import MEGAPIXEL, MIN_SIZE, TOKEN_PIXELS, VAE_SCALE, dimensions_for_area, require_latents
@@ -26,11 +27,7 @@ log = logging.getLogger("FireRed")
 # Latents around a tile that its pixels depend on. The decoder's part that is tiled sees 12.25: six 3x3
 # convolutions at each of the scales 1, 2, 4 and 8, one after each of the three upsamplings, and the last.
 HALO = 13
-TILES = (96, 64, 40)  # latents a side, halo included
-# What decoding takes beside the weights, by the size of a number: bytes a pixel and channel of base_dim.
-# Measured on an H200 at 0.25 to 4 megapixels, convolutions' workspace included: 2.27 GiB a megapixel in FP32,
-# 1.33 in BF16.
-DECODE_BYTES = {4: 24.3, 2: 14.2}
+TILES = (96, 64, SMALLEST_TILE)  # latents a side, halo included
 
 
 @torch.inference_mode()
@@ -75,7 +72,7 @@ def decode(
 def require_decodable(spec: ComponentSpec, height: int, width: int, tiling: str, free: float) -> None:
     """Raise DoesNotFitError where latents of that size will not decode in `free` bytes, weights included."""
     smallest = _tiles(spec, height, width, tiling, free)[-1]
-    needed = spec.nbytes() + decode_bytes(spec, height, width, smallest)
+    needed = spec.nbytes() + decode_bytes(spec.checkpoint, spec.math, height, width, smallest)
     if needed > free:
         how = "whole" if tiling == "whole" else "even in tiles"
         remedy = "Set tiling to auto" if tiling == "whole" else "Choose another device for the VAE"
@@ -83,14 +80,6 @@ def require_decodable(spec: ComponentSpec, height: int, width: int, tiling: str,
             f"Decoding {width * VAE_SCALE}x{height * VAE_SCALE} {how} would take {needed / GIB:.1f} GiB on "
             f"{spec.card}, which can give {free / GIB:.1f} GiB. {remedy}, or sample a smaller picture."
         )
-
-
-def decode_bytes(spec: ComponentSpec, height: int, width: int, tile: int) -> float:
-    """What decoding latents of that size in such tiles takes on the VAE's device beside its weights."""
-    channels = spec.checkpoint.component("vae").config().get("base_dim", 96)
-    pixels = min(height, tile) * min(width, tile) * VAE_SCALE**2
-    features = height * width * 4 * channels * spec.math.itemsize  # of the whole picture, beside any tile
-    return pixels * channels * DECODE_BYTES[spec.math.itemsize] + 2 * features
 
 
 def _tiles(spec: ComponentSpec, height: int, width: int, tiling: str, free: float) -> list[int]:
@@ -102,7 +91,8 @@ def _tiles(spec: ComponentSpec, height: int, width: int, tiling: str, free: floa
     if tiling == "tiled":
         return smaller
     sizes = [whole, *smaller]
-    fitting = [size for size in sizes if decode_bytes(spec, height, width, size) <= free]
+    costs = [decode_bytes(spec.checkpoint, spec.math, height, width, size) for size in sizes]
+    fitting = [size for size, cost in zip(sizes, costs, strict=True) if cost <= free]
     return fitting or sizes[-1:]
 
 

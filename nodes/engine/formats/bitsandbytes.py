@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..components import ComponentSpec
 from ..errors import FireRedError
+from ..precision import Card, Precision
 from .linear import QuantizedLinear
 
 # Columns with a value of 6 or more leave INT8 for a product of their own
@@ -33,19 +33,18 @@ def import_bitsandbytes() -> ModuleType:
     return library
 
 
-def require_bitsandbytes(spec: ComponentSpec) -> None:
-    """Raise FireRedError where bitsandbytes cannot quantise on the spec's device: tried, not assumed."""
+def require_bitsandbytes(precision: Precision, card: Card, device: torch.device) -> None:
+    """Raise FireRedError where bitsandbytes cannot quantise on the card's device: tried, not assumed."""
     library = import_bitsandbytes()
-    if not spec.card.is_gpu:
+    if not card.is_gpu:
         raise FireRedError(
-            f"{spec.precision.name} needs a GPU that bitsandbytes supports, and this is {spec.card}: "
-            f"{ALTERNATIVES}"
+            f"{precision.name} needs a GPU that bitsandbytes supports, and this is {card}: {ALTERNATIVES}"
         )
     try:
-        library.functional.quantize_4bit(torch.ones(64, 64, device=spec.device), quant_type="nf4")
+        library.functional.quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4")
     except Exception as error:  # an absent native library raises a RuntimeError of its own
         raise FireRedError(
-            f"bitsandbytes does not run on {spec.card} ({str(error).strip().partition(chr(10))[0]}): "
+            f"bitsandbytes does not run on {card} ({str(error).strip().partition(chr(10))[0]}): "
             f"{ALTERNATIVES}"
         ) from error
 

@@ -1,0 +1,43 @@
+"""What the guard costs: a step watched and unwatched, at the real width, in FP32 arithmetic and in FP16.
+
+Usage: python guard.py CHECKPOINT    (of the real width, any depth)
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from engine import loading
+from engine.conditioning import Condition
+from engine.denoise import denoise
+from engine.guard import OFF, STOP, WARN
+from engine.schedule import Schedule
+from engine.workers import POSITIVE, LocalWorker
+from precision import DEVICE, SIZE, TEXT_TOKENS, spec_for, timed
+
+SCHEDULE = Schedule(torch.tensor([1.0, 0.0]), torch.tensor([1.0]))
+
+if __name__ == "__main__":
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for precision, math in (("int8", "fp32"), ("bf16", "bf16"), ("fp16", "auto")):
+        spec = spec_for(Path(sys.argv[1]), "transformer", precision, math)
+        model = loading.load(spec)
+        references = (torch.randn(1, 16, 1, SIZE, SIZE),)
+        conditions = {POSITIVE: Condition(torch.randn(1, TEXT_TOKENS, 3584), None, references)}
+        worker = LocalWorker(model, spec, SCHEDULE, (SIZE, SIZE), conditions)
+        latents = torch.randn(1, (SIZE // 2) ** 2, 64, device=DEVICE)
+
+        def run(level: str, spec=spec, worker=worker, latents=latents) -> None:
+            denoise(worker, spec, latents, SCHEDULE, None, guard=level)
+
+        watched = STOP if precision != "fp16" else WARN
+        times = {
+            level: min(timed(lambda level=level: run(level), 5) for _ in range(3)) for level in (OFF, watched)
+        }
+        share = times[watched] / times[OFF] - 1
+        print(
+            f"{spec}, {len(model.transformer_blocks)} blocks: {times[OFF]:.4f} s a forward, guard {share:+.3%}"
+        )
+        del model, worker
