@@ -281,15 +281,15 @@ class Resident(torch.nn.Module):
     def unload(self) -> None:
         self.component = None
         self.device, self.model_loaded_weight_memory = torch.device("cpu"), 0
+        _on_cards.pop(self.spec, None)
 
 
 @dataclass(frozen=True, eq=False)
 class Handle:
-    """What a loader node hands on. It lives in ComfyUI's cache and alone owns the patcher, which owns the
-    weights.
+    """What a loader node hands on: it lives in ComfyUI's cache and owns the patcher, which owns the weights.
 
-    When ComfyUI forgets the node's output, the weights go; when memory runs short, those with a `patcher` go
-    first.
+    When ComfyUI forgets the node's output, weights in host memory go; when that runs short, outputs with a
+    `patcher` are forgotten first.
     """
 
     spec: ComponentSpec
@@ -297,6 +297,9 @@ class Handle:
 
 
 _patchers: WeakValueDictionary[ComponentSpec, Any] = WeakValueDictionary()  # equal handles share one
+# Weights on a card stay when their node's output is forgotten: they cost no host memory, another prompt may
+# want them, and ComfyUI evicts them when it needs the card.
+_on_cards: dict[ComponentSpec, Any] = {}
 
 
 @contextmanager
@@ -315,6 +318,8 @@ def borrow(handle: Handle, working: float | None = None) -> Iterator[Any]:
     if spec.device.type == "cpu":
         _make_room_in_host_memory(patcher, patcher.model_size() + int(working))
     mm.load_models_gpu([patcher], memory_required=working, force_full_load=True)
+    if spec.card.is_gpu:
+        _on_cards[spec] = patcher
     component = patcher.model.component
     module = getattr(component, "model", component)
     with mm.cuda_device_context(spec.device), before_each_block(module, spec.device, check_cancelled):

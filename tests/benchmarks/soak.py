@@ -57,7 +57,7 @@ def make_work_folder(folder: Path, checkpoint: Path | None) -> None:
 def our_prompt(args: argparse.Namespace, number: int) -> comfyui.Prompt:
     prompt = changed(edit_prompt("soak"), SAMPLE, seed=number, width=args.size, height=args.size)
     photo = with_node({}, PHOTO, "ProbeImage", shape=f"1,{args.size},{args.size},3", fill=f"{number % 7 / 7}")
-    prompt = changed(prompt, ENCODE, reference_megapixels=args.size**2 / 2**20) | photo
+    prompt = changed(prompt, ENCODE, reference_megapixels=max(args.size**2 / 2**20, 0.01)) | photo
     for node, device in zip(LOADERS, args.devices.split(","), strict=True):
         prompt = changed(prompt, node, device=device)
     return changed(prompt, "1", precision=PRECISIONS[number // 4 % len(PRECISIONS)])
