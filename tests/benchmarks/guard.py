@@ -33,9 +33,9 @@ if __name__ == "__main__":
             denoise(worker, spec, latents, SCHEDULE, None, guard=level)
 
         watched = STOP if precision != "fp16" else WARN
-        times = {
-            level: min(timed(lambda level=level: run(level), 5) for _ in range(3)) for level in (OFF, watched)
-        }
+        times = {}
+        for level in (OFF, watched):
+            times[level] = min(timed(lambda level=level: run(level), 5) for _ in range(3))
         share = times[watched] / times[OFF] - 1
         print(
             f"{spec}, {len(model.transformer_blocks)} blocks: {times[OFF]:.4f} s a forward, guard {share:+.3%}"
