@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import comfyui
+import core_vae
 import pytest
 import real_checkpoint
 import tiny_checkpoint
@@ -56,13 +57,14 @@ def tiny_copy(tiny_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
-    """The server's work folder: checkpoints `tiny`, `zero_cond_t`, `wide`, and nodes for odd inputs."""
+    """The server's work folder: checkpoints `tiny`, `zero_cond_t`, `wide`, core's VAE, probe nodes."""
     folder = tmp_path_factory.mktemp("comfyui")
     models = folder / "models" / "diffusers"
     models.mkdir(parents=True)
     shutil.copytree(tiny_folder, models / "tiny")
     tiny_checkpoint.build(models / "zero_cond_t", zero_cond_t=True)
     tiny_checkpoint.build(models / "wide", joint_attention_dim=3584)
+    core_vae.write(folder, "tiny")
     (folder / "custom_nodes").mkdir()
     comfyui.link_folder(folder / "custom_nodes" / "probe_nodes", comfyui.ROOT / "tests" / "probe_nodes")
     return folder

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from comfyui import ROOT, Client, Prompt, Run
+from core_vae import CORE_VAE
 
 LOADERS = {"1": "transformer", "2": "text_encoder", "3": "vae"}
 ENCODE, SAMPLE, DECODE, SAVE, PHOTO = "4", "5", "6", "7", "10"
@@ -78,9 +79,9 @@ def loaded_components(client: Client, work: Path) -> dict[str, int]:
     return {name: size for name, _, size in models if size and " on " in name}
 
 
-def core_prompt(prompt: str = "core") -> Prompt:
-    """Core's own text encoder at work, which its memory manager loads."""
-    text = {"prompt": prompt, "clip": ["1", 0]}
-    graph = with_node({}, "1", "ProbeCLIP")
-    graph = with_node(graph, "2", "TextEncodeQwenImageEditPlus", **text)
-    return keep_tensor(graph, ["2", 0], "core")
+def core_prompt(number: int, side: int = 8) -> Prompt:
+    """Core's own VAE at work, which its memory manager loads. side: latents. number: makes another latent."""
+    graph = with_node({}, "1", "VAELoader", vae_name=CORE_VAE)
+    graph = with_node(graph, "2", "ProbeLatent", shape=f"1,16,1,{side},{side}", fill=str(number / 1000))
+    graph = with_node(graph, "3", "VAEDecode", samples=["2", 0], vae=["1", 0])
+    return keep_tensor(graph, ["3", 0], "core")

@@ -60,7 +60,7 @@ def test_our_graph_and_cores_in_turn_hold_the_same_bytes_every_time(client: Clie
     counted = []
     for turn in range(3):
         succeed(client, changed(edit_prompt(), SAMPLE, seed=40 + turn))
-        succeed(client, core_prompt(f"turn {turn}"))
+        succeed(client, core_prompt(turn))
         counted.append(sorted((name, size) for name, _, size in residents(client, work)["models"]))
     assert counted[1] == counted[2]
     assert len({name for name, _ in counted[-1]}) == len(counted[-1])  # nothing is there twice

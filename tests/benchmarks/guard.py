@@ -37,7 +37,6 @@ if __name__ == "__main__":
         for level in (OFF, watched):
             times[level] = min(timed(lambda level=level: run(level), 5) for _ in range(3))
         share = times[watched] / times[OFF] - 1
-        print(
-            f"{spec}, {len(model.transformer_blocks)} blocks: {times[OFF]:.4f} s a forward, guard {share:+.3%}"
-        )
+        blocks = len(model.transformer_blocks)
+        print(f"{spec}, {blocks} blocks: {times[OFF]:.4f} s a forward, guard {share:+.3%}")
         del model, worker

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import comfyui
+import core_vae
 import tiny_checkpoint
 from prompts import (
     ENCODE,
@@ -29,7 +30,7 @@ from prompts import (
 )
 
 MIB = 2**20
-PRECISIONS = ("int8", "bf16")  # of the transformer, in turn, so that weights are replaced as well
+PRECISIONS = ("int8", "int8-fast")  # of the transformer, in turn, so that weights are replaced as well
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -51,6 +52,7 @@ def make_work_folder(folder: Path, checkpoint: Path | None) -> None:
         tiny_checkpoint.build(folder / "models/diffusers/soak")
     else:
         comfyui.link_folder(folder / "models/diffusers/soak", checkpoint)
+    core_vae.write(folder, "soak")
     comfyui.link_folder(folder / "custom_nodes/probe_nodes", comfyui.ROOT / "tests/probe_nodes")
 
 
@@ -79,7 +81,7 @@ def main() -> int:
             print(f"flags: {' '.join(args.comfyui_arguments) or '-'}; MiB after each prompt", flush=True)
             for number in range(args.prompts):
                 name, prompt = (
-                    ("core", core_prompt(f"prompt {number}"))
+                    ("core", core_prompt(number, args.size // 8))
                     if number % 2
                     else ("ours", our_prompt(args, number))
                 )
@@ -92,7 +94,7 @@ def main() -> int:
             before = residents(server.client, Path(work))
             server.client.post("/free", json={"unload_models": True, "free_memory": True})
             time.sleep(2)
-            succeed(server.client, core_prompt("after"))
+            succeed(server.client, core_prompt(args.prompts, args.size // 8))
             server.client.post("/free", json={"unload_models": True, "free_memory": True})
             time.sleep(2)
             print(f"before /free: {describe(before)}")
