@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from .engine.checkpoint import Checkpoint, download_hint, find_checkpoints, open
 from .engine.components import GIB, ComponentSpec, describe, require_fit, working_bytes
 from .engine.errors import CheckpointError, FireRedError
 from .engine.estimates import Edit
+from .engine.heartbeat import heartbeat
 from .engine.kernels import require_kernels
 from .engine.machine import Device, Machine
 from .engine.placement import Fixed, place
@@ -157,13 +158,23 @@ def _decide(role: str, checkpoint: str, precision: str, device: str, math: str) 
     return describe(role, found, row, _torch_device(card), card, math), placed.reason
 
 
-def plan(checkpoint: str, edit: Edit = Edit(), fixed: dict[str, Fixed] | None = None) -> Placement:  # noqa: B008
+def plan(
+    checkpoint: str,
+    edit: Edit = Edit(),  # noqa: B008 - it is frozen
+    fixed: dict[str, Fixed] | None = None,
+    measure_cpu: bool = False,
+) -> Placement:
     """Where everything of the checkpoint goes on this machine: the answer that all loaders share.
 
-    fixed: what the user chose; ComfyUI's command line fixes some of the rest.
+    fixed: what the user chose; ComfyUI's command line fixes some of the rest. measure_cpu: also on a machine
+    without accelerators, where its speed decides nothing but tells the time.
     """
+    here = machine()
+    if measure_cpu and not here.gpus:
+        speeds = preflight(torch.device("cpu")).speeds
+        here = replace(here, cpu=replace(here.cpu, speeds=speeds, measured=True))
     wishes = {role: _with_flags(role, (fixed or {}).get(role, Fixed())) for role in PRECISION_FLAGS}
-    return place(machine(), get_checkpoint(checkpoint), edit, wishes, runs=_runs_here)
+    return place(here, get_checkpoint(checkpoint), edit, wishes, runs=_runs_here)
 
 
 @functools.cache
@@ -322,8 +333,15 @@ def borrow(handle: Handle, working: float | None = None) -> Iterator[Any]:
         _on_cards[spec] = patcher
     component = patcher.model.component
     module = getattr(component, "model", component)
-    with mm.cuda_device_context(spec.device), before_each_block(module, spec.device, check_cancelled):
+    stop = before_each_block(module, spec.device, check_cancelled)
+    with mm.cuda_device_context(spec.device), stop, _sign_of_life(spec):
         yield component
+
+
+def _sign_of_life(spec: ComponentSpec) -> AbstractContextManager[object]:
+    """A heartbeat in the log on ROCm, which compiles kernels for minutes at every new size."""
+    compiles = spec.device.type == "cuda" and torch.version.hip is not None
+    return heartbeat(f"running the {spec}", log.info) if compiles else nullcontext()
 
 
 def _release_replaced(spec: ComponentSpec) -> None:

@@ -76,7 +76,7 @@ class FireRedHardwarePlan(io.ComfyNode):
         checkpoint: str | None = None,
     ) -> io.NodeOutput:
         edit = Edit(width, height, references, steps)
-        plan = host.plan(checkpoint or host.checkpoint_names()[0], edit)
+        plan = host.plan(checkpoint or host.checkpoint_names()[0], edit, measure_cpu=True)
         picture = torch.from_numpy(np.array(draw_memory_map(plan), dtype=np.float32) / 255)
         devices = [plan.place(role).device.card.label for role in ROLES]
         return io.NodeOutput(picture.unsqueeze(0), str(plan), *devices)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import shutil
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import tiny_checkpoint
+import torch
 from comfyui import ROOT, Client, Server, environment, link_folder
-from conftest import SERVER_ARGUMENTS
+from conftest import SERVER_ARGUMENTS, spec_for
+from engine import loading, sampling
+from engine.cache import DiskCache
+from engine.checkpoint import Checkpoint
 from prompts import (
     DECODE,
     ENCODE,
@@ -20,7 +28,9 @@ from prompts import (
     loaded_components,
     residents,
     succeed,
+    with_node,
 )
+from test_sampling import plan
 
 COMPONENTS = {"transformer", "text encoder", "vae"}
 
@@ -35,6 +45,38 @@ def wait_until_empty(client: Client, work: Path) -> dict[str, int]:
     while (loaded := loaded_components(client, work)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return loaded
+
+
+def test_a_transformer_that_ran_leaves_nothing_behind(tiny: Checkpoint) -> None:
+    transformer = loading.load(spec_for(tiny, "transformer", "int8"))
+    sampling.sample(transformer, plan(tiny))
+    parts = [weakref.ref(module) for module in transformer.modules()]
+    del transformer
+    gc.collect()
+    assert [part for part in parts if part() is not None] == []
+
+
+@pytest.mark.parametrize("role", ["transformer", "text_encoder", "vae"])
+def test_cancelled_loading_leaves_nothing_behind(tiny: Checkpoint, tmp_path: Path, role: str) -> None:
+    class Cancelled(BaseException):
+        pass
+
+    def cancel(done: int, total: int) -> None:
+        if done > total / 2:
+            raise Cancelled
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    spec, cache = spec_for(tiny, role, "fp32" if role == "vae" else "int8"), DiskCache(tmp_path, 10**9)
+    with pytest.raises(Cancelled):
+        loading.load(spec, cancel, cache)
+    before = tensors()
+    for _ in range(3):
+        with pytest.raises(Cancelled):
+            loading.load(spec, cancel, cache)
+    assert tensors() <= before and list(tmp_path.iterdir()) == []
 
 
 def test_changing_a_precision_frees_the_old_weights(client: Client, work: Path) -> None:
@@ -128,3 +170,18 @@ def test_a_new_seed_after_a_restart_encodes_nothing(tmp_path: Path) -> None:
                 other = changed(edit_prompt(), PHOTO, image="example.png")
                 succeed(server.client, other)  # another picture is encoded
                 assert roles(loaded_components(server.client, tmp_path)) == COMPONENTS
+
+
+def test_what_will_not_decode_is_said_before_the_first_step(client: Client, work: Path) -> None:
+    """The VAE's config says it is three times as wide: decoding 16 megapixels whole would take 110 GiB."""
+    folder = work / "models" / "diffusers" / "wide_vae"
+    shutil.copytree(work / "models" / "diffusers" / "tiny", folder)
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    (folder / "vae" / "config.json").write_text(json.dumps(config | {"base_dim": 288}))
+    prompt = changed(edit_prompt(), SAMPLE, seed=60, width=4096, height=4096)
+    prompt = changed(prompt, DECODE, tiling="whole", vae=["33", 0])
+    prompt = with_node(prompt, "33", "FireRedLoadVAE", checkpoint="wide_vae", precision="fp32")
+    run = client.run(prompt)
+    assert run.error is not None and run.error["node_type"] == "FireRedSampler"
+    assert "Decoding 4096x4096 whole would take" in run.error["exception_message"]
+    assert [value for value, total in run.progress(SAMPLE) if total == 2] == []

@@ -10,9 +10,10 @@ import psutil
 import pytest
 import torch
 from engine.errors import FireRedError
-from engine.heartbeat import duration, heartbeat
+from engine.heartbeat import heartbeat
 from engine.kernels import RELEASES, has_kernels, install_line, require_build, require_kernels
 from engine.preflight import NATIVE, CardReport, Rate, host_memory, preflight, rate_or_reason
+from engine.progress import duration
 from engine.timing import measure_rate, tf32_off
 from engine.transfer import cross, find_fault, needs_detour, through_host
 

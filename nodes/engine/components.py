@@ -114,9 +114,9 @@ def is_big_matrix(role: str, name: str) -> bool:
 
 
 def working_bytes(spec: ComponentSpec, edit: Edit = Edit()) -> int:  # noqa: B008 - it is frozen
-    """What the component needs beside its weights, the driver's share included."""
+    """What the component needs at least beside its weights, the driver's share included."""
     reserved = RESERVED_BYTES if spec.card.is_gpu else 0
-    return workspace_bytes(spec.role, spec.checkpoint, spec.math, edit) + reserved
+    return workspace_bytes(spec.role, spec.checkpoint, spec.math, edit, tiled=True) + reserved
 
 
 def fits(spec: ComponentSpec) -> bool:

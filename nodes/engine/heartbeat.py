@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from .progress import duration
+
 INTERVAL = 30.0  # seconds
 
 
@@ -31,11 +33,3 @@ def heartbeat(what: str, log: Callable[[str], None], interval: float = INTERVAL)
     finally:
         left.set()
         thread.join()
-
-
-def duration(seconds: float) -> str:
-    """As people say it: "42 s", "2 min 30 s", "1 h 5 min"."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

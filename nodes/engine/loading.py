@@ -22,7 +22,7 @@ from .checkpoint import DTYPES, Component, Layout, read_header, read_tensors, st
 from .components import ComponentSpec, model_name
 from .errors import CheckpointError
 from .formats import FORMATS, QuantizedLinear
-from .layers import is_stored, keep_single_frames, prepare_layers
+from .layers import is_stored, keep_single_frames, own_caches, prepare_layers
 from .modulation import Modulation
 from .progress import OnProgress, untold
 from .text import TextEncoder
@@ -47,6 +47,7 @@ def load_transformer(
     model = _build_diffusers(diffusers.QwenImageTransformer2DModel, spec)
     modulation = Modulation(spec.checkpoint, spec.identity, spec.device, spec.math, cache)
     modulation.fold_into(model)
+    own_caches(model.pos_embed)
     model.arithmetic = _fill(model, spec, on_progress, cache)
     model.modulation = modulation
     return model.eval()

@@ -75,8 +75,8 @@ class StepTimer:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: "45 s", "12 min", "1 h 05 min"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+    """As people say it: "42 s", "2 min 30 s", "1 h 5 min"."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

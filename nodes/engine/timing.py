@@ -35,8 +35,8 @@ def measure_rate(
             break
         try:
             larger = prepare(size)
-            _seconds(larger, device)  # kernels are loaded, or compiled
-            seconds = _seconds(larger, device)
+            seconds_each(larger, device)  # kernels are loaded, or compiled
+            seconds = seconds_each(larger, device)
         except RuntimeError:
             if work is None:
                 raise
@@ -44,7 +44,7 @@ def measure_rate(
         work, done = larger, operations(size)
     assert work is not None
     calls = min(MAX_BATCH, int(BATCH_SECONDS / seconds))
-    batches = [_seconds(work, device, calls) for _ in range(BATCHES if calls else 0)]
+    batches = [seconds_each(work, device, calls) for _ in range(BATCHES if calls else 0)]
     return done / min([seconds, *batches])
 
 
@@ -77,7 +77,7 @@ def tf32_off() -> Iterator[None]:
         switch(before)
 
 
-def _seconds(work: Work, device: torch.device, calls: int = 1) -> float:
+def seconds_each(work: Work, device: torch.device, calls: int = 1) -> float:
     """Seconds a call, the device waited for."""
     _synchronize(device)
     started = time.perf_counter()

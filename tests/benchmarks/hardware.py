@@ -14,16 +14,16 @@ from collections.abc import Sequence
 
 import torch
 from engine.errors import FireRedError
+from engine.estimates import Edit, Shape, step_seconds
 from engine.kernels import device_label
+from engine.precision import PRECISIONS, Card, resolve
 from engine.preflight import CardReport, Rate, host_memory, preflight
 from engine.speeds import Speeds
 from engine.transfer import links
 
-# One forward at 1024x1024 with one 1 MP reference and 250 text tokens.
-TOKENS = 4096 + 4096 + 250
-LINEAR_OPERATIONS = 2 * 6.795e9 * TOKENS
-ATTENTION_OPERATIONS = 4 * TOKENS**2 * 3072 * 60
-LAYOUTS = {1: "1 card", 2: "CFG over 2 cards", 4: "CFG over 2 x 2 cards"}
+SHAPE = Shape(layers=60, width=3072)  # FireRed's transformer
+PRECISIONS_SHOWN = ("fp32", "bf16", "int8", "int8-fast", "nf4")
+LAYOUTS = {1: "1 card", 2: "CFG over 2 cards"}
 
 
 def main() -> int:
@@ -117,19 +117,15 @@ def copy_rows(devices: Sequence[torch.device]) -> list[list[str]]:
 
 
 def projection_rows(speeds: Speeds, cards: int) -> list[list[str]]:
-    """Seconds a step with true CFG (two forwards) from operations and rates alone, a column a layout."""
-    attention, linear = speeds.bf16_attention or speeds.fp32_attention, speeds.bf16 or speeds.fp32
-    rates = {
-        "fp32": (speeds.fp32, speeds.fp32_attention),
-        "bf16": (speeds.bf16, speeds.bf16_attention),
-        "int8": (linear, attention),
-        "int8-fast": (speeds.int8, attention),
-    }
+    """Seconds a step takes at 1024x1024 with one 1 MP reference and true CFG, a column a layout."""
+    card = Card("gpu:0", "", native_bf16=speeds.bf16 is not None, memory=0)
     rows = []
-    for precision, (products, attended) in rates.items():
-        if products and attended:
-            forward = (LINEAR_OPERATIONS / products + ATTENTION_OPERATIONS / attended) / 1e12
-            rows.append([precision, *(f"{2 * forward / used:.1f}" for used in LAYOUTS if used <= cards)])
+    for name in PRECISIONS_SHOWN:
+        row = resolve(PRECISIONS[name], card)
+        layouts = ["none", "cfg"][:cards]
+        times = [step_seconds((speeds,) * cards, SHAPE, Edit(), row, layout) for layout in layouts]
+        if all(times):
+            rows.append([name, *(f"{seconds:.3g}" for seconds in times)])
     return rows
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from ..timing import seconds_each
 from .int8_math import (
     ROTATION,
     dequantize,
@@ -106,16 +106,4 @@ def choose_path(
 def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
     """The shortest of a few runs, after one to warm up."""
     run()
-    times = []
-    for _ in range(repeats):
-        _synchronize(device)
-        started = time.perf_counter()
-        run()
-        _synchronize(device)
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return min(seconds_each(run, device) for _ in range(repeats))
