@@ -7,7 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import host
-from .load import CATEGORY, VAE
+from .engine.guard import STOP
+from .load import CATEGORY, VAE, guard_input
 
 TILINGS = ["auto", "whole", "tiled"]
 
@@ -30,16 +31,20 @@ class FireRedDecode(io.ComfyNode):
                     optional=True,
                     tooltip="auto: whole where it fits in memory, else in tiles, without seams.",
                 ),
+                guard_input(),
             ],
             outputs=[io.Image.Output("image", display_name="image")],
         )
 
     @classmethod
-    def execute(cls, vae: host.Handle, latent: dict[str, Any], tiling: str = "auto") -> io.NodeOutput:
-        from .engine.vae import decode
+    def execute(
+        cls, vae: host.Handle, latent: dict[str, Any], tiling: str = "auto", guard: str = STOP
+    ) -> io.NodeOutput:
+        from .engine.vae import decode, decoding_bytes
 
-        with host.borrow(vae) as autoencoder:
+        *_, height, width = latent["samples"].shape
+        with host.borrow(vae, decoding_bytes(vae.spec, height, width, tiling)) as autoencoder:
             free = host.free_memory(vae.spec.device)
-            image = decode(autoencoder, vae.spec, latent["samples"], tiling, free)
+            image = decode(autoencoder, vae.spec, latent["samples"], tiling, free, guard)
         host.forget_run(latent)
         return io.NodeOutput(image)

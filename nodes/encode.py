@@ -9,14 +9,16 @@ import torch
 from comfy_api.latest import io
 
 from . import host
+from .engine.components import working_bytes
 from .engine.conditioning import to_conditioning
 from .engine.errors import InputError
-from .engine.guard import require_finite
+from .engine.estimates import Edit
+from .engine.guard import STOP, require_finite
 from .engine.images import to_pil
 from .engine.recall import embedding_name, recall, reference_name
 from .engine.trace import find_culprit
 from .engine.transfer import cross
-from .load import CATEGORY, VAE, TextEncoder
+from .load import CATEGORY, VAE, TextEncoder, guard_input
 
 MAX_IMAGES = 10
 CPU = torch.device("cpu")
@@ -65,6 +67,7 @@ class FireRedEncodePrompt(io.ComfyNode):
                     tooltip="The pictures, in the order a prompt counts them (Picture 1, Picture 2). A "
                     "batch is several.",
                 ),
+                guard_input(),
             ],
             outputs=[
                 io.Conditioning.Output("positive", display_name="positive"),
@@ -81,39 +84,42 @@ class FireRedEncodePrompt(io.ComfyNode):
         vae: host.Handle | None = None,
         negative_prompt: str = " ",
         reference_megapixels: float = 1.0,
+        guard: str = STOP,
     ) -> io.NodeOutput:
         if not prompt.strip():
             raise InputError("The prompt is empty. Write what to change in the picture.")
         pictures = to_pil(image for image in images.values() if image is not None)
         if not pictures:
             raise InputError("There is no picture to edit. Connect at least one image.")
-        references = _encode_references(vae, pictures, reference_megapixels) if vae is not None else []
-        embeds = _encode_prompts(text_encoder, (prompt, negative_prompt), pictures)
+        references = _encode_references(vae, pictures, reference_megapixels, guard) if vae is not None else []
+        embeds = _encode_prompts(text_encoder, (prompt, negative_prompt), pictures, guard)
         return io.NodeOutput(*(to_conditioning(encoded, references, pictures[0].size) for encoded in embeds))
 
 
-def _encode_references(vae: host.Handle, pictures: list, megapixels: float) -> list[torch.Tensor]:
+def _encode_references(vae: host.Handle, pictures: list, megapixels: float, guard: str) -> list[torch.Tensor]:
     def encode(missing: list[int]) -> Iterator[torch.Tensor]:
         from .engine.vae import encode_reference
 
-        with host.borrow(vae) as autoencoder:
+        working = working_bytes(vae.spec, Edit(reference_megapixels=megapixels))
+        with host.borrow(vae, working) as autoencoder:
             for index in missing:
-                yield cross(encode_reference(autoencoder, vae.spec, pictures[index], megapixels), CPU)
+                yield cross(encode_reference(autoencoder, vae.spec, pictures[index], megapixels, guard), CPU)
 
     names = [reference_name(vae.spec, picture, megapixels) for picture in pictures]
     return recall(host.disk_cache(), names, encode)
 
 
 def _encode_prompts(
-    text_encoder: host.Handle, prompts: tuple[str, str], pictures: list
+    text_encoder: host.Handle, prompts: tuple[str, str], pictures: list, guard: str
 ) -> list[torch.Tensor]:
     def encode(missing: list[int]) -> Iterator[torch.Tensor]:
-        with host.borrow(text_encoder) as encoder:
+        working = working_bytes(text_encoder.spec, Edit(references=len(pictures)))
+        with host.borrow(text_encoder, working) as encoder:
             for index in missing:
                 encode_one = functools.partial(encoder.encode, prompts[index], pictures)
                 trace = functools.partial(find_culprit, encoder.model, encode_one)
                 what = f"The {('positive', 'negative')[index]} prompt's embedding"
-                yield cross(require_finite(encode_one(), what, text_encoder.spec, trace), CPU)
+                yield cross(require_finite(encode_one(), what, text_encoder.spec, trace, guard), CPU)
 
     names = [embedding_name(text_encoder.spec, prompt, pictures) for prompt in prompts]
     return recall(host.disk_cache(), names, encode)

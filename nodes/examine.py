@@ -114,7 +114,7 @@ def _measure_transformer(
         seed=seed,
         samples=samples,
     )
-    with host.borrow(transformer) as model:
+    with host.borrow(transformer, plan.working_bytes()) as model:
         return spec, measure_transformer(model, plan, looked_at, samples, host.progress_reporter())
 
 

@@ -97,7 +97,7 @@ def disk_cache() -> DiskCache:
     gigabytes = os.environ.get("FIRERED_CACHE_GB", DEFAULT_CACHE_GB)
     try:
         return DiskCache(_cache_folder(), int(float(gigabytes) * 1e9))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise FireRedError(f"FIRERED_CACHE_GB is {gigabytes!r}; set it to a number of gigabytes.") from None
 
 
@@ -152,6 +152,7 @@ def _decide(role: str, checkpoint: str, precision: str, device: str, math: str) 
     found = get_checkpoint(checkpoint)
     found.component(role).shards()  # a plan leaves out what is damaged; this says which file is
     chosen = Fixed(_present(device, role), None if precision == "auto" else precision, math)
+    math = _with_flags(role, chosen).math
     placed = plan(checkpoint, fixed={role: chosen}).place(role)
     card = placed.device.card
     row = ROLE_PRECISIONS[role][placed.precision.name]
@@ -177,35 +178,43 @@ def plan(
     return place(here, get_checkpoint(checkpoint), edit, wishes, runs=_runs_here)
 
 
-@functools.cache
 def machine() -> Machine:
-    """This machine as it was when first asked: later answers must not change with what is free then.
+    """This machine as each part of it was when first asked: answers must not change with what is free then.
 
     Its cards are tested and measured, which takes seconds once.
     """
     import comfy.model_management as mm
 
     cpu, native_bf16 = torch.device("cpu"), mm.should_use_bf16(torch.device("cpu"))
-    memory = mm.get_total_memory(cpu)
-    gpus = tuple(_measure_device(f"gpu:{index}", device) for index, device in enumerate(_accelerators()))
-    unified = mm.cpu_state == mm.CPUState.MPS or any(map(_is_integrated, _accelerators()))
+    memory, accelerators = mm.get_total_memory(cpu), _accelerators()
+    gpus = tuple(_describe_device(f"gpu:{index}", device) for index, device in enumerate(accelerators))
+    unified = mm.cpu_state == mm.CPUState.MPS or (bool(gpus) and all(map(_is_integrated, accelerators)))
     return Machine(gpus, Device(Card("cpu", "cpu", native_bf16, memory, is_gpu=False), memory), unified)
 
 
-def _measure_device(label: str, device: torch.device) -> Device:
-    """An accelerator as a place for components; one that cannot be used is one without room."""
+def _describe_device(label: str, device: torch.device) -> Device:
+    """An accelerator as a place for components; one that cannot be used now is one without room."""
     import comfy.model_management as mm
 
-    memory = mm.get_total_memory(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     try:
-        speeds = preflight(device).speeds
+        return _measure_device(label, device)
     except FireRedError as error:
         log.warning("%s", error)
-        return Device(Card(label, name, False, memory), free=0)
-    native_bf16 = speeds.bf16 is not None if device.type == "cuda" else mm.should_use_bf16(device)
-    free = min(memory, free_memory(device, evicting=True))
-    return Device(Card(label, name, native_bf16, memory), free, speeds, measured=True)
+        return Device(Card(label, _card_model(device), False, mm.get_total_memory(device)), free=0)
+
+
+@functools.cache
+def _measure_device(label: str, device: torch.device) -> Device:
+    import comfy.model_management as mm
+
+    speeds, memory = preflight(device).speeds, mm.get_total_memory(device)
+    card = Card(label, _card_model(device), speeds.bf16 is not None, memory)
+    free = min(memory, free_memory(device, evicting=True)) - int((args.reserve_vram or 0) * GIB)
+    return Device(card, free, speeds, measured=True)
+
+
+def _card_model(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _is_integrated(device: torch.device) -> bool:
@@ -235,14 +244,16 @@ def _with_flags(role: str, wish: Fixed) -> Fixed:
     import comfy.model_management as mm
 
     if role == "vae" and mm.vae_device().type == "cpu" and wish.device is None:
-        wish = replace(wish, device="cpu")
+        wish = replace(wish, device="cpu", reason="--cpu-vae")
+    if args.force_fp32 and wish.math == "auto":
+        wish = replace(wish, math="fp32", reason="--force-fp32")
     if wish.precision is not None:
         return wish
     for name in ("fp32", "bf16"):
         flag = f"{name}_{PRECISION_FLAGS[role]}"
         if getattr(args, flag, False):
             return replace(wish, precision=name, reason=f"--{flag.replace('_', '-')}")
-    return replace(wish, precision="fp32", reason="--force-fp32") if args.force_fp32 else wish
+    return wish
 
 
 def _require_library(precision: Precision, card: Card) -> None:
@@ -292,7 +303,6 @@ class Resident(torch.nn.Module):
     def unload(self) -> None:
         self.component = None
         self.device, self.model_loaded_weight_memory = torch.device("cpu"), 0
-        _on_cards.pop(self.spec, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,6 +336,7 @@ def borrow(handle: Handle, working: float | None = None) -> Iterator[Any]:
     if working is None:
         working = working_bytes(spec)
     _release_replaced(spec)
+    _forget_unloaded()
     if spec.device.type == "cpu":
         _make_room_in_host_memory(patcher, patcher.model_size() + int(working))
     mm.load_models_gpu([patcher], memory_required=working, force_full_load=True)
@@ -352,6 +363,13 @@ def _release_replaced(spec: ComponentSpec) -> None:
             patcher.detach()
 
 
+def _forget_unloaded() -> None:
+    """Drop what ComfyUI evicted; not as it does: its list of models would shift under its feet."""
+    for spec, patcher in list(_on_cards.items()):
+        if not patcher.loaded_size():
+            del _on_cards[spec]
+
+
 def _make_room_in_host_memory(wanted: Any, nbytes: int) -> None:
     """ComfyUI moves models between accelerators and host memory; on the CPU ours make room for each other."""
     import comfy.model_management as mm
@@ -366,8 +384,10 @@ def free_memory(device: torch.device, evicting: bool = False) -> int:
     """Bytes free on the device now, or with every model `evicting` could remove."""
     import comfy.model_management as mm
 
-    loaded = [model for model in mm.current_loaded_models if evicting and model.device == device]
-    return int(mm.get_free_memory(device)) + sum(model.model_loaded_memory() for model in loaded)
+    mm.cleanup_models_gc()
+    ours = [model for model in mm.current_loaded_models if model.device == device and model.model is not None]
+    evictable = sum(model.model_loaded_memory() for model in ours) if evicting else 0
+    return int(mm.get_free_memory(device)) + evictable
 
 
 def _make_patcher(spec: ComponentSpec) -> Any:

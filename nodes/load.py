@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import host
+from .engine.guard import GUARDS, STOP
 from .engine.precision import MATH, ROLE_PRECISIONS
 
 CATEGORY = "FireRed"
@@ -23,8 +24,9 @@ class _Loader(io.ComfyNode):
         return host.validate_loader(checkpoint, device)
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str, **_: Any) -> str:
-        return host.get_checkpoint(checkpoint).component(cls.ROLE).identity()
+    def fingerprint_inputs(cls, checkpoint: str | None = None, **_: Any) -> str:
+        # A linked checkpoint is not known yet: its node decides.
+        return host.get_checkpoint(checkpoint).component(cls.ROLE).identity() if checkpoint else ""
 
 
 def _inputs(role: str) -> list[io.Input]:
@@ -51,6 +53,19 @@ def _inputs(role: str) -> list[io.Input]:
             tooltip=f"Where the {component} runs. A device this machine lacks falls back to auto.",
         ),
     ]
+
+
+def guard_input() -> io.Input:
+    """What the nodes that compute share."""
+    return io.Combo.Input(
+        "guard",
+        options=list(GUARDS),
+        default=STOP,
+        optional=True,
+        advanced=True,
+        tooltip="When a result holds NaN or infinity: stop and name the module that broke, warn in the log "
+        "and go on, or do not look.",
+    )
 
 
 class FireRedLoadTransformer(_Loader):

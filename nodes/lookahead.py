@@ -19,34 +19,33 @@ def require_decodable(prompt: Prompt | None, height: int, width: int) -> None:
     node = host.running_node()
     if prompt is None or node is None:
         return
-    for decode in _nodes_fed_by(prompt, node, "FireRedDecode", "latent"):
+    for decode in _decodes_of(prompt, node):
         loader = prompt.get(_source(decode.get("vae")) or "", {})
         if loader.get("class_type") != "FireRedLoadVAE":
             continue
-        chosen = {name: value for name, value in loader["inputs"].items() if isinstance(value, str)}
-        spec = host.describe_component(
-            "vae", chosen["checkpoint"], chosen.get("precision", "auto"), chosen.get("device", "auto")
-        )
+        given = {"precision": "auto", "device": "auto"} | loader["inputs"]
+        wanted = [given.get(name) for name in ("checkpoint", "precision", "device")]
         tiling = decode.get("tiling", "auto")
+        if not all(isinstance(value, str) for value in (*wanted, tiling)):
+            continue  # linked: known only when it runs
+        spec = host.describe_component("vae", *map(str, wanted))
         require(spec, height, width, tiling, host.free_memory(spec.device, evicting=True))
 
 
-def _nodes_fed_by(prompt: Prompt, node: str, class_type: str, socket: str) -> Iterator[dict[str, Any]]:
-    """The inputs of every node of that class whose `socket` gets what `node` made, maybe by way of others."""
-    for other in prompt.values():
-        if other.get("class_type") != class_type:
-            continue
-        pending, seen = [_source(other["inputs"].get(socket))], set[str]()
-        while pending:
-            source = pending.pop()
-            if source is None or source in seen or source not in prompt:
-                continue
-            seen.add(source)
-            pending += [_source(value) for value in prompt[source]["inputs"].values()]
-        if node in seen:
-            yield other["inputs"]
+def _decodes_of(prompt: Prompt, node: str) -> Iterator[dict[str, Any]]:
+    """The inputs of every FireRed Decode that takes what `node` makes and whose picture is used."""
+    used = {_source(value) for other in prompt.values() for value in other.get("inputs", {}).values()}
+    for name, other in prompt.items():
+        inputs = other.get("inputs", {})
+        if (
+            other.get("class_type") == "FireRedDecode"
+            and name in used
+            and _source(inputs.get("latent")) == node
+        ):
+            yield inputs
 
 
 def _source(value: Any) -> str | None:
     """The node that a linked input comes from."""
-    return value[0] if isinstance(value, list) and len(value) == 2 else None
+    linked = isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+    return value[0] if linked else None

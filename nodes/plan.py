@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from .engine.estimates import Edit
 from .engine.latents import MAX_SIZE, MIN_SIZE, TOKEN_PIXELS
 from .engine.memory_map import draw_memory_map
 from .engine.placement import ROLES
+from .engine.places import Placement
 from .load import CATEGORY
 
 MAX_REFERENCES = 10
@@ -64,7 +66,8 @@ class FireRedHardwarePlan(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str | None = None, **_: Any) -> str:
-        return host.get_checkpoint(checkpoint or host.checkpoint_names()[0]).component(ROLES[0]).identity()
+        found = host.get_checkpoint(checkpoint or host.checkpoint_names()[0])
+        return " ".join(found.component(role).identity() for role in ROLES)
 
     @classmethod
     def execute(
@@ -75,8 +78,17 @@ class FireRedHardwarePlan(io.ComfyNode):
         steps: int = 40,
         checkpoint: str | None = None,
     ) -> io.NodeOutput:
-        edit = Edit(width, height, references, steps)
-        plan = host.plan(checkpoint or host.checkpoint_names()[0], edit, measure_cpu=True)
+        name = checkpoint or host.checkpoint_names()[0]
+        plan = host.plan(name, Edit(width, height, references, steps), measure_cpu=True)
         picture = torch.from_numpy(np.array(draw_memory_map(plan), dtype=np.float32) / 255)
         devices = [plan.place(role).device.card.label for role in ROLES]
-        return io.NodeOutput(picture.unsqueeze(0), str(plan), *devices)
+        text = "\n".join([str(plan), *_differences(plan, host.plan(name))])
+        return io.NodeOutput(picture.unsqueeze(0), text, *devices)
+
+
+def _differences(plan: Placement, loaders: Placement) -> Iterator[str]:
+    """What to set by hand: a loader's auto does not know the size, and plans for a usual edit."""
+    for place in plan.places:
+        usual = loaders.place(place.role)
+        if str(place) != str(usual):
+            yield f"a loader's auto takes {usual}, for a usual edit: set {place.precision.name} for this one"

@@ -9,9 +9,9 @@ from comfy_api.latest import io
 
 from . import host
 from .engine.conditioning import from_conditioning
-from .engine.guard import GUARDS, STOP
+from .engine.guard import STOP
 from .engine.latents import MAX_SIZE, TOKEN_PIXELS
-from .load import CATEGORY, Transformer
+from .load import CATEGORY, Transformer, guard_input
 from .lookahead import require_decodable
 
 log = logging.getLogger("FireRed")
@@ -70,15 +70,7 @@ class FireRedSampler(io.ComfyNode):
                     advanced=True,
                     tooltip="on: after a crash or a cancel the same prompt goes on at the step it reached.",
                 ),
-                io.Combo.Input(
-                    "guard",
-                    options=list(GUARDS),
-                    default=STOP,
-                    optional=True,
-                    advanced=True,
-                    tooltip="When a prediction is NaN or infinite: stop and name the module that broke, warn "
-                    "in the log and go on, or do not look.",
-                ),
+                guard_input(),
             ],
             outputs=[io.Latent.Output("latent", display_name="latent")],
             hidden=[io.Hidden.prompt],
@@ -123,7 +115,7 @@ class FireRedSampler(io.ComfyNode):
             samples=None if latent is None else latent["samples"],
         )
         require_decodable(cls.hidden.prompt, plan.height, plan.width)
-        saved = host.saved_run(plan.name()) if resume == "on" else None
+        saved = host.saved_run(plan.name(guard)) if resume == "on" else None
         samples = saved.result(plan.batch) if saved else None
         if samples is None:
             with host.borrow(transformer, plan.working_bytes()) as model:

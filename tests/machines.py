@@ -15,7 +15,7 @@ H100 = Speeds(
     bf16=LINEAR_TFLOP / 0.16,
     bf16_attention=ATTENTION_TFLOP / 0.09,
     int8=LINEAR_TFLOP / 0.15,
-    bandwidth=3350.0,
+    bandwidth=3000.0,
 )
 
 

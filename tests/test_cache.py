@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from comfyui import ROOT
 from conftest import spec_for
 from engine import loading
-from engine.cache import CacheWriter, DiskCache
+from engine.cache import SUFFIX, CacheWriter, DiskCache
 from engine.checkpoint import Checkpoint, read_tensors
+from engine.recall import embedding_name, recall, reference_name
+from PIL import Image
 from safetensors.torch import load_file
 
 LAYOUT = {"a": (torch.int8, (3, 4)), "b": (torch.float32, (2,)), "c": (torch.bfloat16, (5,))}
@@ -184,3 +189,59 @@ def test_cancelling_a_load_leaves_nothing_behind(tiny: Checkpoint, cache: DiskCa
 
 def state(component) -> dict[str, torch.Tensor]:
     return getattr(component, "model", component).state_dict()
+
+
+def test_two_processes_of_one_number_do_not_write_one_file(tmp_path: Path) -> None:
+    """In containers that share a folder, process ids repeat."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from engine.cache import PROCESS; print(PROCESS)"
+    command = [sys.executable, "-c", code, str(ROOT / "nodes")]
+    names = {subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)}
+    assert len(names) == 2
+
+
+def test_what_cannot_be_deleted_does_not_keep_others_from_being_written(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 3000)
+    (tmp_path / f"folder{SUFFIX}").mkdir()  # unlink refuses it
+    os.utime(tmp_path / f"folder{SUFFIX}", (1, 1))
+    for name in ("a", "b", "c"):
+        cache.write(name, {"x": torch.zeros(250)})
+    assert cache.read("c") is not None and cache.read("a") is None
+
+
+def test_only_finite_encodings_are_kept(cache: DiskCache) -> None:
+    nan = torch.full((2,), float("nan"))
+    assert recall(cache, ["bad", "good"], lambda missing: [nan, torch.ones(2)])[1].tolist() == [1.0, 1.0]
+    assert cache.read("bad") is None and cache.read("good") is not None
+
+
+def test_the_same_prompt_and_pictures_are_encoded_once(cache: DiskCache) -> None:
+    asked: list[list[int]] = []
+
+    def encode(missing: list[int]) -> list[torch.Tensor]:
+        asked.append(missing)
+        return [torch.full((2,), float(index)) for index in missing]
+
+    assert [t.tolist() for t in recall(cache, ["a", "b", "a"], encode)] == [[0, 0], [1, 1], [0, 0]]
+    assert [t.tolist() for t in recall(cache, ["b", "c"], encode)] == [[1, 1], [1, 1]]
+    assert asked == [[0, 1], [1]]
+
+
+def test_an_encodings_name_depends_on_all_it_is_made_from(tiny: Checkpoint, tiny_copy: Path) -> None:
+    spec, vae = spec_for(tiny, "text_encoder"), spec_for(tiny, "vae")
+    red, blue = (Image.new("RGB", (8, 4), colour) for colour in ("red", "blue"))
+    os.utime(tiny_copy / "processor" / next((tiny_copy / "processor").iterdir()).name, ns=(1, 1))
+    names = [
+        embedding_name(spec, "a hat", [red]),
+        embedding_name(spec, "a cat", [red]),
+        embedding_name(spec, "a hat", [blue]),
+        embedding_name(spec, "a hat", [red, blue]),
+        embedding_name(spec, "a hat", [red.resize((4, 8))]),
+        embedding_name(spec_for(tiny, "text_encoder", "int8"), "a hat", [red]),
+        embedding_name(spec_for(Checkpoint(tiny_copy), "text_encoder"), "a hat", [red]),
+        reference_name(vae, red, 1.0),
+        reference_name(vae, red, 0.5),
+        reference_name(vae, blue, 1.0),
+        reference_name(spec_for(tiny, "vae", "bf16"), red, 1.0),
+    ]
+    assert len(set(names)) == len(names)
+    assert embedding_name(spec, "a hat", [red.copy()]) == names[0]

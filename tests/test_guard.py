@@ -153,7 +153,7 @@ class Scaled(torch.nn.Module):
 
     def __init__(self, scale: float):
         super().__init__()
-        self.scale, self.before, self.after = scale, torch.nn.LayerNorm(8), torch.nn.SiLU(inplace=True)
+        self.scale, self.before, self.after = scale, torch.nn.RMSNorm(8), torch.nn.SiLU(inplace=True)
 
     def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         return self.after(self.before(x) * self.scale * self.scale)

@@ -13,8 +13,9 @@ import torch
 from comfyui import ROOT, Client, Server, ServerError, environment, link_folder
 from conftest import SERVER_ARGUMENTS, spec_for
 from engine import loading
-from engine.cache import SUFFIX, DiskCache
+from engine.cache import PROCESS, SUFFIX, DiskCache
 from engine.checkpoint import Checkpoint
+from engine.guard import GUARDS
 from engine.resume import RunState, SavedRun
 from engine.sampling import SamplingPlan, sample
 from prompts import DECODE, SAMPLE, changed, edit_prompt, keep_tensor, kept_tensor, succeed
@@ -77,6 +78,23 @@ def test_a_finished_run_waits_for_its_decode(tiny: Checkpoint, store: DiskCache)
     kept = SavedRun(store, run.name()).result(1)
     assert kept is not None and torch.equal(kept, latents)
     assert SavedRun(store, run.name()).result(2) is None
+
+
+def test_what_an_unguarded_run_let_pass_is_never_handed_back(tiny: Checkpoint, store: DiskCache) -> None:
+    saved = SavedRun(store, plan(tiny).name("off"))
+    saved.open("")
+    saved.update(RunState(0, torch.zeros(1, 4, 64), (torch.full((1, 16, 1, 4, 4), float("nan")),)), now=True)
+    assert SavedRun(store, plan(tiny).name("off")).result(1) is None
+    assert len({plan(tiny).name(guard) for guard in GUARDS}) == 3
+
+
+def test_a_card_that_fails_keeps_its_own_error(store: DiskCache) -> None:
+    """What cannot be brought from the card to the disk must not hide why the run stopped."""
+    saved = SavedRun(store, "2" * 32)
+    saved.open("")
+    saved._unsaved = RunState(3, torch.zeros(1, 4, 64, device="meta"))  # has no bytes to give
+    saved.flush()
+    assert files(store) == []
 
 
 def test_a_changed_input_never_resumes(tiny: Checkpoint, tiny_copy: Path) -> None:
@@ -157,7 +175,7 @@ def test_a_full_disk_costs_the_resume_and_not_the_run(
 ) -> None:
     transformer, run = loading.load(spec_for(tiny, "transformer")), plan(tiny, steps=STEPS)
     store.folder.mkdir()
-    partial = store.folder / f"{run.name()}{SUFFIX}.{os.getpid()}.partial"
+    partial = store.folder / f"{run.name()}{SUFFIX}.{PROCESS}.partial"
 
     def refill(*_: object) -> None:  # the device that is always full, where the state would be written
         partial.unlink(missing_ok=True)
@@ -196,7 +214,7 @@ def test_a_clock_that_jumps_loses_nothing(tiny: Checkpoint, store: DiskCache, mo
 # On a real server
 
 
-LONG = 400  # steps of some 10 ms: seconds to interrupt
+LONG, SIDE = 100, 320  # steps and pixels: long enough to interrupt
 
 
 @pytest.fixture
@@ -210,7 +228,11 @@ def own_work(tmp_path: Path, tiny_folder: Path) -> Path:
 
 
 def long_prompt(**inputs: Any):
-    return keep_tensor(changed(edit_prompt(), SAMPLE, steps=LONG, seed=11, **inputs), [SAMPLE, 0], "latent")
+    return keep_tensor(
+        changed(edit_prompt(), SAMPLE, steps=LONG, width=SIDE, height=SIDE, seed=11, **inputs),
+        [SAMPLE, 0],
+        "latent",
+    )
 
 
 def at_step(step: int, act: Callable[[], object]) -> Callable[[str, dict], None]:
@@ -231,7 +253,7 @@ def test_after_kill_9_the_same_prompt_ends_in_the_same_bits(own_work: Path) -> N
     runs = own_work / "models" / "firered_cache" / "runs"
     with Server(comfyui, own_work, SERVER_ARGUMENTS) as server:
         with pytest.raises(ServerError, match="it ended while the prompt ran"):
-            server.client.run(long_prompt(), at_step(40, server.process.kill))
+            server.client.run(long_prompt(), at_step(10, server.process.kill))
         assert len(list(runs.glob(f"*{SUFFIX}"))) == 1
     with Server(comfyui, own_work, SERVER_ARGUMENTS) as server:
         run = succeed(server.client, long_prompt())
@@ -251,12 +273,12 @@ def loads(server: Server) -> str:
 
 
 def test_a_cancelled_prompt_goes_on_at_the_step_it_reached(client: Client, server: Server) -> None:
-    prompt = changed(edit_prompt(), SAMPLE, steps=LONG, seed=12)
-    assert client.run(prompt, at_step(30, lambda: client.post("/interrupt"))).status == "interrupted"
+    prompt = changed(edit_prompt(), SAMPLE, steps=LONG, width=SIDE, height=SIDE, seed=12)
+    assert client.run(prompt, at_step(10, lambda: client.post("/interrupt"))).status == "interrupted"
     log_before = len(server.text())
     succeed(client, prompt)
     (line,) = [line for line in server.text()[log_before:].splitlines() if "resuming" in line]
-    assert int(line.rpartition("step ")[2].partition("/")[0]) > 30
+    assert int(line.rpartition("step ")[2].partition("/")[0]) > 10
 
 
 def test_latents_whose_decode_failed_are_there_after_a_restart(own_work: Path) -> None:
@@ -271,14 +293,14 @@ def test_latents_whose_decode_failed_are_there_after_a_restart(own_work: Path) -
         )  # the prompt's encodings are on disk from now on
         server.client.post("/free", json={"unload_models": True, "free_memory": True})
 
-        def damage(name: str, data: dict) -> None:
-            if name == "executing" and data["node"] == SAMPLE:
-                weights.write_bytes(whole[:-1])
+        def damage() -> None:
+            weights.write_bytes(whole[:-1])
 
-        assert server.client.run(prompt, damage).error["node_type"] == "FireRedDecode"
+        long = changed(prompt, SAMPLE, steps=LONG, width=SIDE, height=SIDE)
+        assert server.client.run(long, at_step(10, damage)).error["node_type"] == "FireRedDecode"
     weights.write_bytes(whole)
     with Server(comfyui, own_work, SERVER_ARGUMENTS) as server:
-        run = succeed(server.client, prompt)
+        run = succeed(server.client, long)
         assert DECODE in run.executed
         assert "transformer" not in loads(server) and run.progress(SAMPLE) == []
         assert list((own_work / "models/firered_cache/runs").iterdir()) == []

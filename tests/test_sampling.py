@@ -25,6 +25,7 @@ from engine.latents import (
     unpack,
 )
 from engine.precision import PRECISIONS, Card
+from engine.progress import StepTimer, before_each_block, blocks
 from engine.sampling import plan_sampling, sample
 from engine.schedule import Schedule, dynamic_shift, make_schedule
 from engine.workers import NEGATIVE, POSITIVE
@@ -130,6 +131,7 @@ class RecordingWorker:
         return torch.full_like(latents, float("nan") if step == self._bad_step else 1.0)
 
 
+CPU = torch.device("cpu")
 FP16_SPEC = ComponentSpec(
     "transformer", Checkpoint(Path()), PRECISIONS["fp16"], torch.device("cpu"),
     Card("gpu:1", "Tesla P40", native_bf16=False, memory=0), "",
@@ -267,3 +269,29 @@ def test_a_batch_of_references_is_several(tiny: Checkpoint) -> None:
 def test_nan_in_conditioning_is_refused() -> None:
     with pytest.raises(NonFiniteError, match="positive conditioning"):
         from_conditioning([[torch.full((1, 3, 128), float("nan")), {}]], "positive", 128)
+
+
+def test_the_log_tells_seconds_a_step_and_time_left() -> None:
+    times = iter([0.0, 100.0, 104.0, 187.5, 275.0])
+    timer = StepTimer(lambda: next(times))
+    assert timer.line(1, 4) == "step 1/4, 100 s/step, 5 min 0 s left"  # with what is set up once
+    assert timer.line(2, 4) is None  # 4 seconds later
+    assert timer.line(3, 4) == "step 3/4, 43.8 s/step, 44 s left"
+    assert timer.line(4, 4) == "step 4/4, 58.3 s/step, done"
+
+
+def test_a_forward_can_be_stopped_before_any_block(tiny: Checkpoint) -> None:
+    transformer, asked = loading.load(spec_for(tiny, "transformer")), []
+
+    def stop_before_the_second() -> None:
+        asked.append(len(asked))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), before_each_block(transformer, CPU, stop_before_the_second):
+        sample(transformer, plan(tiny))
+    assert asked == [0, 1]
+    sample(transformer, plan(tiny))  # and nothing is left in it
+    assert asked == [0, 1]
+    encoder, autoencoder = (loading.load(spec_for(tiny, role)) for role in ("text_encoder", "vae"))
+    assert [len(blocks(model)) for model in (transformer, encoder.model, autoencoder)] == [2, 4, 29]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
 import struct
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from .checkpoint import DTYPE_NAMES, Layout
 
@@ -23,6 +25,7 @@ log = logging.getLogger("FireRed")
 
 SUFFIX = ".firered.safetensors"  # of every file that is ours to delete
 ABANDONED_SECONDS = 86_400  # after which a partial file is nobody's
+PROCESS = uuid.uuid4().hex[:12]  # process ids repeat in containers that share a folder
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class DiskCache:
         path = self._path(name)
         with contextlib.suppress(OSError):  # a folder we may only read is as good
             os.utime(path)
-        return path if path.is_file() else None
+        return path if os.path.isfile(path) else None
 
     def create(self, name: str, layout: Layout) -> CacheWriter | None:
         """A writer for a new file of that name, room having been made; None where it cannot be (logged)."""
@@ -55,13 +58,13 @@ class DiskCache:
         """The tensors of a small file, on the CPU, or None where it is missing or damaged."""
         path = self.find(name)
         try:
-            return safetensors.torch.load(path.read_bytes()) if path else None
-        except (OSError, safetensors.SafetensorError):
+            return load(path.read_bytes()) if path else None
+        except (OSError, SafetensorError):
             return None
 
     def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep a few small tensors, whole or not at all. Raises OSError where the disk does not take them."""
-        content = safetensors.torch.save({key: tensor.contiguous().cpu() for key, tensor in tensors.items()})
+        content = save({key: tensor.contiguous().cpu() for key, tensor in tensors.items()})
         self._make_room(len(content))
         partial = _partial(self._path(name))
         try:
@@ -71,13 +74,11 @@ class DiskCache:
                 os.fsync(file.fileno())
             os.replace(partial, self._path(name))
         finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
+            _delete(partial)
 
     def remove(self, name: str) -> None:
         """Delete a file if it is there and can be."""
-        with contextlib.suppress(OSError):
-            self._path(name).unlink(missing_ok=True)
+        _delete(self._path(name))
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}{SUFFIX}"
@@ -87,15 +88,20 @@ class DiskCache:
         if size > self.limit:
             raise OSError(f"the cache's limit is {self.limit / 2**30:.1f} GiB")
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left_over in self.folder.glob(f"*{SUFFIX}.*.partial"):
-            if time.time() - left_over.lstat().st_mtime > ABANDONED_SECONDS:
-                left_over.unlink()
-        files = sorted(self.folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for left_over, stat in self._files(f"*{SUFFIX}.*.partial"):
+            if time.time() - stat.st_mtime > ABANDONED_SECONDS:
+                _delete(left_over)
         used = 0
-        for path in files:
-            used += path.stat().st_size
+        for path, stat in sorted(self._files(f"*{SUFFIX}"), key=lambda file: -file[1].st_mtime):
+            used += stat.st_size
             if used > self.limit - size:
-                path.unlink()
+                _delete(path)
+
+    def _files(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
+        """What is there; another server may be deleting."""
+        for path in self.folder.glob(pattern):
+            with contextlib.suppress(OSError):
+                yield path, path.lstat()
 
 
 class CacheWriter:
@@ -160,7 +166,7 @@ class CacheWriter:
         """Leave nothing behind."""
         with contextlib.suppress(OSError):
             self._file.close()
-        self._partial.unlink(missing_ok=True)
+        _delete(self._partial)
 
 
 def digest(*parts: object) -> str:
@@ -175,9 +181,33 @@ def digest(*parts: object) -> str:
     return hashed.hexdigest()[:32]
 
 
+def computing_environment(*libraries: str) -> tuple[object, ...]:
+    """What beside its inputs decides the bits of a computation: versions of libraries, torch's settings."""
+    matmul = torch.backends.cuda.matmul
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch refuses once somebody used the newer switch
+        precision = matmul.fp32_precision
+    reduced = matmul.allow_fp16_accumulation, matmul.allow_bf16_reduced_precision_reduction
+    attention = os.environ.get("DIFFUSERS_ATTN_BACKEND")
+    return *map(_version, libraries), precision, *map(str, reduced), attention
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def _partial(path: Path) -> Path:
-    """Where a file is written before it gets its name."""
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+    """Where a file is written before it gets its name: this process's own, on whichever machine."""
+    return path.with_name(f"{path.name}.{PROCESS}.partial")
+
+
+def _delete(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -30,7 +30,7 @@ class Guard:
     """
 
     def __init__(self, spec: ComponentSpec, level: str = STOP):
-        self._spec, self._level = spec, level
+        self.spec, self._level = spec, level
         self._largest = 0.0  # of what passed so far
         self._warned = False
 
@@ -72,7 +72,7 @@ class Guard:
             peaks.extend(magnitude(tensor) for tensor in tensors_in(output))
 
         blocks: Any = ()
-        if self._level != OFF and self._spec.math is torch.float16:
+        if self._level != OFF and self.spec.math is torch.float16:
             blocks = getattr(transformer, "transformer_blocks", ())
         with watch_outputs({str(number): block for number, block in enumerate(blocks)}, keep):
             yield peaks
@@ -80,7 +80,7 @@ class Guard:
     def _message(self, tensor: torch.Tensor, what: str, trace: Trace | None) -> str:
         finite = bool(tensor.isfinite().all())
         wrong = f"{what} was clipped to FP16's limit of 65504 inside" if finite else _count(tensor, what)
-        said = [f"{wrong}, computed by the {self._spec}."]
+        said = [f"{wrong}, computed by the {self.spec}."]
         if self._largest:
             said.append(f"What it computed before stayed within {self._largest:.4g}.")
         culprit = trace() if trace is not None else None
@@ -93,7 +93,7 @@ class Guard:
                 "copies between cards). Run it again, or on another device."
             )
         else:
-            said.append(_remedy(self._spec, culprit))
+            said.append(_remedy(self.spec, culprit))
         return " ".join(said)
 
 

@@ -104,6 +104,10 @@ def require_kernels(
     numbers = (torch.arange(64 * 64) % 7).float().reshape(64, 64)  # small: exact in any arithmetic
     try:
         product = multiply(numbers.to(device), numbers.to(device)).cpu()
+    except torch.OutOfMemoryError as error:
+        raise FireRedError(
+            f"{card} is full. Close other programs that use it, or choose another device."
+        ) from error
     except RuntimeError as error:
         raise FireRedError(
             f"{card} cannot compute with this torch {torch.__version__}: {str(error).splitlines()[0]}. "

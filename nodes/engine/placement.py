@@ -21,7 +21,7 @@ from .precision import ROLE_PRECISIONS, Card, Precision, preferences, resolve
 
 ROLES = ("transformer", "text_encoder", "vae")  # in the order they choose a device
 LOSS = {"bf16": 0, "fp32": 0, "int8": 1, "nf4": 3}  # what storing it so costs the picture, in order
-TURNS = 2  # what taking turns costs, a reload in each edit: more than int8, less than nf4
+TURNS = 2  # what sharing a card in turns costs beside one with room: a reload in each edit
 CLEARLY_FASTER = 0.8  # of the time, for rounding activations too to be worth it
 
 # Whether libraries and kernels let a role's component run at that precision on that card.
@@ -150,11 +150,12 @@ class _Planner:
         if wish.precision:
             return replace(best, reason=wish.reason)
         if not best.fits:
-            return replace(best, reason="nothing smaller runs there")
+            room = max(device.usable, 0) / GIB
+            return replace(best, reason=f"only {room:.1f} GiB were free, and nothing smaller runs there")
         if best.precision.name != wanted[0]:
             return replace(best, reason=f"{wanted[0]} does not fit")
         native = "native bf16" if device.card.native_bf16 else "no native bf16"
-        return replace(best, reason=native)
+        return replace(best, reason=wish.reason or native)
 
     def _option(self, role: str, device: Device, name: str, wish: Fixed) -> Place:
         """The component there at that precision, the VAE in tiles where a whole picture does not fit."""
@@ -181,6 +182,7 @@ class _Planner:
         seconds = self.step_seconds([option]) if option.role == "transformer" else None
         return (
             not option.fits,
+            option.device.free <= 0,
             max(LOSS.get(option.precision.name, 0), TURNS * take_turns([*beside, option])),
             LOSS.get(option.precision.name, 0),
             any(other.role == "transformer" for other in beside),

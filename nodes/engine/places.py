@@ -87,16 +87,10 @@ class Placement:
         return None if self.step_seconds is None else self.step_seconds * self.edit.steps
 
     @property
-    def reason(self) -> str:
-        """Why so, in one line."""
-        parts = [f"{place} ({place.reason})" if place.reason else str(place) for place in self.places]
-        return "; ".join(parts + [f"{names(turns)} take turns" for turns in self.turns()])
-
-    @property
     def speed(self) -> str:
         """How long sampling takes, in one line."""
         if self.step_seconds is None or self.total_seconds is None:
-            return "time unknown: nobody measured how fast this card is"
+            return "time unknown: no speed is known for this card at this precision"
         source = "measured speeds" if self.measured else "projected from assumed speeds"
         minutes = self.total_seconds / 60
         total = f"{minutes:.0f} min" if minutes >= 2 else f"{self.total_seconds:.0f} s"

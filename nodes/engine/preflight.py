@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -26,6 +26,7 @@ log = logging.getLogger("FireRed")
 GIB = 2**30
 WIDTH, HEADS, HEAD_SIZE = 3072, 24, 128  # of the transformer
 ROWS = (32, 512, 4096)  # torch._int_mm takes no fewer than 17
+COPIED_NUMBERS = (2**20, 2**26)  # FP32: 4 and 256 MiB
 TOKENS = {
     SDPBackend.FLASH_ATTENTION: (256, 1024, 4096),
     SDPBackend.EFFICIENT_ATTENTION: (256, 1024, 4096),
@@ -103,7 +104,8 @@ def preflight(device: torch.device) -> CardReport:
                 for dtype in (torch.float32, torch.bfloat16)
                 for backend in TOKENS
             )
-    speeds = _speeds(card, products, attention)
+            bandwidth = _measure_bandwidth(device)
+    speeds = replace(_speeds(card, products, attention), bandwidth=bandwidth)
     report = CardReport(device, card, speeds, products, attention, memory, time.perf_counter() - started)
     log.info("%s", report)
     return report
@@ -154,6 +156,18 @@ def _measure_attention(dtype: torch.dtype, backend: SDPBackend, device: torch.de
         return rate_or_reason(
             name, prepare, lambda tokens: 4.0 * tokens**2 * HEADS * HEAD_SIZE, TOKENS[backend], device
         )
+
+
+def _measure_bandwidth(device: torch.device) -> float | None:
+    """GB/s of the device's memory, read and written."""
+
+    def prepare(numbers: int) -> Work:
+        source = torch.ones(numbers, device=device)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    rate = rate_or_reason("copy", prepare, lambda numbers: 2.0 * 4 * numbers, COPIED_NUMBERS, device).tflops
+    return rate * 1e3 if rate else None
 
 
 def rate_or_reason(

@@ -49,7 +49,7 @@ def before_each_block(
 def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The parts a model runs one after the other: the members of its lists that are more than one layer."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return [member for members in lists for member in members if any(member.children())]
+    return [member for members in lists for member in members if len(list(member.children())) > 1]
 
 
 class StepTimer:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from PIL import Image
 
-from .cache import DiskCache, digest
+from .cache import DiskCache, computing_environment, digest
 from .components import ComponentSpec
 
 log = logging.getLogger("FireRed")
@@ -21,15 +20,15 @@ KEY = "encoded"  # the one tensor's name in a file
 def embedding_name(spec: ComponentSpec, prompt: str, pictures: Sequence[Image.Image]) -> str:
     """The file of a prompt's embedding about these pictures (8-bit RGB, in order)."""
     processor = spec.checkpoint.component("processor").identity()
-    libraries = [importlib.metadata.version(name) for name in ("torch", "transformers")]
-    key = digest(RECIPE, *_identity(spec), processor, libraries, prompt, *_contents(pictures))
+    computed = computing_environment("torch", "transformers", "bitsandbytes")
+    key = digest(RECIPE, *_identity(spec), processor, computed, prompt, *_contents(pictures))
     return f"{spec.checkpoint.name}-embedding-{key}"
 
 
 def reference_name(spec: ComponentSpec, picture: Image.Image, megapixels: float) -> str:
     """The file of a picture's reference latent at that size."""
-    libraries = [importlib.metadata.version(name) for name in ("torch", "diffusers")]
-    key = digest(RECIPE, *_identity(spec), libraries, float(megapixels), *_contents([picture]))
+    computed = computing_environment("torch", "diffusers")
+    key = digest(RECIPE, *_identity(spec), computed, float(megapixels), *_contents([picture]))
     return f"{spec.checkpoint.name}-reference-{key}"
 
 
@@ -52,6 +51,8 @@ def recall(
 
 
 def _keep(cache: DiskCache, name: str, tensor: torch.Tensor) -> None:
+    if not bool(tensor.isfinite().all()):
+        return  # let pass by the guard this time, to be looked at again the next
     try:
         cache.write(name, {KEY: tensor})
     except OSError as error:

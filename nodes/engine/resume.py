@@ -5,7 +5,6 @@ The file's name is a digest of everything the result depends on: a run with any 
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import re
 import time
@@ -14,7 +13,7 @@ from typing import TypeGuard
 
 import torch
 
-from .cache import DiskCache, digest
+from .cache import DiskCache, computing_environment, digest
 
 log = logging.getLogger("FireRed")
 
@@ -53,7 +52,10 @@ class SavedRun:
     def result(self, batch: int) -> torch.Tensor | None:
         """The raw latents (batch, 16, 1, h, w) of a run that ended but was not decoded, or None."""
         kept = self._read()
-        return torch.cat(kept[0].finished) if kept and len(kept[0].finished) == batch else None
+        if kept is None or len(kept[0].finished) != batch:
+            return None
+        latents = torch.cat(kept[0].finished)
+        return latents if bool(latents.isfinite().all()) else None  # an unguarded run may have ended in NaN
 
     def open(self, arithmetic: str) -> RunState | None:
         """The state to go on from, or None. arithmetic: the kernels chosen now; others would end in other
@@ -93,7 +95,7 @@ class SavedRun:
         state, self._unsaved = self._unsaved, None
         try:
             self._store.write(self.name, _tensors(state, self._arithmetic))
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # a card that failed cannot give its latents either
             if not self._warned:
                 log.warning("this run cannot be resumed after a crash: its state is not written (%s)", error)
             self._warned = True
@@ -107,9 +109,8 @@ class SavedRun:
 
 
 def run_name(*parts: object) -> str:
-    """The name of the run that depends on all these parts, and on the libraries that compute it."""
-    libraries = [importlib.metadata.version(name) for name in ("torch", "diffusers")]
-    return digest(RECIPE, libraries, torch.get_float32_matmul_precision(), *parts)
+    """The name of the run that depends on all these parts, and on what computes it."""
+    return digest(RECIPE, computing_environment("torch", "diffusers", "bitsandbytes"), *parts)
 
 
 def is_run_name(name: object) -> TypeGuard[str]:

@@ -67,10 +67,13 @@ class SamplingPlan:
         tokens = height * width // PATCH**2 + max(condition.tokens for condition in self.conditions.values())
         return transformer_bytes(self.spec.checkpoint, self.spec.math, tokens)
 
-    def name(self) -> str:
-        """Of this run and of no other: a digest of everything its result depends on."""
+    def name(self, guard: str = STOP) -> str:
+        """Of this run and of no other: a digest of everything its result depends on.
+
+        guard: what it let pass, which a stricter one must not take over.
+        """
         spec, schedule = self.spec, self.schedule
-        parts: list[object] = [spec.identity, spec.precision, spec.card.name, self.padded_size]
+        parts: list[object] = [guard, spec.identity, spec.precision, spec.card.name, self.padded_size]
         parts += [schedule.sigmas, schedule.timesteps, self.true_cfg_scale, self.seed, self.batch]
         parts += [self.height, self.width, *spec.checkpoint.latent_statistics()]
         for branch, condition in self.conditions.items():

@@ -16,7 +16,7 @@ from PIL import Image
 
 from .components import GIB, ComponentSpec, DoesNotFitError
 from .estimates import SMALLEST_TILE, decode_bytes
-from .guard import require_finite, require_finite_input
+from .guard import STOP, Guard, require_finite, require_finite_input
 from .images import from_pixels
 from .latents import MEGAPIXEL, MIN_SIZE, TOKEN_PIXELS, VAE_SCALE, dimensions_for_area, require_latents
 from .trace import find_culprit
@@ -32,7 +32,11 @@ TILES = (96, 64, SMALLEST_TILE)  # latents a side, halo included
 
 @torch.inference_mode()
 def encode_reference(
-    vae: diffusers.AutoencoderKLQwenImage, spec: ComponentSpec, picture: Image.Image, megapixels: float
+    vae: diffusers.AutoencoderKLQwenImage,
+    spec: ComponentSpec,
+    picture: Image.Image,
+    megapixels: float,
+    guard: str = STOP,
 ) -> torch.Tensor:
     """The picture's raw latents (1, 16, 1, h, w), FP32 on the VAE's device, in multiples of 32 pixels."""
     width, height = dimensions_for_area(megapixels * MEGAPIXEL, picture.width / picture.height)
@@ -44,7 +48,7 @@ def encode_reference(
         return moments.chunk(2, dim=1)[0].float()  # the distribution's mode is its mean
 
     trace = functools.partial(find_culprit, vae, encode)
-    return require_finite(encode(), f"The reference latent of a {width}x{height} picture", spec, trace)
+    return require_finite(encode(), f"The reference latent of a {width}x{height} picture", spec, trace, guard)
 
 
 @torch.inference_mode()
@@ -54,25 +58,29 @@ def decode(
     samples: torch.Tensor,
     tiling: str = "auto",
     free: float = math.inf,
+    guard: str = STOP,
 ) -> torch.Tensor:
     """Decode raw latents (B, 16, 1, h, w) or (B, 16, h, w) into an IMAGE (B, 8h, 8w, 3), 0 to 1, FP32 on the
     CPU.
 
     tiling: `whole`, `tiled`, or `auto`: whole where that fits into `free` bytes, else in tiles. Should memory
     run out all the same, the next smaller tiles are tried (not for `whole`). Tiles equal the whole but for
-    float rounding. Raises InputError for latents of another shape and NonFiniteError for NaN in or out.
+    float rounding. guard: what to do about NaN and infinity, one of guard.GUARDS.
+    Raises InputError for latents of another shape and NonFiniteError for NaN in or out.
     """
     latents = require_latents(samples, "The latent to decode")
-    require_finite_input(latents, "The latent to decode")
+    if guard == STOP:
+        require_finite_input(latents, "The latent to decode")
     *_, height, width = latents.shape
     tiles = _tiles(spec, height, width, tiling, free)
-    return torch.cat([from_pixels(_decode_one(vae, spec, raw, tiles)) for raw in latents.split(1)])
+    return torch.cat(
+        [from_pixels(_decode_one(vae, Guard(spec, guard), raw, tiles)) for raw in latents.split(1)]
+    )
 
 
 def require_decodable(spec: ComponentSpec, height: int, width: int, tiling: str, free: float) -> None:
     """Raise DoesNotFitError where latents of that size will not decode in `free` bytes, weights included."""
-    smallest = _tiles(spec, height, width, tiling, free)[-1]
-    needed = spec.nbytes() + decode_bytes(spec.checkpoint, spec.math, height, width, smallest)
+    needed = spec.nbytes() + decoding_bytes(spec, height, width, tiling)
     if needed > free:
         how = "whole" if tiling == "whole" else "even in tiles"
         remedy = "Set tiling to auto" if tiling == "whole" else "Choose another device for the VAE"
@@ -80,6 +88,12 @@ def require_decodable(spec: ComponentSpec, height: int, width: int, tiling: str,
             f"Decoding {width * VAE_SCALE}x{height * VAE_SCALE} {how} would take {needed / GIB:.1f} GiB on "
             f"{spec.card}, which can give {free / GIB:.1f} GiB. {remedy}, or sample a smaller picture."
         )
+
+
+def decoding_bytes(spec: ComponentSpec, height: int, width: int, tiling: str) -> int:
+    """What decoding latents of that size takes at least beside the weights."""
+    smallest = _tiles(spec, height, width, tiling, 0)[-1]
+    return decode_bytes(spec.checkpoint, spec.math, height, width, smallest)
 
 
 def _tiles(spec: ComponentSpec, height: int, width: int, tiling: str, free: float) -> list[int]:
@@ -97,27 +111,37 @@ def _tiles(spec: ComponentSpec, height: int, width: int, tiling: str, free: floa
 
 
 def _decode_one(
-    vae: diffusers.AutoencoderKLQwenImage, spec: ComponentSpec, raw: torch.Tensor, tiles: list[int]
+    vae: diffusers.AutoencoderKLQwenImage, guard: Guard, raw: torch.Tensor, tiles: list[int]
 ) -> torch.Tensor:
+    spec = guard.spec
+
     def attend() -> torch.Tensor:
         part = vae.post_quant_conv(cross(raw, spec.device).to(spec.math))
         return vae.decoder.mid_block(vae.decoder.conv_in(part))
 
     trace = functools.partial(find_culprit, vae, attend)
-    features = require_finite(attend(), "The picture being decoded", spec, trace)
+    features = guard.check(attend(), "The picture being decoded", trace)
     for tile, smaller in itertools.pairwise(tiles):
         try:
-            return _decode_features(vae, spec, features, tile)
-        except torch.OutOfMemoryError:
+            return _decode_features(vae, guard, features, tile)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             log.warning(
                 "%s is out of memory for tiles of %d pixels: decoding in tiles of %d",
                 spec.card, tile * VAE_SCALE, smaller * VAE_SCALE,
             )  # fmt: skip
-    return _decode_features(vae, spec, features, tiles[-1])
+    return _decode_features(vae, guard, features, tiles[-1])
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Also where the device's allocator has no error type of its own."""
+    said = ("out of memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 def _decode_features(
-    vae: diffusers.AutoencoderKLQwenImage, spec: ComponentSpec, features: torch.Tensor, tile: int
+    vae: diffusers.AutoencoderKLQwenImage, guard: Guard, features: torch.Tensor, tile: int
 ) -> torch.Tensor:
     """What is left after attention over the whole picture, tile by tile: pixels (1, 3, 1, 8h, 8w) on the CPU.
 
@@ -129,7 +153,7 @@ def _decode_features(
         for columns, needed_columns in _spans(width, tile):
             upsample = functools.partial(_upsample, vae.decoder, features[..., needed_rows, needed_columns])
             trace = functools.partial(find_culprit, vae, upsample)
-            part = require_finite(upsample(), "The decoded picture", spec, trace)
+            part = guard.check(upsample(), "The decoded picture", trace)
             inner = part[..., _inside(rows, needed_rows), _inside(columns, needed_columns)]
             pixels[..., _in_pixels(rows), _in_pixels(columns)] = inner.clamp(-1, 1).cpu()
     return pixels
