@@ -98,6 +98,15 @@ def test_free_unloads_and_the_next_prompt_loads_again(
     assert "transformer" in roles(loaded_components(client, work))
 
 
+def test_comfyui_evicts_what_its_cache_forgot(client: Client, work: Path) -> None:
+    """Weights on a card outlive their loader's output; nothing may end while ComfyUI walks its list."""
+    graph = {name: node for name, node in edit_prompt().items() if name in ("1", "3")}
+    graph = with_node(graph, "2", "ProbeEviction", one=["1", 0], other=["3", 0], name="eviction")
+    succeed(client, graph)
+    before, after = json.loads((work / "output" / "eviction.json").read_text())
+    assert before > 0 and after == 0
+
+
 def test_our_graph_and_cores_in_turn_hold_the_same_bytes_every_time(client: Client, work: Path) -> None:
     counted = []
     for turn in range(3):

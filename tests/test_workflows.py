@@ -49,7 +49,7 @@ def test_a_workflow_opens_with_every_node_widget_and_link_in_place(page: Page, p
     nodes = {node["id"]: node for node in opened["nodes"]}
     for node in shipped["nodes"]:
         assert nodes[node["id"]]["type"] == node["type"]
-        assert nodes[node["id"]].get("widgets_values") == node.get("widgets_values")
+        assert (nodes[node["id"]].get("widgets_values") or []) == (node.get("widgets_values") or [])
         assert [slot["name"] for slot in nodes[node["id"]]["inputs"]] == [
             slot["name"] for slot in node["inputs"]
         ]

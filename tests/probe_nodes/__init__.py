@@ -1,8 +1,10 @@
 """Nodes for tests on a real server: odd inputs, tensors kept to compare, core's models made small."""
 
 import functools
+import gc
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_management as mm
@@ -12,6 +14,14 @@ import comfy.text_encoders.qwen_vl as qwen_vl
 import folder_paths
 import psutil
 import torch
+
+
+def pack_host():
+    """The pack's own nodes/host.py as the server imported it."""
+    (host,) = [
+        module for path, module in sys.modules.items() if path.endswith("firered-image-edit.nodes.host")
+    ]
+    return host
 
 
 class Probe:
@@ -90,9 +100,7 @@ class ProbeResidents(Probe):
         return float("nan")
 
     def execute(self, name):
-        (host,) = [
-            module for path, module in sys.modules.items() if path.endswith("firered-image-edit.nodes.host")
-        ]
+        host = pack_host()
         ours = {patcher: str(spec) for spec, patcher in host._patchers.items()}
         core = {model.model: type(model.model.model).__name__ for model in mm.current_loaded_models}
         models = [
@@ -102,6 +110,40 @@ class ProbeResidents(Probe):
         allocated = {f"cuda:{card}": torch.cuda.memory_allocated(card) for card in cards}
         found = {"models": models, "allocated": allocated, "rss": psutil.Process().memory_info().rss}
         (Path(folder_paths.get_output_directory()) / f"{name}.json").write_text(json.dumps(found))
+        return {}
+
+
+class ProbeEviction(Probe):
+    """Loads two components as on a card, forgets them as the cache does, and lets ComfyUI evict everything.
+
+    Writes how many bytes were loaded before and after to output/NAME.json.
+    """
+
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"one": ("*", {}), "other": ("*", {}), "name": ("STRING", {})}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):
+        return True
+
+    def execute(self, one, other, name):
+        host = pack_host()
+        for handle in (one, other):
+            spec = replace(handle.spec, card=replace(handle.spec.card, is_gpu=True, label="gpu:0"))
+            with host.borrow(host.Handle(spec, host._make_patcher(spec))):
+                pass
+        del handle
+        gc.collect()
+        forgotten = list(host._on_cards.values())
+        before = sum(patcher.loaded_size() for patcher in forgotten)
+        del forgotten
+        mm.free_memory(1e30, torch.device("cpu"))
+        after = sum(patcher.loaded_size() for patcher in host._on_cards.values())
+        (Path(folder_paths.get_output_directory()) / f"{name}.json").write_text(json.dumps([before, after]))
         return {}
 
 
@@ -134,5 +176,5 @@ class ProbeCLIP(Probe):
         return (clip,)
 
 
-PROBES = (ProbeImage, ProbeLatent, ProbeConditioning, ProbeKeep, ProbeResidents, ProbeCLIP)
+PROBES = (ProbeImage, ProbeLatent, ProbeConditioning, ProbeKeep, ProbeResidents, ProbeEviction, ProbeCLIP)
 NODE_CLASS_MAPPINGS = {probe.__name__: probe for probe in PROBES}
