@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from . import host
 from .engine.guard import STOP
+from .engine.latents import require_latents
 from .load import CATEGORY, VAE, guard_input
 
 TILINGS = ["auto", "whole", "tiled"]
@@ -42,9 +43,10 @@ class FireRedDecode(io.ComfyNode):
     ) -> io.NodeOutput:
         from .engine.vae import decode, decoding_bytes
 
-        *_, height, width = latent["samples"].shape
+        samples = require_latents(latent["samples"], "The latent to decode")
+        *_, height, width = samples.shape
         with host.borrow(vae, decoding_bytes(vae.spec, height, width, tiling)) as autoencoder:
             free = host.free_memory(vae.spec.device)
-            image = decode(autoencoder, vae.spec, latent["samples"], tiling, free, guard)
+            image = decode(autoencoder, vae.spec, samples, tiling, free, guard)
         host.forget_run(latent)
         return io.NodeOutput(image)

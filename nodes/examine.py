@@ -10,7 +10,6 @@ from comfy_api.latest import io, ui
 from . import host
 from .engine.charts import draw_ranges, to_image
 from .engine.components import ComponentSpec
-from .engine.conditioning import from_conditioning
 from .engine.images import to_pil
 from .engine.latents import MAX_SIZE, TOKEN_PIXELS
 from .engine.ranges import Ranges, report
@@ -98,15 +97,14 @@ def _measure_transformer(
     seed: int,
 ) -> tuple[ComponentSpec, Ranges]:
     from .engine.numerics import measure_transformer, parse_steps
-    from .engine.sampling import plan_sampling
+    from .engine.sampling import plan_sampling, read_conditions
     from .engine.workers import POSITIVE
 
     spec = transformer.spec
     looked_at, (width, height) = parse_steps(look_at, steps), size
-    prompt_width = spec.checkpoint.component("transformer").config()["joint_attention_dim"]
     plan = plan_sampling(
         spec,
-        {POSITIVE: from_conditioning(positive, POSITIVE, prompt_width)},
+        read_conditions(spec, {POSITIVE: positive}),
         steps=steps,
         true_cfg_scale=1.0,
         width=width,

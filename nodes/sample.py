@@ -8,7 +8,6 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import host
-from .engine.conditioning import from_conditioning
 from .engine.guard import STOP
 from .engine.latents import MAX_SIZE, TOKEN_PIXELS
 from .load import CATEGORY, Transformer, guard_input
@@ -91,7 +90,7 @@ class FireRedSampler(io.ComfyNode):
         resume: str = "on",
         guard: str = STOP,
     ) -> io.NodeOutput:
-        from .engine.sampling import plan_sampling, sample
+        from .engine.sampling import plan_sampling, read_conditions, sample
         from .engine.workers import NEGATIVE, POSITIVE
 
         if negative is None and cfg > 1:
@@ -99,14 +98,10 @@ class FireRedSampler(io.ComfyNode):
                 "cfg is %s but no negative conditioning is connected: sampling without guidance.", cfg
             )
         spec = transformer.spec
-        prompt_width = spec.checkpoint.component("transformer").config()["joint_attention_dim"]
         branches = {POSITIVE: positive} if negative is None else {POSITIVE: positive, NEGATIVE: negative}
         plan = plan_sampling(
             spec,
-            {
-                name: from_conditioning(conditioning, name, prompt_width)
-                for name, conditioning in branches.items()
-            },
+            read_conditions(spec, branches),
             steps=steps,
             true_cfg_scale=cfg,
             width=width,

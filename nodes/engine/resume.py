@@ -55,7 +55,10 @@ class SavedRun:
         if kept is None or len(kept[0].finished) != batch:
             return None
         latents = torch.cat(kept[0].finished)
-        return latents if bool(latents.isfinite().all()) else None  # an unguarded run may have ended in NaN
+        if not bool(latents.isfinite().all()):  # as an unguarded run may end
+            return None
+        log.info("this run was sampled before and not decoded: its latents come from disk")
+        return latents
 
     def open(self, arithmetic: str) -> RunState | None:
         """The state to go on from, or None. arithmetic: the kernels chosen now; others would end in other

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .components import ComponentSpec
-from .conditioning import Condition
+from .conditioning import Condition, from_conditioning
 from .denoise import StepState, denoise
 from .estimates import transformer_bytes
 from .guard import STOP
@@ -80,6 +80,12 @@ class SamplingPlan:
             references = condition.reference_latents
             parts += [branch, condition.prompt_embeds, condition.mask, len(references), *references]
         return run_name(*parts)
+
+
+def read_conditions(spec: ComponentSpec, branches: Mapping[str, Any]) -> dict[str, Condition]:
+    """Each branch's CONDITIONING as this transformer takes it. Raises InputError and NonFiniteError."""
+    width = spec.checkpoint.component("transformer").config()["joint_attention_dim"]
+    return {branch: from_conditioning(given, branch, width) for branch, given in branches.items()}
 
 
 def plan_sampling(
