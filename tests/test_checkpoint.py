@@ -143,3 +143,16 @@ def split_in_two(folder: Path) -> None:
 def rewrite(file: Path, change) -> None:
     tensors = load_file(file)
     save_file({name: value.contiguous() for name, value in change(tensors).items()}, file)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_named(tiny_copy: Path) -> None:
+    """The reading thread meets it; whoever loads is told."""
+    weights = tiny_copy / WEIGHTS
+
+    def shrink(done: int, total: int) -> None:
+        if weights.stat().st_size > 2000:
+            with weights.open("r+b") as file:
+                file.truncate(weights.stat().st_size // 2)
+
+    with pytest.raises(CheckpointError, match="became shorter while it was read"):
+        loading.load(spec_for(Checkpoint(tiny_copy), "transformer"), shrink)
