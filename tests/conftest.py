@@ -70,6 +70,16 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def own_work(tmp_path: Path, tiny_folder: Path) -> Path:
+    """A work folder, with `tiny` and the probe nodes, for a test that starts servers of its own."""
+    folder = tmp_path / "comfyui"
+    shutil.copytree(tiny_folder, folder / "models" / "diffusers" / "tiny")
+    (folder / "custom_nodes").mkdir()
+    comfyui.link_folder(folder / "custom_nodes" / "probe_nodes", comfyui.ROOT / "tests" / "probe_nodes")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def server(work: Path) -> Iterator[comfyui.Server]:
     folder, _ = comfyui.environment()

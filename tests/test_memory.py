@@ -10,9 +10,8 @@ import weakref
 from pathlib import Path
 
 import pytest
-import tiny_checkpoint
 import torch
-from comfyui import ROOT, Client, Server, environment, link_folder
+from comfyui import Client, Server, environment
 from conftest import SERVER_ARGUMENTS, spec_for
 from engine import loading, sampling
 from engine.cache import DiskCache
@@ -126,26 +125,19 @@ def test_our_graph_and_cores_in_turn_hold_the_same_bytes_every_time(client: Clie
         ("--cache-ram", "2", "1"),
     ],
 )
-def test_no_way_of_caching_ever_holds_a_component_twice(
-    tmp_path: Path, tiny_folder: Path, flags: tuple[str, ...]
-) -> None:
+def test_no_way_of_caching_ever_holds_a_component_twice(own_work: Path, flags: tuple[str, ...]) -> None:
     folder, _ = environment()
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "diffusers").mkdir()
-    (tmp_path / "custom_nodes").mkdir()
-    link_folder(tmp_path / "models" / "diffusers" / "tiny", tiny_folder)
-    link_folder(tmp_path / "custom_nodes" / "probe_nodes", ROOT / "tests" / "probe_nodes")
-    with Server(folder, tmp_path, (*SERVER_ARGUMENTS, *flags)) as server:
+    with Server(folder, own_work, (*SERVER_ARGUMENTS, *flags)) as server:
         client = server.client
         for seed, precision in enumerate(("fp32", "int8", "bf16")):
             prompt = changed(changed(edit_prompt(), "1", precision=precision), "2", precision="fp32")
             succeed(client, changed(prompt, SAMPLE, seed=seed))
-            loaded = list(loaded_components(client, tmp_path))
+            loaded = list(loaded_components(client, own_work))
             for role in COMPONENTS:
                 assert len([name for name in loaded if name.startswith(role)]) <= 1, loaded
             assert not loaded or any(name.startswith(f"transformer {precision}") for name in loaded)
         client.post("/free", json={"unload_models": True, "free_memory": True})
-        assert wait_until_empty(client, tmp_path) == {}
+        assert wait_until_empty(client, own_work) == {}
 
 
 @pytest.mark.parametrize("node", [ENCODE, DECODE])
@@ -165,20 +157,17 @@ def test_encoding_and_decoding_stop_within_a_block(client: Client, node: str) ->
     succeed(client, changed(edit_prompt(), SAMPLE, seed=51))
 
 
-def test_a_new_seed_after_a_restart_encodes_nothing(tmp_path: Path) -> None:
+def test_a_new_seed_after_a_restart_encodes_nothing(own_work: Path) -> None:
     folder, _ = environment()
-    tiny_checkpoint.build(tmp_path / "models" / "diffusers" / "tiny")
-    (tmp_path / "custom_nodes").mkdir()
-    link_folder(tmp_path / "custom_nodes" / "probe_nodes", ROOT / "tests" / "probe_nodes")
     for seed in (1, 2):
-        with Server(folder, tmp_path, SERVER_ARGUMENTS) as server:
+        with Server(folder, own_work, SERVER_ARGUMENTS) as server:
             succeed(server.client, changed(edit_prompt(), SAMPLE, seed=seed))
-            loaded = roles(loaded_components(server.client, tmp_path))
+            loaded = roles(loaded_components(server.client, own_work))
             assert loaded == (COMPONENTS if seed == 1 else {"transformer", "vae"})
             if seed == 2:
                 other = changed(edit_prompt(), PHOTO, image="example.png")
                 succeed(server.client, other)  # another picture is encoded
-                assert roles(loaded_components(server.client, tmp_path)) == COMPONENTS
+                assert roles(loaded_components(server.client, own_work)) == COMPONENTS
 
 
 def test_what_will_not_decode_is_said_before_the_first_step(client: Client, work: Path) -> None:
