@@ -46,17 +46,16 @@ def place(
     *,
     runs: Runs = lambda role, precision, card: True,
     modes: Sequence[str] = ("none",),
-    fast: bool = False,
 ) -> Placement:
     """Choose a device and a precision for every component, where `fixed` leaves them free.
 
     On each device the first of `preferences` that fits alone is the precision. Among devices: what loses
     least, then what need not share. A component that fits nowhere still gets a place, which says so (`fits`).
-    modes: the ways to spread the transformer that can run here. fast: take `int8-fast` where measurements say
-    it is clearly faster. Components missing from the checkpoint are left out.
+    modes: the ways to spread the transformer that can run here. Components missing from the checkpoint are
+    left out.
     Raises InputError for a device this machine has not.
     """
-    planner = _Planner(machine, checkpoint, edit, runs, fast)
+    planner = _Planner(machine, checkpoint, edit, runs)
     places: list[Place] = []
     rejected: list[str] = []
     for role in ROLES:
@@ -89,7 +88,6 @@ class _Planner:
     checkpoint: Checkpoint
     edit: Edit
     runs: Runs
-    fast: bool
     sizes: dict[tuple[str, Precision], int] = field(default_factory=dict)
 
     def choose(self, role: str, wish: Fixed, others: Sequence[Place]) -> tuple[Place, list[str]]:
@@ -142,11 +140,6 @@ class _Planner:
         best = next((option for option in options if option.fits and self._runs(option)), None)
         if best is None:
             best = ([option for option in options if self._runs(option)] or options)[-1]
-        quick = self._option(role, device, "int8-fast", wish) if self.fast and role == "transformer" else None
-        if quick and not wish.precision and device.measured and quick.fits and self._runs(quick):
-            seconds, usual = self.step_seconds([quick]), self.step_seconds([best])
-            if seconds and usual and seconds < CLEARLY_FASTER * usual:
-                return replace(quick, reason=f"{seconds / usual:.2f} of the time at {best.precision.name}")
         if wish.precision:
             return replace(best, reason=wish.reason)
         if not best.fits:
