@@ -8,9 +8,9 @@ import torch
 from comfy_api.latest import io, ui
 
 from . import host
-from .engine.charts import draw_ranges, to_image
+from .engine.charts import draw_ranges
 from .engine.components import ComponentSpec
-from .engine.images import to_pil
+from .engine.images import to_image, to_pil
 from .engine.latents import MAX_SIZE, TOKEN_PIXELS
 from .engine.ranges import Ranges, report
 from .load import CATEGORY, TextEncoder, Transformer

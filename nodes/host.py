@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,15 @@ from comfy_execution.utils import get_executing_context
 
 from .engine.cache import DiskCache
 from .engine.checkpoint import Checkpoint, download_hint, find_checkpoints, open_checkpoint
-from .engine.components import GIB, ComponentSpec, describe, require_fit, working_bytes
+from .engine.components import GIB, ComponentSpec, require_fit, working_bytes
 from .engine.errors import CheckpointError, FireRedError
 from .engine.estimates import Edit
-from .engine.heartbeat import heartbeat
+from .engine.heartbeat import heartbeat_where_compiled
 from .engine.kernels import require_kernels
 from .engine.machine import Device, Machine
 from .engine.placement import Fixed, place
 from .engine.places import Placement
-from .engine.precision import ROLE_PRECISIONS, Card, Precision
+from .engine.precision import Card, Precision
 from .engine.preflight import preflight
 from .engine.progress import StepTimer, before_each_block
 from .engine.resume import SavedRun, is_run_name
@@ -150,17 +150,17 @@ def describe_component(role: str, checkpoint: str, precision: str, device: str) 
 def _decide(role: str, checkpoint: str, precision: str, device: str, math: str) -> tuple[ComponentSpec, str]:
     """A component as it will run here, and why so where somebody else than the user chose."""
     found = get_checkpoint(checkpoint)
-    found.component(role).shards()  # a plan leaves out what is damaged; this says which file is
+    component = found.component(role)
+    component.shards()  # a plan leaves out what is damaged; this says which file is
     chosen = Fixed(_present(device, role), None if precision == "auto" else precision, math)
-    math = _with_flags(role, chosen).math
-    placed = plan(checkpoint, fixed={role: chosen}).place(role)
+    placed = plan(found, fixed={role: chosen}).place(role)
     card = placed.device.card
-    row = ROLE_PRECISIONS[role][placed.precision.name]
-    return describe(role, found, row, _torch_device(card), card, math), placed.reason
+    identity = component.identity()
+    return ComponentSpec(role, found, placed.precision, _torch_device(card), card, identity), placed.reason
 
 
 def plan(
-    checkpoint: str,
+    checkpoint: Checkpoint,
     edit: Edit = Edit(),  # noqa: B008 - it is frozen
     fixed: dict[str, Fixed] | None = None,
     measure_cpu: bool = False,
@@ -175,7 +175,7 @@ def plan(
         speeds = preflight(torch.device("cpu")).speeds
         here = replace(here, cpu=replace(here.cpu, speeds=speeds, measured=True))
     wishes = {role: _with_flags(role, (fixed or {}).get(role, Fixed())) for role in PRECISION_FLAGS}
-    return place(here, get_checkpoint(checkpoint), edit, wishes, runs=_runs_here)
+    return place(here, checkpoint, edit, wishes, runs=_runs_here)
 
 
 def machine() -> Machine:
@@ -345,14 +345,9 @@ def borrow(handle: Handle, working: float | None = None) -> Iterator[Any]:
     component = patcher.model.component
     module = getattr(component, "model", component)
     stop = before_each_block(module, spec.device, check_cancelled)
-    with mm.cuda_device_context(spec.device), stop, _sign_of_life(spec):
+    alive = heartbeat_where_compiled(f"running the {spec}", spec.device)
+    with mm.cuda_device_context(spec.device), stop, alive:
         yield component
-
-
-def _sign_of_life(spec: ComponentSpec) -> AbstractContextManager[object]:
-    """A heartbeat in the log on ROCm, which compiles kernels for minutes at every new size."""
-    compiles = spec.device.type == "cuda" and torch.version.hip is not None
-    return heartbeat(f"running the {spec}", log.info) if compiles else nullcontext()
 
 
 def _release_replaced(spec: ComponentSpec) -> None:

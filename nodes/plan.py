@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import torch
 from comfy_api.latest import io
 
 from . import host
+from .engine.checkpoint import Checkpoint
 from .engine.estimates import Edit
+from .engine.images import to_image
 from .engine.latents import MAX_SIZE, MIN_SIZE, TOKEN_PIXELS
 from .engine.memory_map import draw_memory_map
 from .engine.placement import ROLES
@@ -66,7 +66,7 @@ class FireRedHardwarePlan(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str | None = None, **_: Any) -> str:
-        found = host.get_checkpoint(checkpoint or host.checkpoint_names()[0])
+        found = _checkpoint(checkpoint)
         return " ".join(found.component(role).identity() for role in ROLES)
 
     @classmethod
@@ -78,12 +78,15 @@ class FireRedHardwarePlan(io.ComfyNode):
         steps: int = 40,
         checkpoint: str | None = None,
     ) -> io.NodeOutput:
-        name = checkpoint or host.checkpoint_names()[0]
-        plan = host.plan(name, Edit(width, height, references, steps), measure_cpu=True)
-        picture = torch.from_numpy(np.array(draw_memory_map(plan), dtype=np.float32) / 255)
+        found = _checkpoint(checkpoint)
+        plan = host.plan(found, Edit(width, height, references, steps), measure_cpu=True)
         devices = [plan.place(role).device.card.label for role in ROLES]
-        text = "\n".join([str(plan), *_differences(plan, host.plan(name))])
-        return io.NodeOutput(picture.unsqueeze(0), text, *devices)
+        text = "\n".join([str(plan), *_differences(plan, host.plan(found))])
+        return io.NodeOutput(to_image([draw_memory_map(plan)]), text, *devices)
+
+
+def _checkpoint(name: str | None) -> Checkpoint:
+    return host.get_checkpoint(name or host.checkpoint_names()[0])
 
 
 def _differences(plan: Placement, loaders: Placement) -> Iterator[str]:

@@ -12,9 +12,10 @@ import torch
 from comfyui import Client
 from conftest import spec_for
 from engine import loading
-from engine.charts import BIG_PANEL, COLOURS, DANGER, HEIGHT, WIDTH, draw_ranges, to_image
+from engine.charts import BIG_PANEL, COLOURS, DANGER, HEIGHT, WIDTH, draw_ranges
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.errors import InputError, NonFiniteError
+from engine.images import to_image
 from engine.numerics import measure, measure_text_encoder, measure_transformer, parse_steps
 from engine.precision import PRECISIONS
 from engine.ranges import BlockRange, judge, report

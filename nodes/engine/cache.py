@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from .checkpoint import DTYPE_NAMES, Layout
+from .timing import fp32_switch
 
 log = logging.getLogger("FireRed")
 
@@ -183,11 +184,8 @@ def digest(*parts: object) -> str:
 
 def computing_environment(*libraries: str) -> tuple[object, ...]:
     """What beside its inputs decides the bits of a computation: versions of libraries, torch's settings."""
+    _, precision, _ = fp32_switch()
     matmul = torch.backends.cuda.matmul
-    try:
-        precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch refuses once somebody used the newer switch
-        precision = matmul.fp32_precision
     reduced = matmul.allow_fp16_accumulation, matmul.allow_bf16_reduced_precision_reduction
     attention = os.environ.get("DIFFUSERS_ATTN_BACKEND")
     return *map(_version, libraries), precision, *map(str, reduced), attention

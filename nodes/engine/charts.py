@@ -7,8 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .ranges import OUTLIER, BlockRange, Ranges
@@ -133,11 +131,6 @@ def draw_ranges(title: str, ranges: Ranges) -> Image.Image:
         canvas.text(at, "x: NaN or infinity", SMALL, DANGER, "lt", PANEL)
     _draw_legend(canvas, list(ranges))
     return canvas.finished()
-
-
-def to_image(pictures: Sequence[Image.Image]) -> torch.Tensor:
-    """Pictures of one size as an IMAGE (B, H, W, 3), 0 to 1, FP32 on the CPU."""
-    return torch.stack([torch.from_numpy(np.asarray(p, dtype=np.float32) / 255) for p in pictures])
 
 
 @functools.cache

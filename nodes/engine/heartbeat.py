@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
 
 from .progress import duration
+
+log = logging.getLogger("FireRed")
 
 INTERVAL = 30.0  # seconds
 
@@ -33,3 +38,9 @@ def heartbeat(what: str, log: Callable[[str], None], interval: float = INTERVAL)
     finally:
         left.set()
         thread.join()
+
+
+def heartbeat_where_compiled(what: str, device: torch.device) -> AbstractContextManager[object]:
+    """A heartbeat in the log where the device's kernels are compiled at their first run: on ROCm."""
+    compiles = device.type == "cuda" and torch.version.hip is not None
+    return heartbeat(what, log.info) if compiles else nullcontext()

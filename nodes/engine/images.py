@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -46,3 +46,8 @@ def _picture(image: torch.Tensor, number: int) -> Image.Image:
 def from_pixels(pixels: torch.Tensor) -> torch.Tensor:
     """Decoded pixels (B, 3, 1, H, W) in -1..1 as an IMAGE (B, H, W, 3) in 0..1, FP32 on the CPU."""
     return pixels[:, :, 0].movedim(1, -1).float().add(1).div(2).clamp(0, 1).cpu().contiguous()
+
+
+def to_image(pictures: Sequence[Image.Image]) -> torch.Tensor:
+    """RGB pictures of one size as an IMAGE (B, H, W, 3), 0 to 1, FP32 on the CPU."""
+    return torch.stack([torch.from_numpy(np.asarray(p, dtype=np.float32) / 255) for p in pictures])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from .charts import font
 from .estimates import GIB
 from .machine import Device
 from .places import Place, Placement, occupied, take_turns
@@ -82,27 +83,27 @@ def _draw_bar(
     if places:
         working = max(places, key=lambda place: place.workspace)
         segments.append((working.workspace, WORKSPACE[working.role], INK, "work"))
-    left, font = float(MARGIN), ImageFont.load_default(TEXT)
+    left, face = float(MARGIN), font(TEXT)
     for size, colour, ink, name in segments:
         right = left + size * scale
         draw.rectangle((left, top, max(right - 2, left + 1), top + BAR), colour)
         for text in (f"{name}  {size / GIB:.1f} GiB", f"{size / GIB:.1f} GiB", f"{size / GIB:.1f}"):
-            if font.getlength(text) < right - left - 10:
-                draw.text(((left + right) / 2, top + BAR / 2), text, ink, font, anchor="mm")
+            if face.getlength(text) < right - left - 10:
+                draw.text(((left + right) / 2, top + BAR / 2), text, ink, face, anchor="mm")
                 break
         left = right
 
 
 def _write(draw: ImageDraw.ImageDraw, top: int, text: str, size: int, colour: str, right: str = "") -> int:
     """Text wrapped to the picture's width, with `right` at the end of its first line; the next top."""
-    font = ImageFont.load_default(size)
-    draw.text((WIDTH - MARGIN, top), right, FAINT, font, anchor="ra")
+    face = font(size)
+    draw.text((WIDTH - MARGIN, top), right, FAINT, face, anchor="ra")
     line = ""
     for word in text.split():
-        if line and font.getlength(f"{line} {word}") > WIDTH - 2 * MARGIN:
-            draw.text((MARGIN, top), line, colour, font)
+        if line and face.getlength(f"{line} {word}") > WIDTH - 2 * MARGIN:
+            draw.text((MARGIN, top), line, colour, face)
             top, line = top + LINE, f"    {word}"
         else:
             line = f"{line} {word}" if line else word
-    draw.text((MARGIN, top), line, colour, font)
+    draw.text((MARGIN, top), line, colour, face)
     return top + max(LINE, size + 12)

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import FireRedError
-from .heartbeat import heartbeat
+from .estimates import GIB
+from .heartbeat import heartbeat_where_compiled
 from .kernels import card_name, require_kernels
 from .speeds import Speeds
 from .timing import Work, measure_rate, tf32_off
 
 log = logging.getLogger("FireRed")
 
-GIB = 2**30
 WIDTH, HEADS, HEAD_SIZE = 3072, 24, 128  # of the transformer
 ROWS = (32, 512, 4096)  # torch._int_mm takes no fewer than 17
 COPIED_NUMBERS = (2**20, 2**26)  # FP32: 4 and 256 MiB
@@ -92,9 +92,8 @@ def preflight(device: torch.device) -> CardReport:
     Raises FireRedError where this torch build does not run on it or it computes wrong.
     """
     card = card_name(device)
-    compiles = device.type == "cuda" and torch.version.hip is not None
     started = time.perf_counter()
-    with heartbeat(f"testing {card}", log.info) if compiles else nullcontext():
+    with heartbeat_where_compiled(f"testing {card}", device):
         require_kernels(device)
         memory = device_memory(device)
         with _current(device), tf32_off(), torch.inference_mode():

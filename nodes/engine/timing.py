@@ -50,23 +50,8 @@ def measure_rate(
 
 @contextmanager
 def tf32_off() -> Iterator[None]:
-    """FP32 products in FP32 inside the block, and as they were after it.
-
-    torch has an old and a new switch, and refuses to read the old one where only the new one was used.
-    """
-    try:
-        switch, before, off = (
-            torch.set_float32_matmul_precision,
-            torch.get_float32_matmul_precision(),
-            "highest",
-        )
-    except RuntimeError:
-        matmul = torch.backends.cuda.matmul
-        switch, before, off = (
-            functools.partial(setattr, matmul, "fp32_precision"),
-            matmul.fp32_precision,
-            "ieee",
-        )
+    """FP32 products in FP32 inside the block, and as they were after it."""
+    switch, before, off = fp32_switch()
     if before == off:  # writing the old switch would set the new one too
         yield
         return
@@ -75,6 +60,18 @@ def tf32_off() -> Iterator[None]:
         yield
     finally:
         switch(before)
+
+
+def fp32_switch() -> tuple[Callable[[str], object], str, str]:
+    """What sets how FP32 products are computed, what it is set to, and what stands for FP32 itself.
+
+    torch has an old and a new switch, and refuses to read the old one where only the new one was used.
+    """
+    try:
+        return torch.set_float32_matmul_precision, torch.get_float32_matmul_precision(), "highest"
+    except RuntimeError:
+        matmul = torch.backends.cuda.matmul
+        return functools.partial(setattr, matmul, "fp32_precision"), matmul.fp32_precision, "ieee"
 
 
 def seconds_each(work: Work, device: torch.device, calls: int = 1) -> float:
