@@ -229,6 +229,12 @@ def prepare_work_folder(comfyui: Path, work: Path) -> None:
     (work / "extra_model_paths.yaml").write_text(paths, encoding="utf-8")
 
 
+def add_probe_nodes(work: Path) -> None:
+    """Link the tests' own nodes into the work folder."""
+    (work / "custom_nodes").mkdir(parents=True, exist_ok=True)
+    link_folder(work / "custom_nodes" / "probe_nodes", ROOT / "tests" / "probe_nodes")
+
+
 def link_folder(link: Path, target: Path) -> None:
     """A symbolic link, or on Windows a junction, which needs no administrator."""
     if os.name == "nt":

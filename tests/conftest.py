@@ -65,8 +65,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     tiny_checkpoint.build(models / "zero_cond_t", zero_cond_t=True)
     tiny_checkpoint.build(models / "wide", joint_attention_dim=3584)
     core_vae.write(folder, "tiny")
-    (folder / "custom_nodes").mkdir()
-    comfyui.link_folder(folder / "custom_nodes" / "probe_nodes", comfyui.ROOT / "tests" / "probe_nodes")
+    comfyui.add_probe_nodes(folder)
     return folder
 
 
@@ -75,8 +74,7 @@ def own_work(tmp_path: Path, tiny_folder: Path) -> Path:
     """A work folder, with `tiny` and the probe nodes, for a test that starts servers of its own."""
     folder = tmp_path / "comfyui"
     shutil.copytree(tiny_folder, folder / "models" / "diffusers" / "tiny")
-    (folder / "custom_nodes").mkdir()
-    comfyui.link_folder(folder / "custom_nodes" / "probe_nodes", comfyui.ROOT / "tests" / "probe_nodes")
+    comfyui.add_probe_nodes(folder)
     return folder
 
 

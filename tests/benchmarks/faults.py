@@ -44,10 +44,9 @@ def main(faults: int, steps: int) -> int:
     chance, folder = random.Random(0), comfyui.environment()[0]
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        for part in ("models/diffusers", "custom_nodes"):
-            (work / part).mkdir(parents=True)
+        (work / "models/diffusers").mkdir(parents=True)
         tiny_checkpoint.build(work / "models/diffusers/tiny")
-        comfyui.link_folder(work / "custom_nodes/probe_nodes", comfyui.ROOT / "tests/probe_nodes")
+        comfyui.add_probe_nodes(work)
         prompt = keep_tensor(
             changed(edit_prompt(), SAMPLE, steps=steps, seed=1, width=SIZE, height=SIZE),
             [SAMPLE, 0],

@@ -46,14 +46,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_work_folder(folder: Path, checkpoint: Path | None) -> None:
-    for name in ("models/diffusers", "custom_nodes"):
-        (folder / name).mkdir(parents=True)
+    (folder / "models/diffusers").mkdir(parents=True)
     if checkpoint is None:
         tiny_checkpoint.build(folder / "models/diffusers/soak")
     else:
         comfyui.link_folder(folder / "models/diffusers/soak", checkpoint)
     core_vae.write(folder, "soak")
-    comfyui.link_folder(folder / "custom_nodes/probe_nodes", comfyui.ROOT / "tests/probe_nodes")
+    comfyui.add_probe_nodes(folder)
 
 
 def our_prompt(args: argparse.Namespace, number: int) -> comfyui.Prompt:
