@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ NO_CHECKPOINT = "put a FireRed folder into models/diffusers"
 DEVICE_LABEL = re.compile(r"auto|cpu|gpu:\d+")
 DEFAULT_CACHE_GB = 100
 RUN_KEY = "firered_run"  # in a LATENT: the name of the run that made it
+QUEUE_SECONDS = 0.1  # between two looks at ComfyUI's queue
 RUNS_GB = 1  # of unfinished runs, 1 MB each for a picture of 1 megapixel
 PRECISION_FLAGS = {
     "transformer": "unet",
@@ -111,6 +113,29 @@ def forget_run(latent: dict[str, Any]) -> None:
     name = latent.get(RUN_KEY)
     if is_run_name(name):
         saved_run(name).forget()
+
+
+def forget_run_after_prompt(run: SavedRun) -> None:
+    """Forget the run once the prompt that runs now has ended well, whatever node made its picture.
+
+    ComfyUI tells no node how a prompt ended, so a thread looks at its queue and history.
+    """
+    from server import PromptServer
+
+    queue = getattr(getattr(PromptServer, "instance", None), "prompt_queue", None)
+    context = get_executing_context()
+    if queue is None or context is None:
+        return
+    prompt_id = context.prompt_id
+
+    def watch() -> None:
+        while any(item[1] == prompt_id for item in queue.get_current_queue_volatile()[0]):
+            time.sleep(QUEUE_SECONDS)
+        ended = queue.get_history(prompt_id).get(prompt_id, {}).get("status") or {}
+        if ended.get("status_str") == "success":
+            run.forget()
+
+    threading.Thread(target=watch, name="FireRed: end of the prompt", daemon=True).start()
 
 
 def _cache_folder() -> Path:

@@ -116,4 +116,6 @@ class FireRedSampler(io.ComfyNode):
             with host.borrow(transformer, plan.working_bytes()) as model:
                 reporters = host.sampling_reporter(spec.device), host.progress_reporter()
                 samples = sample(model, plan, *reporters, saved, guard)
+        if saved is not None:
+            host.forget_run_after_prompt(saved)
         return io.NodeOutput({"samples": samples} | ({host.RUN_KEY: saved.name} if saved else {}))

@@ -14,7 +14,7 @@ from engine.heartbeat import heartbeat
 from engine.kernels import RELEASES, has_kernels, install_line, require_build, require_kernels
 from engine.preflight import NATIVE, CardReport, Rate, host_memory, preflight, rate_or_reason
 from engine.progress import duration
-from engine.timing import measure_rate, tf32_off
+from engine.timing import measure_rate
 from engine.transfer import cross, find_fault, needs_detour, through_host
 
 CPU = torch.device("cpu")
@@ -173,29 +173,6 @@ def test_host_memory_is_what_the_system_says(report: CardReport) -> None:
     assert host_memory().total == psutil.virtual_memory().total
     assert 0 < host_memory().free < host_memory().total
     assert report.memory is not None and report.memory.total == host_memory().total
-
-
-@pytest.mark.parametrize("before", ["highest", "high", "medium"])
-def test_tf32_is_off_while_measuring_and_then_as_it_was(before: str) -> None:
-    torch.set_float32_matmul_precision(before)
-    try:
-        with tf32_off():
-            assert not torch.backends.cuda.matmul.allow_tf32
-        assert torch.get_float32_matmul_precision() == before
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
-@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch 2.9 and later")
-def test_tf32_set_by_the_newer_switch_is_off_and_back_too() -> None:
-    matmul = torch.backends.cuda.matmul
-    try:
-        matmul.fp32_precision = "tf32"
-        with tf32_off():
-            assert matmul.fp32_precision == "ieee"
-        assert matmul.fp32_precision == "tf32"
-    finally:
-        torch.set_float32_matmul_precision("highest")
 
 
 # Copies

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import core_vae
 import pytest
 import torch
 from comfyui import Client, Server, ServerError, environment
@@ -18,7 +21,18 @@ from engine.checkpoint import Checkpoint
 from engine.guard import GUARDS
 from engine.resume import RunState, SavedRun
 from engine.sampling import SamplingPlan, sample
-from prompts import DECODE, SAMPLE, changed, edit_prompt, fail, keep_tensor, kept_tensor, succeed, with_node
+from prompts import (
+    DECODE,
+    SAMPLE,
+    SAVE,
+    changed,
+    edit_prompt,
+    fail,
+    keep_tensor,
+    kept_tensor,
+    succeed,
+    with_node,
+)
 from safetensors.torch import load_file, save_file
 from test_sampling import plan
 
@@ -81,6 +95,20 @@ def test_a_finished_run_waits_for_its_decode(tiny: Checkpoint, store: DiskCache)
     assert SavedRun(store, run.name()).result(2) is None
 
 
+def test_a_finished_run_of_other_kernels_is_not_handed_back(
+    tiny: Checkpoint, store: DiskCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    transformer = loading.load(spec_for(tiny, "transformer", "int8-fast"))
+    run = replace(plan(tiny, steps=STEPS), spec=spec_for(tiny, "transformer", "int8-fast"))
+    latents = sample(transformer, run, saved=SavedRun(store, run.name()))
+    assert transformer.arithmetic and SavedRun(store, run.name()).result(1) is None
+    steps, again = sampled_steps(transformer, run, SavedRun(store, run.name()))
+    assert steps == [] and torch.equal(again, latents)
+    transformer.arithmetic = "other kernels"
+    steps, _ = sampled_steps(transformer, run, SavedRun(store, run.name()))
+    assert steps == list(range(1, STEPS + 1)) and "starting over" in caplog.text
+
+
 def test_what_an_unguarded_run_let_pass_is_never_handed_back(tiny: Checkpoint, store: DiskCache) -> None:
     saved = SavedRun(store, plan(tiny).name("off"))
     saved.open("")
@@ -99,8 +127,6 @@ def test_a_card_that_fails_keeps_its_own_error(store: DiskCache) -> None:
 
 
 def test_a_changed_input_never_resumes(tiny: Checkpoint, tiny_copy: Path) -> None:
-    from dataclasses import replace
-
     base = plan(tiny)
     condition = base.conditions["positive"]
     other_text = replace(condition, prompt_embeds=condition.prompt_embeds + 1e-6)
@@ -257,6 +283,41 @@ def test_after_kill_9_the_same_prompt_ends_in_the_same_bits(own_work: Path) -> N
         succeed(server.client, long_prompt(resume="off"))
         assert torch.equal(resumed, kept_tensor(own_work, "latent")["samples"])
         assert list(runs.iterdir()) == []
+
+
+def delivered(runs: Path) -> bool:
+    """Whether no run is left on disk, now or in a moment: the end of a prompt is told to nobody."""
+    for _ in range(50):
+        if not list(runs.glob(f"*{SUFFIX}")):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_run_is_forgotten_when_its_prompt_ends_well_whoever_decodes(own_work: Path) -> None:
+    """Else the same prompt would take the old latents for ever."""
+    comfyui, _ = environment()
+    core_vae.write(own_work, "tiny")
+    runs = own_work / "models" / "firered_cache" / "runs"
+    prompt = with_node(edit_prompt(), "30", "VAELoader", vae_name=core_vae.CORE_VAE)
+    prompt = with_node(prompt, "31", "VAEDecode", samples=[SAMPLE, 0], vae=["30", 0])
+    prompt = keep_tensor(prompt, ["31", 0], "picture")
+    del prompt[DECODE], prompt[SAVE]
+    with Server(comfyui, own_work, SERVER_ARGUMENTS) as server:
+        succeed(server.client, prompt)
+        assert delivered(runs)
+        turned = with_node(changed(prompt, SAMPLE, seed=5), "32", "LatentRotate", samples=[SAMPLE, 0])
+        turned = with_node(changed(turned, "32", rotation="90 degrees"), "33", "FireRedDecode", vae=["3", 0])
+        turned = keep_tensor(changed(turned, "33", latent=["32", 0]), ["33", 0], "turned")
+        del turned["31"], turned["keep_picture"]
+        assert fail(server.client, turned)["node_type"] == "FireRedDecode"  # of a shape that no VAE decodes
+        time.sleep(1)
+        assert len(list(runs.glob(f"*{SUFFIX}"))) == 1  # not decoded: kept
+    with Server(comfyui, own_work, SERVER_ARGUMENTS) as server:
+        run = succeed(server.client, prompt)
+        assert run.progress(SAMPLE)  # sampled anew
+        run = succeed(server.client, changed(prompt, SAMPLE, seed=5))
+        assert run.progress(SAMPLE) == [] and delivered(runs)
 
 
 def loads(server: Server) -> str:

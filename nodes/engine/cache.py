@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -20,7 +19,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from .checkpoint import DTYPE_NAMES, Layout
-from .timing import fp32_switch
 
 log = logging.getLogger("FireRed")
 
@@ -180,22 +178,6 @@ def digest(*parts: object) -> str:
         content = part if isinstance(part, bytes) else repr(part).encode()
         hashed.update(len(content).to_bytes(8, "little") + content)
     return hashed.hexdigest()[:32]
-
-
-def computing_environment(*libraries: str) -> tuple[object, ...]:
-    """What beside its inputs decides the bits of a computation: versions of libraries, torch's settings."""
-    _, precision, _ = fp32_switch()
-    matmul = torch.backends.cuda.matmul
-    reduced = matmul.allow_fp16_accumulation, matmul.allow_bf16_reduced_precision_reduction
-    attention = os.environ.get("DIFFUSERS_ATTN_BACKEND")
-    return *map(_version, libraries), precision, *map(str, reduced), attention
-
-
-def _version(library: str) -> str | None:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _partial(path: Path) -> Path:

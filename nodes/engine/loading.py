@@ -17,6 +17,7 @@ import transformers
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 
+from .arithmetic import exact_fp32
 from .cache import CacheWriter, DiskCache
 from .checkpoint import DTYPES, Component, Layout, read_header, read_tensors, stored_bytes
 from .components import ComponentSpec, model_name
@@ -30,6 +31,7 @@ from .text import TextEncoder
 log = logging.getLogger("FireRed")
 
 
+@exact_fp32()
 def load(spec: ComponentSpec, on_progress: OnProgress = untold, cache: DiskCache | None = None) -> Any:
     """Load the component that `spec` describes onto its device.
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from diffusers import QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenTimestepProjEmbeddings
 
+from .arithmetic import exact_fp32
 from .cache import DiskCache, digest
 from .checkpoint import Checkpoint
 from .components import MODULATION
@@ -74,6 +75,7 @@ class Modulation:
             for stream, name in enumerate(STREAMS):
                 setattr(block, f"{name}_mod", FoldedModulation(self, number, stream))
 
+    @exact_fp32()
     def use(self, timesteps: torch.Tensor, on_progress: OnProgress = untold) -> None:
         """Get ready for these timesteps (n,), FP32, 0 to 1: from memory, the cache, or the weights."""
         visited = digest(timesteps.float())

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .arithmetic import exact_fp32
 from .errors import FireRedError
 from .estimates import GIB
 from .heartbeat import heartbeat_where_compiled
 from .kernels import card_name, require_kernels
 from .speeds import Speeds
-from .timing import Work, measure_rate, tf32_off
+from .timing import Work, measure_rate
 
 log = logging.getLogger("FireRed")
 
@@ -96,7 +97,7 @@ def preflight(device: torch.device) -> CardReport:
     with heartbeat_where_compiled(f"testing {card}", device):
         require_kernels(device)
         memory = device_memory(device)
-        with _current(device), tf32_off(), torch.inference_mode():
+        with _current(device), exact_fp32(), torch.inference_mode():
             products = tuple(_measure_product(dtype, device) for dtype in NAMES)
             attention = tuple(
                 _measure_attention(dtype, backend, device)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from PIL import Image
 
-from .cache import DiskCache, computing_environment, digest
+from .arithmetic import computing_environment
+from .cache import DiskCache, digest
 from .components import ComponentSpec
 
 log = logging.getLogger("FireRed")
@@ -20,14 +21,14 @@ KEY = "encoded"  # the one tensor's name in a file
 def embedding_name(spec: ComponentSpec, prompt: str, pictures: Sequence[Image.Image]) -> str:
     """The file of a prompt's embedding about these pictures (8-bit RGB, in order)."""
     processor = spec.checkpoint.component("processor").identity()
-    computed = computing_environment("torch", "transformers", "bitsandbytes")
+    computed = computing_environment(spec.device, "transformers", "bitsandbytes")
     key = digest(RECIPE, *_identity(spec), processor, computed, prompt, *_contents(pictures))
     return f"{spec.checkpoint.name}-embedding-{key}"
 
 
 def reference_name(spec: ComponentSpec, picture: Image.Image, megapixels: float) -> str:
     """The file of a picture's reference latent at that size."""
-    computed = computing_environment("torch", "diffusers")
+    computed = computing_environment(spec.device, "diffusers")
     key = digest(RECIPE, *_identity(spec), computed, float(megapixels), *_contents([picture]))
     return f"{spec.checkpoint.name}-reference-{key}"
 

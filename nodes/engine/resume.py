@@ -13,7 +13,8 @@ from typing import TypeGuard
 
 import torch
 
-from .cache import DiskCache, computing_environment, digest
+from .arithmetic import computing_environment
+from .cache import DiskCache, digest
 
 log = logging.getLogger("FireRed")
 
@@ -50,11 +51,21 @@ class SavedRun:
         self._warned = False
 
     def result(self, batch: int) -> torch.Tensor | None:
-        """The raw latents (batch, 16, 1, h, w) of a run that ended but was not decoded, or None."""
+        """The raw latents (batch, 16, 1, h, w) of a run that ended but was not decoded, or None.
+
+        None too where kernels were chosen by a test: whether they would be chosen again is known to `open`,
+        once the transformer is loaded.
+        """
         kept = self._read()
-        if kept is None or len(kept[0].finished) != batch:
+        if kept is None or kept[1]:
             return None
-        latents = torch.cat(kept[0].finished)
+        return self.finished(kept[0], batch)
+
+    def finished(self, state: RunState, batch: int) -> torch.Tensor | None:
+        """The raw latents (batch, 16, 1, h, w) of a state that has them all, or None."""
+        if len(state.finished) != batch:
+            return None
+        latents = torch.cat(state.finished)
         if not bool(latents.isfinite().all()):  # as an unguarded run may end
             return None
         log.info("this run was sampled before and not decoded: its latents come from disk")
@@ -111,9 +122,9 @@ class SavedRun:
         self._store.remove(self.name)
 
 
-def run_name(*parts: object) -> str:
-    """The name of the run that depends on all these parts, and on what computes it."""
-    return digest(RECIPE, computing_environment("torch", "diffusers", "bitsandbytes"), *parts)
+def run_name(device: torch.device, *parts: object) -> str:
+    """The name of the run that depends on all these parts, and on how this process computes on the device."""
+    return digest(RECIPE, computing_environment(device, "diffusers", "bitsandbytes"), *parts)
 
 
 def is_run_name(name: object) -> TypeGuard[str]:

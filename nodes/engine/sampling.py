@@ -79,7 +79,7 @@ class SamplingPlan:
         for branch, condition in self.conditions.items():
             references = condition.reference_latents
             parts += [branch, condition.prompt_embeds, condition.mask, len(references), *references]
-        return run_name(*parts)
+        return run_name(spec.device, *parts)
 
 
 def read_conditions(spec: ComponentSpec, branches: Mapping[str, Any]) -> dict[str, Condition]:
@@ -135,10 +135,12 @@ def sample(
     """
     size, steps = plan.padded_size, plan.schedule.steps
     mean, std = plan.spec.checkpoint.latent_statistics()
-    worker = LocalWorker(transformer, plan.spec, plan.schedule, size, plan.conditions, on_fold)
     noise = pack(make_noise((plan.batch, LATENT_CHANNELS, *size), plan.seed))
     state = _resume(plan, transformer, saved) or RunState(0, noise[:1])
     results = list(state.finished)
+    if len(results) == plan.batch:
+        return torch.cat(results)
+    worker = LocalWorker(transformer, plan.spec, plan.schedule, size, plan.conditions, on_fold)
     while len(results) < plan.batch:
         done_before, finished = len(results) * steps, tuple(results)
 
@@ -173,7 +175,11 @@ def sample(
 def _resume(plan: SamplingPlan, transformer: Any, saved: SavedRun | None) -> RunState | None:
     """Where an interrupted run goes on, if there is one whose state is whole."""
     state = saved.open(transformer.arithmetic) if saved is not None else None
-    if state is None or len(state.finished) >= plan.batch or not 0 <= state.step <= plan.schedule.steps:
+    if saved is None or state is None:
+        return None
+    if saved.finished(state, plan.batch) is not None:
+        return state
+    if len(state.finished) >= plan.batch or not 0 <= state.step <= plan.schedule.steps:
         return None
     height, width = plan.padded_size
     tokens = (1, height * width // PATCH**2, LATENT_CHANNELS * PATCH**2)

@@ -9,6 +9,7 @@ import torch
 import transformers
 from PIL import Image
 
+from .arithmetic import exact_fp32
 from .errors import InputError
 from .latents import dimensions_for_area
 
@@ -36,6 +37,7 @@ class TextEncoder:
     device: torch.device
 
     @torch.inference_mode()
+    @exact_fp32()
     def encode(self, prompt: str, pictures: Sequence[Image.Image]) -> torch.Tensor:
         """Embed `prompt` about `pictures`: (1, L, width) FP32 on the encoder's device, the template's part
         cut

@@ -5,10 +5,8 @@ A measurement starts at a size for the slowest card and grows as long as time an
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -46,32 +44,6 @@ def measure_rate(
     calls = min(MAX_BATCH, int(BATCH_SECONDS / seconds))
     batches = [seconds_each(work, device, calls) for _ in range(BATCHES if calls else 0)]
     return done / min([seconds, *batches])
-
-
-@contextmanager
-def tf32_off() -> Iterator[None]:
-    """FP32 products in FP32 inside the block, and as they were after it."""
-    switch, before, off = fp32_switch()
-    if before == off:  # writing the old switch would set the new one too
-        yield
-        return
-    switch(off)
-    try:
-        yield
-    finally:
-        switch(before)
-
-
-def fp32_switch() -> tuple[Callable[[str], object], str, str]:
-    """What sets how FP32 products are computed, what it is set to, and what stands for FP32 itself.
-
-    torch has an old and a new switch, and refuses to read the old one where only the new one was used.
-    """
-    try:
-        return torch.set_float32_matmul_precision, torch.get_float32_matmul_precision(), "highest"
-    except RuntimeError:
-        matmul = torch.backends.cuda.matmul
-        return functools.partial(setattr, matmul, "fp32_precision"), matmul.fp32_precision, "ieee"
 
 
 def seconds_each(work: Work, device: torch.device, calls: int = 1) -> float:

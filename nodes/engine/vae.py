@@ -14,6 +14,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from .arithmetic import exact_fp32
 from .components import GIB, ComponentSpec, DoesNotFitError
 from .estimates import SMALLEST_TILE, decode_bytes
 from .guard import STOP, Guard, require_finite, require_finite_input
@@ -31,6 +32,7 @@ TILES = (96, 64, SMALLEST_TILE)  # latents a side, halo included
 
 
 @torch.inference_mode()
+@exact_fp32()
 def encode_reference(
     vae: diffusers.AutoencoderKLQwenImage,
     spec: ComponentSpec,
@@ -52,6 +54,7 @@ def encode_reference(
 
 
 @torch.inference_mode()
+@exact_fp32()
 def decode(
     vae: diffusers.AutoencoderKLQwenImage,
     spec: ComponentSpec,

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from .arithmetic import exact_fp32
 from .components import ComponentSpec
 from .conditioning import Condition
 from .latents import PATCH, normalize, pack, pad_to_patches
@@ -67,6 +68,7 @@ class LocalWorker:
         return self._transformer
 
     @torch.inference_mode()
+    @exact_fp32()
     def predict(self, latents: torch.Tensor, step: int, branch: str) -> torch.Tensor:
         self._transformer.modulation.select(step)
         references, inputs = self._inputs[branch]

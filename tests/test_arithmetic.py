@@ -1,0 +1,179 @@
+"""FP32 is FP32 wherever we compute, whatever the process allows, and the process stays as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from conftest import spec_for
+from engine import loading
+from engine.arithmetic import computing_environment, exact_fp32
+from engine.checkpoint import Checkpoint
+from engine.sampling import sample
+from engine.vae import decode, encode_reference
+from PIL import Image
+from test_sampling import plan
+
+CPU = torch.device("cpu")
+cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+newer_torch = pytest.mark.skipif(not hasattr(products, "fp32_precision"), reason="torch 2.9 and later")
+
+
+@contextmanager
+def allowed_to_round() -> Iterator[None]:
+    """TF32 and BF16 wherever torch can be told to use them for FP32."""
+    torch.set_float32_matmul_precision("medium")
+    assert cudnn.allow_tf32  # torch's own default
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def settings() -> tuple[Any, ...]:
+    return torch.get_float32_matmul_precision(), cudnn.allow_tf32, products.allow_tf32
+
+
+def encode_text(tiny: Checkpoint, watch: Callable[[torch.nn.Module], None]) -> None:
+    encoder = loading.load(spec_for(tiny, "text_encoder"))
+    watch(encoder.model.visual.patch_embed)  # a convolution
+    watch(encoder.model.language_model.layers[0])
+    encoder.encode("Add a red hat", [Image.new("RGB", (64, 64))])
+
+
+def encode_picture(tiny: Checkpoint, watch: Callable[[torch.nn.Module], None]) -> None:
+    spec = spec_for(tiny, "vae")
+    vae = loading.load(spec)
+    watch(vae.encoder.conv_in)
+    encode_reference(vae, spec, Image.new("RGB", (64, 64)), 0.01)
+
+
+def decode_latents(tiny: Checkpoint, watch: Callable[[torch.nn.Module], None]) -> None:
+    spec = spec_for(tiny, "vae")
+    vae = loading.load(spec)
+    watch(vae.decoder.conv_in)
+    watch(vae.decoder.conv_out)
+    decode(vae, spec, torch.zeros(1, 16, 1, 4, 4))
+
+
+def sample_latents(tiny: Checkpoint, watch: Callable[[torch.nn.Module], None]) -> None:
+    transformer = loading.load(spec_for(tiny, "transformer", "int8"))
+    watch(transformer.transformer_blocks[0])
+    sample(transformer, plan(tiny, steps=1))
+
+
+@pytest.mark.parametrize("compute", [encode_text, encode_picture, decode_latents, sample_latents])
+def test_nothing_of_ours_computes_fp32_as_anything_else(
+    tiny: Checkpoint, compute: Callable[[Checkpoint, Callable[[torch.nn.Module], None]], None]
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def watch(module: torch.nn.Module) -> None:
+        module.register_forward_hook(lambda *_: seen.append(settings()))
+
+    with allowed_to_round():
+        before = settings()
+        compute(tiny, watch)
+        assert settings() == before
+    assert seen and set(seen) == {("highest", False, False)}
+
+
+def test_weights_are_quantised_in_fp32(tiny: Checkpoint) -> None:
+    seen: list[tuple[Any, ...]] = []
+    with allowed_to_round():
+        loading.load(spec_for(tiny, "transformer", "int8"), lambda done, total: seen.append(settings()))
+    assert seen and set(seen) == {("highest", False, False)}
+
+
+@pytest.mark.parametrize("before", ["highest", "high", "medium"])
+def test_the_process_is_as_it_was_after_an_error_too(before: str) -> None:
+    torch.set_float32_matmul_precision(before)
+    try:
+        with pytest.raises(KeyError), exact_fp32():
+            assert settings() == ("highest", False, False)
+            raise KeyError
+        assert settings() == (before, True, before != "highest")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@newer_torch
+@pytest.mark.parametrize("owner", [products, getattr(cudnn, "conv", None), torch.backends.mkldnn])
+def test_what_newer_settings_allow_is_off_and_back_too(owner: Any) -> None:
+    """torch refuses to read the older settings where the newer ones were used for a part of them."""
+    parts = [owner] if owner is not torch.backends.mkldnn else [owner.conv, owner.matmul]
+    allowed = "bf16" if owner is torch.backends.mkldnn else "tf32"
+    before = [part.fp32_precision for part in parts]
+    try:
+        for part in parts:
+            part.fp32_precision = allowed
+        with exact_fp32():
+            assert {part.fp32_precision for part in parts} <= {"ieee", "none"}
+        assert {part.fp32_precision for part in parts} == {allowed}
+    finally:
+        for part, value in zip(parts, before, strict=True):
+            part.fp32_precision = value
+        torch.set_float32_matmul_precision("highest")
+
+
+@newer_torch
+def test_convolutions_set_apart_from_the_rest_are_exact_and_back() -> None:
+    """The old setting cannot even be read then."""
+    before = cudnn.conv.fp32_precision
+    try:
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = "tf32", "ieee"
+        with pytest.raises(RuntimeError):
+            _ = cudnn.allow_tf32
+        with exact_fp32():
+            assert cudnn.conv.fp32_precision == "ieee"
+        assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("tf32", "ieee")
+    finally:
+        cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = before
+        cudnn.allow_tf32 = True
+
+
+@contextmanager
+def as_it_was() -> Iterator[None]:
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cuda.enable_flash_sdp(True)
+        torch.backends.cuda.enable_mem_efficient_sdp(True)
+        cudnn.deterministic = False
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda: torch.set_num_threads(torch.get_num_threads() + 1),
+        lambda: torch.use_deterministic_algorithms(True),
+        lambda: torch.backends.cuda.enable_flash_sdp(False),
+        lambda: torch.backends.cuda.enable_mem_efficient_sdp(False),
+        lambda: setattr(cudnn, "deterministic", True),
+    ],
+    ids=["threads", "deterministic", "flash", "efficient", "cudnn"],
+)
+def test_what_changes_bits_changes_the_environment_and_the_run(
+    tiny: Checkpoint, change: Callable[[], None]
+) -> None:
+    run = plan(tiny)
+    before, name = computing_environment(CPU, "diffusers"), run.name()
+    assert computing_environment(CPU, "diffusers") == before
+    with as_it_was():
+        change()
+        assert computing_environment(CPU, "diffusers") != before and run.name() != name
+    assert run.name() == name
+
+
+def test_the_hosts_threads_do_not_matter_to_a_card() -> None:
+    card = torch.device("cuda", 0)
+    before = computing_environment(card)
+    with as_it_was():
+        torch.set_num_threads(torch.get_num_threads() + 1)
+        assert computing_environment(card) == before
