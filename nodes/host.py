@@ -10,13 +10,14 @@ import functools
 import logging
 import os
 import re
+import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import comfy.latent_formats
@@ -28,15 +29,15 @@ from comfy_execution.utils import get_executing_context
 
 from .engine.cache import DiskCache
 from .engine.checkpoint import Checkpoint, download_hint, find_checkpoints, open_checkpoint
-from .engine.components import GIB, ComponentSpec, require_fit, working_bytes
-from .engine.errors import CheckpointError, FireRedError
+from .engine.components import GIB, ComponentSpec, fingerprint, identities, require_fit, working_bytes
+from .engine.errors import CheckpointError, FireRedError, InputError
 from .engine.estimates import Edit
 from .engine.heartbeat import heartbeat_where_compiled
 from .engine.kernels import require_kernels
 from .engine.machine import Device, Machine
 from .engine.placement import Fixed, place
 from .engine.places import Placement
-from .engine.precision import Card, Precision
+from .engine.precision import MATH, ROLE_PRECISIONS, Card, Precision
 from .engine.preflight import preflight
 from .engine.progress import StepTimer, before_each_block
 from .engine.resume import SavedRun, is_run_name
@@ -44,6 +45,8 @@ from .engine.resume import SavedRun, is_run_name
 log = logging.getLogger("FireRed")
 
 NO_CHECKPOINT = "put a FireRed folder into models/diffusers"
+SEARCHING_SHARE = 0.1  # of the time that may go into searching the disk for checkpoints
+SHOWN_LETTERS = 100  # of a value in an error
 DEVICE_LABEL = re.compile(r"auto|cpu|gpu:\d+")
 DEFAULT_CACHE_GB = 100
 RUN_KEY = "firered_run"  # in a LATENT: the name of the run that made it
@@ -61,37 +64,108 @@ PRECISION_FLAGS = {
 
 def checkpoint_names() -> list[str]:
     """The edit-pipeline folders below ComfyUI's diffusers folders, or one line saying where to put them."""
-    return list(find_checkpoints(folder_paths.get_folder_paths("diffusers"))) or [NO_CHECKPOINT]
+    return list(_found_checkpoints()) or [NO_CHECKPOINT]
 
 
-def get_checkpoint(name: str) -> Checkpoint:
-    """The checkpoint of that name. Raises CheckpointError saying what is there instead."""
-    roots = folder_paths.get_folder_paths("diffusers")
-    found = find_checkpoints(roots)
-    if name in found:
-        return Checkpoint(found[name])
-    for root in map(Path, roots):
-        folder = (root / name).resolve()
-        if name and folder.is_relative_to(root.resolve()) and folder.is_dir():
-            return open_checkpoint(folder)
+def _found_checkpoints() -> dict[str, Path]:
+    """ComfyUI asks a dozen times a prompt; where the search is slow, its answer is remembered for longer."""
+    global _search
+    roots = tuple(_checkpoint_roots())
+    started = time.monotonic()
+    if roots != _search.roots or started >= _search.valid_until:
+        found = find_checkpoints(roots)
+        ended = time.monotonic()
+        _search = _Search(roots, found, ended + (ended - started) / SEARCHING_SHARE)
+    return _search.found
+
+
+class _Search(NamedTuple):
+    roots: tuple[str, ...]
+    found: dict[str, Path]
+    valid_until: float  # on the monotonic clock
+
+
+_search = _Search((), {}, 0.0)
+
+
+def _checkpoint_roots() -> list[str]:
+    return folder_paths.get_folder_paths("diffusers")
+
+
+def get_checkpoint(name: object) -> Checkpoint:
+    """The checkpoint of that name, as checkpoint_names spells it. Raises CheckpointError saying what is there
+    instead.
+    """
+    problem = None
+    for root in _checkpoint_roots():
+        folder = _folder_below(root, name)
+        if folder is not None:
+            try:
+                return open_checkpoint(folder)
+            except CheckpointError as error:
+                problem = problem or error
+    if problem is not None:
+        raise problem
+    found = _found_checkpoints()
     choices = (
         f"Choose one of {', '.join(found)}"
         if found
-        else f"None is in {' or '.join(roots)}. {download_hint()}"
+        else f"None is in {' or '.join(_checkpoint_roots())}. {download_hint()}"
     )
-    raise CheckpointError(f"There is no checkpoint {name!r}. {choices}")
+    raise CheckpointError(f"There is no checkpoint {_shown(name)}. {choices}")
 
 
-def validate_loader(checkpoint: str | None, device: str | None) -> bool | str:
-    """For a loader's validate_inputs: True, or what is wrong. An absent device is fine: it falls back."""
-    if device is not None and not DEVICE_LABEL.fullmatch(device):
-        return f"device is {device!r}; choose auto, cpu or gpu:0, gpu:1 and so on."
-    if checkpoint is not None:
-        try:
-            get_checkpoint(checkpoint)
-        except FireRedError as error:
-            return str(error)
+def _folder_below(root: str, name: object) -> Path | None:
+    """The folder of that name below root, if there is one; a name never leads out of it, but links may."""
+    if not isinstance(name, str) or not name:
+        return None
+    relative = Path(name)
+    if relative.anchor or ".." in relative.parts:
+        return None
+    try:
+        folder = Path(root, relative)
+        return folder if stat.S_ISDIR(folder.stat().st_mode) else None
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"The checkpoint name {name!a} cannot be a path here: this system's encoding for file "
+            f"names ({error.encoding}) lacks some of its letters. Rename the folder, or start Python with "
+            "PYTHONUTF8=1."
+        ) from None
+    except (OSError, ValueError):  # not there, too long, or with a NUL
+        return None
+
+
+def _shown(value: object) -> str:
+    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    return text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}..."
+
+
+def validate_checkpoint(name: object) -> bool | str:
+    """For a node's validate_inputs: True, or what is wrong. Never raises.
+
+    name: None where a link gives it, which is not known before the run.
+    """
+    if name is None:
+        return True
+    try:
+        get_checkpoint(name)
+    except FireRedError as error:
+        return str(error)
     return True
+
+
+def checkpoint_fingerprint(name: object, roles: Sequence[str]) -> str:
+    """For a node's fingerprint_inputs: changes when these components' results may. Never raises.
+
+    name: None where a link gives it: it may be any.
+    """
+    if name is None:
+        return " ".join(checkpoint_fingerprint(each, roles) for each in checkpoint_names())
+    try:
+        checkpoint = get_checkpoint(name)
+    except FireRedError as error:
+        return str(error)
+    return " ".join(fingerprint(role, checkpoint) for role in roles)
 
 
 def disk_cache() -> DiskCache:
@@ -145,9 +219,16 @@ def _cache_folder() -> Path:
 # Devices and precisions
 
 
-def device_labels() -> list[str]:
+class DeviceLabels(list[str]):
+    """The devices to choose from; one that another machine has is among them, and falls back to `auto`."""
+
+    def __contains__(self, label: object) -> bool:
+        return isinstance(label, str) and DEVICE_LABEL.fullmatch(label) is not None
+
+
+def device_labels() -> DeviceLabels:
     """`auto`, `cpu`, and `gpu:N` for every accelerator of this machine."""
-    return ["auto", "cpu", *(f"gpu:{index}" for index in range(len(_accelerators())))]
+    return DeviceLabels(["auto", "cpu", *(f"gpu:{index}" for index in range(len(_accelerators())))])
 
 
 def open_component(role: str, checkpoint: str, precision: str, device: str, math: str = "auto") -> Handle:
@@ -174,14 +255,21 @@ def describe_component(role: str, checkpoint: str, precision: str, device: str) 
 
 def _decide(role: str, checkpoint: str, precision: str, device: str, math: str) -> tuple[ComponentSpec, str]:
     """A component as it will run here, and why so where somebody else than the user chose."""
+    _require_choice("device", device, DeviceLabels(["auto", "cpu", "gpu:0", "gpu:1 and so on"]))
+    _require_choice("precision", precision, ["auto", *ROLE_PRECISIONS[role]])
+    _require_choice("math", math, ["auto", *MATH])
     found = get_checkpoint(checkpoint)
-    component = found.component(role)
-    component.shards()  # a plan leaves out what is damaged; this says which file is
     chosen = Fixed(_present(device, role), None if precision == "auto" else precision, math)
     placed = plan(found, fixed={role: chosen}).place(role)
     card = placed.device.card
-    identity = component.identity()
-    return ComponentSpec(role, found, placed.precision, _torch_device(card), card, identity), placed.reason
+    spec = ComponentSpec(role, found, placed.precision, _torch_device(card), card, *identities(role, found))
+    return spec, placed.reason
+
+
+def _require_choice(name: str, value: object, choices: list[str]) -> None:
+    """ComfyUI checks what a widget holds, but not what comes over a link."""
+    if value not in choices:
+        raise InputError(f"{name} is {_shown(value)}; choose {', '.join(choices[:-1])} or {choices[-1]}.")
 
 
 def plan(
@@ -258,7 +346,7 @@ def _accelerators() -> list[torch.device]:
 
 def _present(label: str, role: str) -> str | None:
     """The label of a device of this machine; None for `auto` and, logged, for one that is not here."""
-    if label == "auto" or label in device_labels():
+    if label == "auto" or label in list(device_labels()):
         return None if label == "auto" else label
     log.info("this machine has no %s for the %s: falling back to auto", label, role.replace("_", " "))
     return None

@@ -20,13 +20,12 @@ class _Loader(io.ComfyNode):
     """What the three loaders share: checkpoint, precision and device in, a component's description out."""
 
     @classmethod
-    def validate_inputs(cls, checkpoint: str | None = None, device: str | None = None) -> bool | str:
-        return host.validate_loader(checkpoint, device)
+    def validate_inputs(cls, checkpoint: Any = None) -> bool | str:
+        return host.validate_checkpoint(checkpoint)
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str | None = None, **_: Any) -> str:
-        # A linked checkpoint is not known yet: its node decides.
-        return host.get_checkpoint(checkpoint).component(cls.ROLE).identity() if checkpoint else ""
+    def fingerprint_inputs(cls, checkpoint: Any = None, **_: Any) -> str:
+        return host.checkpoint_fingerprint(checkpoint, [cls.ROLE])
 
 
 def _inputs(role: str) -> list[io.Input]:

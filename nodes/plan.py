@@ -61,13 +61,12 @@ class FireRedHardwarePlan(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, checkpoint: str | None = None) -> bool | str:
-        return host.validate_loader(checkpoint, None)
+    def validate_inputs(cls, checkpoint: Any = None) -> bool | str:
+        return host.validate_checkpoint(checkpoint)
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str | None = None, **_: Any) -> str:
-        found = _checkpoint(checkpoint)
-        return " ".join(found.component(role).identity() for role in ROLES)
+    def fingerprint_inputs(cls, checkpoint: Any = None, **_: Any) -> str:
+        return host.checkpoint_fingerprint(checkpoint, ROLES)
 
     @classmethod
     def execute(
@@ -80,7 +79,8 @@ class FireRedHardwarePlan(io.ComfyNode):
     ) -> io.NodeOutput:
         found = _checkpoint(checkpoint)
         plan = host.plan(found, Edit(width, height, references, steps), measure_cpu=True)
-        devices = [plan.place(role).device.card.label for role in ROLES]
+        placed = {place.role: place for place in reversed(plan.places)}  # of two transformers the first
+        devices = [placed[role].device.card.label if role in placed else "auto" for role in ROLES]
         text = "\n".join([str(plan), *_differences(plan, host.plan(found))])
         return io.NodeOutput(to_image([draw_memory_map(plan)]), text, *devices)
 
@@ -91,7 +91,6 @@ def _checkpoint(name: str | None) -> Checkpoint:
 
 def _differences(plan: Placement, loaders: Placement) -> Iterator[str]:
     """What to set by hand: a loader's auto does not know the size, and plans for a usual edit."""
-    for place in plan.places:
-        usual = loaders.place(place.role)
+    for place, usual in zip(plan.places, loaders.places, strict=False):
         if str(place) != str(usual):
             yield f"a loader's auto takes {usual}, for a usual edit: set {place.precision.name} for this one"

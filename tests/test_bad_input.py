@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,20 @@ from typing import Any
 
 import pytest
 from comfyui import Client, PromptRejected, Server, environment
-from prompts import DECODE, ENCODE, SAMPLE, changed, edit_prompt, fail, succeed, with_node
+from prompts import (
+    DECODE,
+    ENCODE,
+    SAMPLE,
+    changed,
+    edit_prompt,
+    fail,
+    keep_tensor,
+    kept_tensor,
+    succeed,
+    with_node,
+)
 from safetensors.torch import load_file, save_file
+from test_files import rename_dtype
 
 ODD = "20"
 
@@ -61,7 +74,43 @@ def test_a_path_out_of_the_models_folder(client: Client) -> None:
 
 def test_a_device_that_is_no_device(client: Client) -> None:
     details = rejection(client, changed(edit_prompt(), "2", device="cuda:0"), "2")
-    assert "device is 'cuda:0'; choose auto, cpu or gpu:0" in details
+    assert "device: 'cuda:0' not in ['auto', 'cpu'" in details
+
+
+def test_a_missing_checkpoint_is_reported_once(client: Client) -> None:
+    prompt = changed(edit_prompt(), "1", checkpoint="absent", device="auto", precision="auto")
+    assert rejection(client, prompt, "1").count("There is no checkpoint 'absent'") == 1
+
+
+@pytest.mark.parametrize("name", [5, [], {"a": 1}, "a\0b", "x" * 5000, "", "/etc", "\ud800", "..", True])
+def test_a_checkpoint_that_is_no_name(client: Client, name: Any) -> None:
+    plan = keep_tensor(with_node({}, "1", "FireRedHardwarePlan"), ["1", 1], "text")
+    for prompt in (edit_prompt(), plan):
+        details = rejection(client, changed(prompt, "1", checkpoint=name), "1")
+        assert "here is no checkpoint" in details or "cannot be a path here" in details
+        assert len(details) < 700
+
+
+@pytest.mark.parametrize(
+    ("input_name", "value"),
+    [("device", 0), ("device", ["a"]), ("precision", 5), ("math", 0), ("checkpoint", ["a", "b"])],
+)
+def test_a_choice_of_another_type_is_named(client: Client, input_name: str, value: Any) -> None:
+    """Over the API as it is, in a list as ComfyUI hands one on, and over a link."""
+    given = {"__value__": value} if isinstance(value, list) else value
+    assert input_name in rejection(client, changed(edit_prompt(), "1", **{input_name: given}), "1")
+
+
+@pytest.mark.parametrize("input_name", ["checkpoint", "device", "precision", "math"])
+@pytest.mark.parametrize("value", [None, 0, [], "gpu:x"])
+def test_a_linked_choice_that_is_none_is_named(client: Client, input_name: str, value: Any) -> None:
+    prompt = with_node(edit_prompt(), ODD, "ProbeChoice", value=json.dumps(value))
+    error = fail(client, changed(prompt, "1", **{input_name: [ODD, 0]}))
+    assert error["node_type"] == "FireRedLoadTransformer"
+    wanted = f"There is no checkpoint {value!r}"
+    if input_name != "checkpoint":
+        wanted = f"{input_name} is {value!r}; choose auto"
+    assert wanted in error["exception_message"]
 
 
 @pytest.mark.parametrize(("node", "precision"), [("1", "nf4"), ("1", "int8-bnb"), ("2", "nf4")])
@@ -205,6 +254,37 @@ def test_a_missing_component(client: Client, damaged: Path) -> None:
         error["node_type"] == "FireRedLoadTextEncoder"
         and "has no text_encoder/ folder" in error["exception_message"]
     )
+
+
+def test_a_stored_dtype_that_is_not_read_is_told_by_its_own_loader_alone(
+    client: Client, damaged: Path
+) -> None:
+    rename_dtype(damaged / "transformer" / "diffusion_pytorch_model.safetensors", "img_in.weight", "F8_E4M3")
+    error = fail(client, edit_prompt("damaged"))
+    assert error["node_type"] == "FireRedLoadTransformer"
+    assert "img_in.weight is stored as F8_E4M3, which these nodes do not read" in error["exception_message"]
+    plan = with_node({}, "plan", "FireRedHardwarePlan", checkpoint="damaged")
+    succeed(client, keep_tensor(keep_tensor(plan, ["plan", 1], "text"), ["plan", 2], "device"))
+
+
+@pytest.mark.parametrize(
+    ("file", "node_type"),
+    [
+        ("transformer/config.json", "FireRedLoadTransformer"),
+        ("scheduler/scheduler_config.json", "FireRedLoadTransformer"),
+        ("processor/tokenizer.json", "FireRedLoadTextEncoder"),
+        ("vae/config.json", "FireRedLoadVAE"),
+    ],
+)
+def test_a_missing_file_is_named_by_the_loader_that_needs_it_and_by_the_plan(
+    client: Client, damaged: Path, work: Path, file: str, node_type: str
+) -> None:
+    (damaged / file).unlink()
+    error = fail(client, edit_prompt("damaged"))
+    assert error["node_type"] == node_type and Path(file).name in error["exception_message"]
+    plan = with_node({}, "plan", "FireRedHardwarePlan", checkpoint="damaged")
+    succeed(client, keep_tensor(plan, ["plan", 1], "text"))
+    assert Path(file).name in kept_tensor(work, "text")
 
 
 def test_weights_that_overflow_stop_at_the_step(client: Client, damaged: Path) -> None:

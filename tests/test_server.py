@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ from prompts import (
     keep_tensor,
     kept_tensor,
     succeed,
+    with_node,
 )
 
 
@@ -101,6 +104,66 @@ def test_only_what_changed_runs_again(client: Client) -> None:
     succeed(client, changed(edit_prompt(), SAMPLE, seed=4))
     again = succeed(client, changed(edit_prompt(), SAMPLE, seed=5))
     assert set(again.executed) == {SAMPLE, DECODE, SAVE}
+
+
+def test_a_scheduler_edited_under_the_server_makes_a_new_picture(
+    client: Client, server: Server, work: Path, tiny_folder: Path
+) -> None:
+    """And its weights stay loaded, also where the checkpoint's name comes over a link."""
+    folder = work / "models" / "diffusers" / "edited"
+    shutil.copytree(tiny_folder, folder)
+    prompt = keep_tensor(edit_prompt("edited"), [SAMPLE, 0], "latent")
+    linked = with_node(prompt, "choice", "ProbeChoice", value='"edited"')
+    try:
+        config = folder / "scheduler" / "scheduler_config.json"
+        linked = changed(linked, "1", checkpoint=["choice", 0])
+        pictures = []
+        for shift, asked in ((0.9, prompt), (1.4, prompt), (1.4, linked), (0.9, linked)):
+            shifts = {"max_shift": shift, "base_shift": shift}
+            config.write_text(json.dumps(json.loads(config.read_text()) | shifts))
+            loaded_before = server.text().count("transformer fp32 on cpu loaded")
+            succeed(client, asked)
+            pictures.append(kept_tensor(work, "latent")["samples"])
+        first, second, third, fourth = pictures
+        assert not torch.equal(first, second) and torch.equal(second, third) and torch.equal(first, fourth)
+        assert server.text().count("transformer fp32 on cpu loaded") == loaded_before
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_repaired_processor_is_not_mistaken_for_the_old_one(
+    client: Client, work: Path, tiny_folder: Path
+) -> None:
+    folder = work / "models" / "diffusers" / "repaired"
+    shutil.copytree(tiny_folder, folder)
+    tokenizer = folder / "processor" / "tokenizer_config.json"
+    good = tokenizer.read_text(encoding="utf-8")
+    try:
+        tokenizer.write_text(json.dumps(json.loads(good) | {"model_max_length": 2048}), encoding="utf-8")
+        succeed(client, edit_prompt("repaired"))
+        tokenizer.write_text(good, encoding="utf-8")
+        assert ENCODE in succeed(client, edit_prompt("repaired")).executed
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_new_checkpoint_is_listed_and_a_byte_order_mark_does_not_hide_it(
+    client: Client, work: Path, tiny_folder: Path
+) -> None:
+    def listed() -> list[str]:
+        info = client.get("/object_info/FireRedLoadVAE")["FireRedLoadVAE"]
+        return info["input"]["required"]["checkpoint"][1]["options"]
+
+    folder = work / "models" / "diffusers" / "marked"
+    assert "marked" not in listed()
+    shutil.copytree(tiny_folder, folder)
+    try:
+        index = folder / "model_index.json"
+        index.write_text(index.read_text(encoding="utf-8"), encoding="utf-8-sig")
+        assert "marked" in listed()
+        succeed(client, edit_prompt("marked"))
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_defaults_need_not_be_sent(client: Client) -> None:

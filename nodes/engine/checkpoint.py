@@ -6,9 +6,13 @@ Format of the weights: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
+import math
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -50,8 +54,56 @@ DTYPES = {
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # where there is no index
+# The same with a variant in the name, as save_pretrained(variant="fp16") writes it.
+VARIANT = re.compile(r"(diffusion_pytorch_model|model)\.(safetensors\.index\.[^.]+\.json|[^.]+\.safetensors)")
+SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
+OTHER_WEIGHTS = (".safetensors", ".sft", ".bin", ".gguf", ".pt", ".pth", ".ckpt")
 MAX_PINNED_BYTES = 2**28
 MAX_HEADER_BYTES = 100_000_000  # the limit the safetensors library itself enforces
+SAMPLED_BYTES = 2**22  # about what is read of a big file to recognise it
+MIN_SAMPLE_BYTES = 2**12  # of each tensor
+MAX_DEPTH = 5  # of a checkpoint below its root: a Hugging Face cache has it in models--NAME/snapshots/HASH
+NEVER_SEARCHED = "blobs"  # of a Hugging Face cache; and what is hidden
+
+# What the configs must say where they say anything: the class, or for the text encoder the kind of model.
+# transformers always writes `model_type`, but `architectures` at the top, inside text_config or nowhere.
+CLASS_KEYS = {
+    "transformer": ("_class_name", "QwenImageTransformer2DModel"),
+    "text_encoder": ("model_type", "qwen2_5_vl"),
+    "vae": ("_class_name", "AutoencoderKLQwenImage"),
+    "scheduler": ("_class_name", "FlowMatchEulerDiscreteScheduler"),
+}
+# What diffusers takes for the numbers we read where a config leaves them out.
+DEFAULTS: dict[str, dict[str, int | float]] = {
+    "transformer": {
+        "num_layers": 60,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 3584,
+    },
+    "vae": {"base_dim": 96},
+    "scheduler": {
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+        "shift": 1.0,
+    },
+}
+# What these nodes compute. A config that asks for something else would silently get another picture.
+COMPUTED: dict[str, dict[str, int | bool]] = {
+    "transformer": {
+        "patch_size": 2,
+        "in_channels": 64,
+        "out_channels": 16,
+        "guidance_embeds": False,
+        "use_additional_t_cond": False,
+        "use_layer3d_rope": False,
+    },
+    "vae": {"z_dim": 16, "input_channels": 3},
+    "scheduler": {"num_train_timesteps": 1000, "stochastic_sampling": False},
+}
+QUANTIZED_CONFIGS = ("quantization_config", "compression_config")
 
 
 @dataclass(frozen=True)
@@ -65,9 +117,34 @@ class Component:
         return self.folder.name
 
     def config(self) -> dict[str, Any]:
-        """The component's own config.json (scheduler_config.json for the scheduler)."""
-        name = "scheduler_config.json" if self.name == "scheduler" else "config.json"
-        return read_json(self.folder / name)
+        """The component's own config.json (scheduler_config.json for the scheduler), checked.
+
+        Numbers that we read and it leaves out have diffusers' defaults. Raises CheckpointError for another
+        model, for weights that are quantised already, and for what these nodes would compute differently.
+        """
+        path = self.folder / ("scheduler_config.json" if self.name == "scheduler" else "config.json")
+        config = read_json(path)
+        key, expected = CLASS_KEYS[self.name]
+        found = config.get(key) or expected
+        if found != expected:
+            raise CheckpointError(
+                f"{self.folder} holds a {found}, not a {expected} ({path.name} says so). Download the "
+                f"original {self.name} folder."
+            )
+        for part in (config, config.get("text_config")):
+            for name in QUANTIZED_CONFIGS:
+                if isinstance(part, dict) and part.get(name):
+                    raise already_quantized(self.folder, f"{path.name} has a {name}")
+        for name, value in COMPUTED.get(self.name, {}).items():
+            if config.get(name, value) != value:
+                raise CheckpointError(
+                    f"{path} sets {name} to {config[name]!r}; these nodes compute {value!r} only. Use the "
+                    f"{self.name} folder of a FireRed-Image-Edit or Qwen-Image-Edit checkpoint."
+                )
+        config = DEFAULTS.get(self.name, {}) | config
+        for name, default in DEFAULTS.get(self.name, {}).items():
+            _require_number(path, name, config[name], whole=isinstance(default, int))
+        return config
 
     def shards(self) -> list[Path]:
         """The weight files, each checked to be complete. Raises CheckpointError naming one that is not."""
@@ -77,19 +154,35 @@ class Component:
         return shards
 
     def _shard_paths(self) -> list[Path]:
-        indexes = sorted(self.folder.glob("*.safetensors.index.json"))
-        if indexes:
-            names = sorted(set(read_json(indexes[0]).get("weight_map", {}).values()))
-        else:
-            names = [name for name in WEIGHT_FILES if (self.folder / name).is_file()]
-        if not names and any(self.folder.glob("*-of-*.safetensors")):
+        files = self._file_names()
+        plain = [name for name in files if name.endswith(".safetensors.index.json")]
+        plain += [name for name in WEIGHT_FILES if name in files]
+        variants = [name for name in files if VARIANT.fullmatch(name) and not SHARD.fullmatch(name)]
+        if not plain and len(variants) > 1:
+            raise CheckpointError(
+                f"{self.folder} has several variants of its weights: {', '.join(variants)}. Keep one of them."
+            )
+        for name in plain or variants:
+            path = self.folder / name
+            return _indexed_shards(path) if name.endswith(".json") else [path]
+        if any(map(SHARD.fullmatch, files)):
             raise CheckpointError(
                 f"{self.folder} has no *.safetensors.index.json beside its shards. Download it again; they "
                 f"can stay."
             )
-        if not names:
+        others = [name for name in files if name.endswith(OTHER_WEIGHTS)]
+        if not others:
             raise CheckpointError(f"No .safetensors weights in {self.folder}. Download the folder again.")
-        return [self.folder / name for name in names]
+        raise CheckpointError(
+            f"No .safetensors weights in {self.folder} that these nodes read ({' or '.join(WEIGHT_FILES)}): "
+            f"it has {', '.join(others)}. Download the safetensors files of the original folder."
+        )
+
+    def _file_names(self) -> list[str]:
+        try:
+            return sorted(os.listdir(self.folder))
+        except OSError as error:
+            raise CheckpointError(f"{self.folder} cannot be read ({error}). Check the disk.") from error
 
     def stored(self) -> dict[str, dict[str, Any]]:
         """Dtype, shape and offsets of every stored tensor, by name; the files are checked as by shards."""
@@ -103,13 +196,16 @@ class Component:
             yield from read_tensors(shard, wanted, borrowed_for)
 
     def identity(self) -> str:
-        """A short hash that changes when the component's files do (names, sizes, times; not contents)."""
-        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        stats = [
-            (str(path.relative_to(self.folder)), path.stat().st_size, path.stat().st_mtime_ns)
-            for path in files
-        ]
-        return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+        """A short hash of the component's files: names, sizes, times and what they hold.
+
+        Of small files it is all they hold; of big ones the header, a block from the middle of every tensor,
+        and the end. So two fine-tunes differ, also where every file has one size and one time. What it cannot
+        tell apart is a change inside big tensors that leaves their sampled blocks, the size and the times as
+        they were. Each version of a file is read once in a process.
+        """
+        files = {path.relative_to(self.folder).as_posix(): path for path in self.folder.rglob("*")}
+        shown = [name for name in sorted(files) if not name.startswith(".") and "/." not in name]
+        return _digest([(name, *file_identity(files[name])) for name in shown if files[name].is_file()])
 
 
 @dataclass(frozen=True)
@@ -132,13 +228,23 @@ class Checkpoint:
         return component
 
     def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the latent channels, each (1, 16, 1, 1, 1) FP32 on the CPU."""
-        config = (
-            Component(self.folder / "vae").config() if (self.folder / "vae" / "config.json").is_file() else {}
-        )
-        mean = torch.tensor(config.get("latents_mean", LATENTS_MEAN))
-        std = torch.tensor(config.get("latents_std", LATENTS_STD))
-        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+        """Mean and standard deviation of the latent channels, each (1, 16, 1, 1, 1) FP32 on the CPU.
+
+        Raises CheckpointError where the VAE's config.json has others than 16 numbers.
+        """
+        path = self.folder / "vae" / "config.json"
+        config = read_json(path) if path.is_file() else {}
+        mean = config.get("latents_mean", LATENTS_MEAN)
+        std = config.get("latents_std", LATENTS_STD)
+        for name, values in (("latents_mean", mean), ("latents_std", std)):
+            if not isinstance(values, list | tuple) or len(values) != len(LATENTS_MEAN):
+                raise CheckpointError(
+                    f"{path}: {name} is {values!r}; it must be a list of {len(LATENTS_MEAN)} numbers. "
+                    "Download this file again."
+                )
+            for value in values:
+                _require_number(path, name, value, positive=name == "latents_std")
+        return torch.tensor(mean).view(1, -1, 1, 1, 1), torch.tensor(std).view(1, -1, 1, 1, 1)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -155,36 +261,140 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def find_checkpoints(roots: Iterable[str | Path]) -> dict[str, Path]:
-    """Every edit-pipeline folder below the given roots, by its path relative to its root (with `/`)."""
+    """Every edit-pipeline folder below the given roots, by its path relative to its root (with `/`).
+
+    Each real folder is looked at once, whatever links lead to it, and where it is before where a link leads.
+    Nothing is looked for below a folder with a model_index.json, in caches and hidden folders, or deeper than
+    MAX_DEPTH.
+    """
     found: dict[str, Path] = {}
-    for root in map(Path, roots):
-        for folder, subfolders, files in os.walk(root, followlinks=True):
-            if "model_index.json" not in files:
-                continue
-            subfolders.clear()
-            try:
-                checkpoint = open_checkpoint(Path(folder))
-            except CheckpointError:
-                continue
-            found.setdefault(checkpoint.folder.relative_to(root).as_posix(), checkpoint.folder)
+    for root, folder in _pipeline_folders([Path(root) for root in roots]):
+        with contextlib.suppress(CheckpointError):
+            found.setdefault(folder.relative_to(root).as_posix(), open_checkpoint(folder).folder)
     return dict(sorted(found.items()))
+
+
+def _pipeline_folders(roots: list[Path]) -> Iterator[tuple[Path, Path]]:
+    """Each folder that has a model_index.json, after the root that it is below."""
+    folders = [(root, root, 0) for root in reversed(roots)]
+    links: list[tuple[Path, Path, int]] = []
+    seen: set[tuple[int, object]] = set()
+    while folders or links:
+        root, folder, depth = folders.pop() if folders else links.pop()
+        try:
+            there = os.stat(folder)
+            real = there.st_dev, there.st_ino or os.path.realpath(folder)  # some drives number nothing
+            if real in seen:
+                continue
+            seen.add(real)
+            with os.scandir(folder) as listed:
+                entries = sorted(listed, key=lambda entry: entry.name, reverse=True)
+            below = [entry for entry in entries if _is_searched(entry)]
+        except (OSError, ValueError):  # not there, not ours to read, or a name this system cannot hold
+            continue
+        if any(entry.name == "model_index.json" for entry in entries):
+            yield root, folder
+        elif depth < MAX_DEPTH:
+            for entry in below:
+                (links if entry.is_symlink() else folders).append((root, folder / entry.name, depth + 1))
+
+
+def _is_searched(entry: os.DirEntry[str]) -> bool:
+    return not entry.name.startswith(".") and entry.name != NEVER_SEARCHED and entry.is_dir()
 
 
 def download_hint() -> str:
     return f"Get FireRed with: {DOWNLOAD_COMMAND}"
 
 
+def already_quantized(folder: Path, sign: str) -> CheckpointError:
+    """What to say of weights that somebody else quantised. sign: what shows it."""
+    return CheckpointError(
+        f"{folder} is quantised already ({sign}), in a form these nodes do not read. Download the original "
+        f"folder with BF16 weights; the loader's precision (int8 or nf4) makes them as small."
+    )
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from disk. Raises CheckpointError when it is missing or not one."""
+    """A JSON object from disk, in UTF-8 or UTF-16, with or without a byte order mark.
+
+    Raises CheckpointError when it is missing or not one.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing. Download the checkpoint again.") from None
-    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is missing. Download this file again; the others can stay.") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}). Download this file again.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a JSON object. Download this file again.")
     return content
+
+
+def _require_number(
+    path: Path, name: str, value: object, whole: bool = False, positive: bool = False
+) -> None:
+    kind = int if whole else int | float
+    good = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or ((whole or positive) and value <= 0):  # type: ignore[operator]
+        wanted = "a whole number above 0" if whole else "a number above 0" if positive else "a number"
+        raise CheckpointError(f"{path}: {name} is {value!r}; it must be {wanted}. Download this file again.")
+
+
+def _indexed_shards(index: Path) -> list[Path]:
+    """The weight files that an index lists, all beside it."""
+    weight_map = read_json(index).get("weight_map")
+    names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    if not names or any(name != os.path.basename(name) for name in names):
+        raise CheckpointError(
+            f"{index} has no weight_map that names the weight files. Download this file again; the others "
+            f"can stay."
+        )
+    return [index.with_name(name) for name in sorted(names)]
+
+
+def file_identity(path: Path) -> tuple[int, int, str]:
+    """A file's size, its time in nanoseconds and a digest of what it holds (see Component.identity).
+
+    All zero and empty where it cannot be read.
+    """
+    try:
+        stat = path.stat()
+        version = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+        return stat.st_size, stat.st_mtime_ns, _content(os.fspath(path), *version)
+    except (OSError, ValueError):
+        return 0, 0, ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _content(path: str, size: int, *version: int) -> str:
+    """A digest of samples of a file. version: of the file, so that each is read once."""
+    hashed = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        for start, length in _samples(Path(path), size):
+            file.seek(start)
+            hashed.update(file.read(length))
+    return hashed.hexdigest()
+
+
+def _samples(path: Path, size: int) -> Iterator[tuple[int, int]]:
+    """Start and length of what is read of a file, in its order."""
+    if size <= SAMPLED_BYTES or path.suffix == ".json":
+        yield 0, size
+        return
+    try:
+        header, start_of_data = _read_header(path)
+    except CheckpointError:
+        header, start_of_data = {}, SAMPLED_BYTES
+    yield 0, start_of_data
+    length = max(MIN_SAMPLE_BYTES, SAMPLED_BYTES // max(len(header), 1))
+    for start, end in sorted(info["data_offsets"] for info in header.values()):
+        yield start_of_data + max(start, (start + end - length) // 2), min(length, end - start)
+    yield size - MIN_SAMPLE_BYTES, MIN_SAMPLE_BYTES
+
+
+def _digest(parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:

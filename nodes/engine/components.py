@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .checkpoint import DTYPES, Checkpoint
-from .errors import FireRedError
+from .checkpoint import DTYPES, Checkpoint, already_quantized, read_header, read_json, stored_bytes
+from .errors import CheckpointError, FireRedError
 from .estimates import GIB, RESERVED_BYTES, Edit, workspace_bytes
 from .precision import ROLE_PRECISIONS, Card, Precision, resolve
 
@@ -19,9 +19,19 @@ TEXT_ENCODER_PREFIXES = {
     "model.visual.": "visual.",
     "visual.": "visual.",
     "model.": "language_model.",
+    "language_model.": "language_model.",
 }
 MODULATION = re.compile(r"transformer_blocks\.\d+\.(img|txt)_mod\.")  # folded, see modulation.py
 CONV_3D = 5  # dimensions of its weight
+# What other libraries store beside or instead of a weight: bitsandbytes, compressed-tensors, ComfyUI, GPTQ,
+# AWQ, nunchaku.
+QUANTIZED = re.compile(
+    r"scaled_fp8|.*\.(SCB|weight_format|(nested_)?absmax|(nested_)?quant_map|quant_state\..*|weight_scale|"
+    r"input_scale|scale_weight|scale_input|comfy_quant|weight_packed|qweight|qzeros|wscales)"
+)
+# A processor as transformers 5 and 4 store it, and its tokenizer.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 BIG_MATRICES = {
     "transformer": re.compile(r"transformer_blocks\..*\.weight"),
     "text_encoder": re.compile(r"language_model\.layers\..*_proj\.weight"),
@@ -39,6 +49,7 @@ class ComponentSpec:
 
     role: the component's folder in the checkpoint, `transformer`, `text_encoder` or `vae`.
     identity: of that folder's files, so that replaced files are loaded anew.
+    processor: the identity of the files that a text encoder is loaded with, beside its own.
     """
 
     role: str
@@ -47,6 +58,7 @@ class ComponentSpec:
     device: torch.device
     card: Card
     identity: str
+    processor: str = ""
 
     def __str__(self) -> str:
         """As people read it in logs and errors: "transformer int8, fp32 math, on gpu:0 (Tesla P40)"."""
@@ -78,8 +90,74 @@ class ComponentSpec:
             elif self.precision.format and is_big_matrix(self.role, name):
                 total += numel * self.precision.weight_bytes
             else:
-                total += numel * (self.precision.storage or DTYPES[info["dtype"]]).itemsize
+                storage = self.precision.storage
+                total += numel * storage.itemsize if storage else stored_bytes(info)
         return int(total)
+
+    def require_unchanged(self) -> None:
+        """Raise CheckpointError where the files are not those that this describes.
+
+        What is made from them is kept under the identities above, and must not come from other files.
+        """
+        if (self.identity, self.processor) != identities(self.role, self.checkpoint):
+            raise CheckpointError(
+                f"The files of the {self.role.replace('_', ' ')} in {self.checkpoint.folder} changed while "
+                f"they were in use. Run the prompt again."
+            )
+
+
+def identities(role: str, checkpoint: Checkpoint) -> tuple[str, str]:
+    """What ComponentSpec calls `identity` and `processor`."""
+    beside = checkpoint.component("processor").identity() if role == "text_encoder" else ""
+    return checkpoint.component(role).identity(), beside
+
+
+def fingerprint(role: str, checkpoint: Checkpoint) -> str:
+    """Changes when anything does that a result of this component depends on.
+
+    Of the transformer that is also the schedule and the latents' statistics, which the sampler reads anew for
+    each run, so that they are no part of its spec: its weights stay loaded when they change.
+    """
+    try:
+        parts: list[object] = list(identities(role, checkpoint))
+        if role == "transformer":
+            parts += [checkpoint.component("scheduler").config()]
+            parts += [statistics.tolist() for statistics in checkpoint.latent_statistics()]
+        return repr(parts)
+    except CheckpointError as error:
+        return str(error)  # the node itself says it
+
+
+def require_usable(role: str, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError saying which file of a component is missing, damaged or not for these nodes."""
+    component = checkpoint.component(role)
+    component.config()
+    for shard in component.shards():
+        for name, info in read_header(shard).items():
+            if QUANTIZED.fullmatch(name):
+                raise already_quantized(component.folder, f"it holds {name}")
+            needed = MODULATION.match(name) or model_name(role, name) is not None
+            if needed and info["dtype"] not in DTYPES:
+                raise CheckpointError(
+                    f"{shard}: {name} is stored as {info['dtype']}, which these nodes do not read. Download "
+                    f"the original folder with BF16 weights."
+                )
+
+
+def require_beside(role: str, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError naming what a component needs outside its own folder and does not find there."""
+    if role == "transformer":
+        checkpoint.component("scheduler").config()
+        checkpoint.latent_statistics()
+    if role == "text_encoder":
+        folder = checkpoint.component("processor").folder
+        for names in (PROCESSOR_FILES, TOKENIZER_FILES):
+            if not any((folder / name).is_file() for name in names):
+                raise CheckpointError(
+                    f"{folder} has no {' or '.join(names)}. Download this folder again; the others can stay."
+                )
+        for path in folder.glob("*config.json"):
+            read_json(path)
 
 
 def describe(
@@ -91,9 +169,9 @@ def describe(
     math: str = "auto",
 ) -> ComponentSpec:
     """Describe a component after checking that its files are all there. Raises CheckpointError."""
-    component = checkpoint.component(role)
-    component.shards()
-    return ComponentSpec(role, checkpoint, resolve(precision, card, math), device, card, component.identity())
+    require_usable(role, checkpoint)
+    resolved = resolve(precision, card, math)
+    return ComponentSpec(role, checkpoint, resolved, device, card, *identities(role, checkpoint))
 
 
 def model_name(role: str, stored: str) -> str | None:

@@ -6,7 +6,10 @@ Host memory stays small whatever the checkpoint's size: two tensors are in fligh
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import shutil
+import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,16 +22,19 @@ from accelerate.utils import set_module_tensor_to_device
 
 from .arithmetic import exact_fp32
 from .cache import CacheWriter, DiskCache
-from .checkpoint import DTYPES, Component, Layout, read_header, read_tensors, stored_bytes
+from .checkpoint import DTYPES, Component, Layout, read_header, read_json, read_tensors, stored_bytes
 from .components import ComponentSpec, model_name
 from .errors import CheckpointError
 from .formats import FORMATS, QuantizedLinear
 from .layers import is_stored, keep_single_frames, own_caches, prepare_layers
 from .modulation import Modulation
 from .progress import OnProgress, untold
-from .text import TextEncoder
+from .text import PROMPT_TEMPLATE, PROMPT_TEMPLATE_TOKENS, TextEncoder
 
 log = logging.getLogger("FireRed")
+
+TRANSFORMERS_4 = transformers.__version__.startswith("4.")
+KNOWN_WORD = "Describe"  # of the template: every tokenizer of this model has tokens for it
 
 
 @exact_fp32()
@@ -40,7 +46,10 @@ def load(spec: ComponentSpec, on_progress: OnProgress = untold, cache: DiskCache
     quantised weights are kept, if anywhere. Raises CheckpointError for files that are missing, truncated or
     of another model. `on_progress` may raise to cancel.
     """
-    return LOADERS[spec.role](spec, on_progress, cache)
+    spec.require_unchanged()
+    component = LOADERS[spec.role](spec, on_progress, cache)
+    spec.require_unchanged()
+    return component
 
 
 def load_transformer(
@@ -66,20 +75,99 @@ def load_vae(
 
 def load_text_encoder(spec: ComponentSpec, on_progress: OnProgress, cache: DiskCache | None) -> TextEncoder:
     component = spec.checkpoint.component(spec.role)
-    config = transformers.Qwen2_5_VLConfig.from_dict(
-        _config_of(component, "Qwen2_5_VLForConditionalGeneration")
-    )
-    processor_folder = spec.checkpoint.component("processor").folder
-    try:
-        processor = transformers.Qwen2VLProcessor.from_pretrained(processor_folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{processor_folder} cannot be read ({error}). Download this folder again."
-        ) from error
-    with init_empty_weights():
+    config = _text_encoder_config(component)
+    folder = spec.checkpoint.component("processor").folder
+    processor = _load_processor(folder)
+    _require_this_models(processor, config, folder)
+    with _described_by(component), init_empty_weights():
         model = transformers.Qwen2_5_VLModel(config)
     _fill(model, spec, on_progress, cache)
     return TextEncoder(model.eval(), processor, spec.device)
+
+
+def _text_encoder_config(component: Component) -> transformers.Qwen2_5_VLConfig:
+    content = component.config()
+    text = content.get("text_config") or content  # flat in the oldest checkpoints
+    rope = text.get("rope_parameters")  # as transformers 5 spells it
+    if TRANSFORMERS_4 and isinstance(rope, dict) and not text.get("rope_scaling"):
+        text["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+        text["rope_theta"] = rope.get("rope_theta", 1e6)
+    with _described_by(component):
+        return transformers.Qwen2_5_VLConfig.from_dict(content)
+
+
+def _load_processor(folder: Path) -> transformers.Qwen2VLProcessor:
+    # transformers 5 stores these as a list, at which 4.57 stumbles; the tokenizer's own file has them too.
+    options: dict[str, Any] = {"extra_special_tokens": {}} if TRANSFORMERS_4 else {}
+    try:
+        with _without_byte_order_marks(folder) as readable:
+            return transformers.Qwen2VLProcessor.from_pretrained(readable, local_files_only=True, **options)
+    except Exception as error:  # whatever a damaged file makes the two libraries raise
+        raise CheckpointError(f"{folder} cannot be read ({error}). Download this folder again.") from error
+
+
+@contextlib.contextmanager
+def _without_byte_order_marks(folder: Path) -> Iterator[Path]:
+    """The folder, or for as long as the block runs a copy whose JSON files the libraries can read too.
+
+    Raises CheckpointError for a file that is not JSON.
+    """
+    contents = {path: read_json(path) for path in sorted(folder.glob("*.json"))}
+    marked = [path for path in contents if path.read_bytes()[:2] in (b"\xef\xbb", b"\xff\xfe", b"\xfe\xff")]
+    if not marked:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(shutil.copytree(folder, Path(temporary) / folder.name))
+        for path in marked:
+            (copy / path.name).write_text(json.dumps(contents[path]), encoding="utf-8")
+        yield copy
+
+
+def _require_this_models(
+    processor: transformers.Qwen2VLProcessor, config: transformers.Qwen2_5_VLConfig, folder: Path
+) -> None:
+    """Raise CheckpointError unless the processor is the one that this text encoder was trained with.
+
+    transformers takes a folder without its vocabulary for a tokenizer that knows no word.
+    """
+    tokenizer, images, vision = processor.tokenizer, processor.image_processor, config.vision_config
+    words = tokenizer(KNOWN_WORD).input_ids
+    template = tokenizer(PROMPT_TEMPLATE.partition("{}")[0]).input_ids
+    found: dict[str, tuple[object, object]] = {
+        f"tokens before the prompt ({KNOWN_WORD!r} has {len(words)})": (len(template), PROMPT_TEMPLATE_TOKENS)
+    }
+    for name in ("image", "video"):
+        token = f"<|{name}_pad|>"
+        expected = getattr(config, f"{name}_token_id")
+        found[f"the number of the token {token}"] = (tokenizer.convert_tokens_to_ids(token), expected)
+    for name in ("patch_size", "temporal_patch_size"):
+        found[f"the image processor's {name}"] = (getattr(images, name), getattr(vision, name))
+    found["the image processor's merge_size"] = (images.merge_size, vision.spatial_merge_size)
+    for what, (here, expected) in found.items():
+        if here != expected:
+            raise CheckpointError(
+                f"{folder} is not the processor of this text encoder, or its vocabulary is missing: {what} "
+                f"is {here}, not {expected}. Download the {folder.name} folder of the same checkpoint again."
+            )
+    highest, words_known = max(tokenizer.get_vocab().values()), config.text_config.vocab_size
+    if highest >= words_known:
+        raise CheckpointError(
+            f"{folder} is not the processor of this text encoder: it has a token {highest}, the text "
+            f"encoder knows {words_known}. Download the {folder.name} folder of the same checkpoint again."
+        )
+
+
+@contextlib.contextmanager
+def _described_by(component: Component) -> Iterator[None]:
+    """Say which config.json it is that a library cannot build its model from."""
+    try:
+        yield
+    except Exception as error:  # the libraries check values each in its own way
+        raise CheckpointError(
+            f"{component.folder / 'config.json'} does not describe a model that can be built ({error}). "
+            "Download this file again."
+        ) from error
 
 
 LOADERS: dict[str, Callable[[ComponentSpec, OnProgress, DiskCache | None], Any]] = {
@@ -90,19 +178,10 @@ LOADERS: dict[str, Callable[[ComponentSpec, OnProgress, DiskCache | None], Any]]
 
 
 def _build_diffusers(model_class: Any, spec: ComponentSpec) -> Any:
-    config = _config_of(spec.checkpoint.component(spec.role), model_class.__name__)
-    with init_empty_weights():
-        return model_class.from_config(config)
-
-
-def _config_of(component: Component, expected: str) -> dict[str, Any]:
+    component = spec.checkpoint.component(spec.role)
     config = component.config()
-    found = config.get("_class_name") or (config.get("architectures") or [None])[0]
-    if found != expected:
-        raise CheckpointError(
-            f"{component.folder} holds a {found}, not a {expected}. Download the checkpoint again."
-        )
-    return config
+    with _described_by(component), init_empty_weights():
+        return model_class.from_config(config)
 
 
 def _fill(
@@ -130,6 +209,7 @@ def _fill(
     total = sum(map(stored_bytes, stored.values()))
     try:
         _fill_from(model, spec, _renamed_tensors(component, spec), total, on_progress, writer)
+        spec.require_unchanged()  # before what was made of the files is kept under their identity
         if writer is not None:
             writer.finish()
     finally:

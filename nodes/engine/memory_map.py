@@ -17,6 +17,7 @@ TITLE, TEXT, LINE = 30, 23, 34
 BAR = 58
 LEGEND = "Dark: weights. Light: what the largest works with. Grey: free, then driver and other programs."
 BACKGROUND, INK, FAINT, FREE, TAKEN = "#ffffff", "#1c2330", "#5d6778", "#e8ecf1", "#b9c1cc"
+PROBLEM = "#b3261e"
 COLOURS = {"transformer": "#2f6fb4", "text_encoder": "#2e8b62", "vae": "#b3641d"}
 WORKSPACE = {"transformer": "#a9c8e8", "text_encoder": "#a8d8c0", "vae": "#eec79f"}
 
@@ -40,6 +41,8 @@ def draw_memory_map(placement: Placement) -> Image.Image:
     top += LINE // 2
     for place in placement.places:
         top = _write(draw, top, place.description, TEXT, COLOURS[place.role])
+    for problem in placement.problems.values():
+        top = _write(draw, top, f"problem: {problem}", TEXT, PROBLEM)
     top += LINE // 2
     for alternative in placement.rejected:
         top = _write(draw, top, f"not {alternative}", TEXT, FAINT)

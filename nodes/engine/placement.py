@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .checkpoint import Checkpoint
-from .components import ComponentSpec
+from .components import ComponentSpec, require_beside, require_usable
 from .errors import CheckpointError
 from .estimates import GIB, Edit, Shape, step_seconds, workspace_bytes
 from .machine import Device, Machine
@@ -51,22 +51,29 @@ def place(
 
     On each device the first of `preferences` that fits alone is the precision. Among devices: what loses
     least, then what need not share. A component that fits nowhere still gets a place, which says so (`fits`).
-    modes: the ways to spread the transformer that can run here. Components missing from the checkpoint are
-    left out.
+    modes: the ways to spread the transformer that can run here. Components that are missing or damaged are
+    left out; `problems` says why.
     Raises InputError for a device this machine has not.
     """
     planner = _Planner(machine, checkpoint, edit, runs)
     places: list[Place] = []
     rejected: list[str] = []
+    problems: dict[str, str] = {}
     for role in ROLES:
         try:
+            require_usable(role, checkpoint)
             chosen, against = planner.choose(role, (fixed or {}).get(role, Fixed()), places)
-        except CheckpointError:  # whoever asks for this one is told; the others can do without
+        except CheckpointError as error:  # whoever asks for this one is told; the others can do without
+            problems[role] = str(error)
             continue
         places.append(chosen)
         rejected += against
+        try:
+            require_beside(role, checkpoint)
+        except CheckpointError as error:
+            problems[role] = str(error)
     if not places or places[0].role != "transformer":
-        return Placement(machine, edit, tuple(places), "none", None, tuple(rejected))
+        return Placement(machine, edit, tuple(places), "none", None, tuple(rejected), problems)
     wish = (fixed or {}).get("transformer", Fixed())
     replica, against = planner.replica(places, wish, available="cfg" in modes)
     transformers = [places[0], *([replica] if replica else [])]
@@ -77,6 +84,7 @@ def place(
         "cfg" if replica else "none",
         planner.step_seconds(transformers),
         (*rejected, *against),
+        problems,
     )
 
 

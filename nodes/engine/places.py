@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from .errors import CheckpointError
 from .estimates import GIB, Edit
@@ -51,6 +51,7 @@ class Placement:
     """Where everything goes; in mode `cfg` the transformer has a second place.
 
     step_seconds: None where a card's speeds are not known. rejected: what was not chosen, each with why.
+    problems: by component, what is wrong with its files or with those beside it that it needs.
     """
 
     machine: Machine
@@ -59,13 +60,13 @@ class Placement:
     mode: str
     step_seconds: float | None
     rejected: tuple[str, ...]
+    problems: Mapping[str, str] = field(default_factory=dict)
 
     def place(self, role: str) -> Place:
-        """Raises CheckpointError for a component that the checkpoint does not have in order."""
-        for place in self.places:
-            if place.role == role:
-                return place
-        raise CheckpointError(f"The checkpoint's {role} folder is missing or damaged. Download it again.")
+        """Raises CheckpointError for a component that cannot be used, with the file and what is wrong."""
+        if role in self.problems:
+            raise CheckpointError(self.problems[role])
+        return next(place for place in self.places if place.role == role)
 
     def on(self, device: Device) -> tuple[Place, ...]:
         """What takes from that device's memory."""
@@ -98,6 +99,7 @@ class Placement:
 
     def __str__(self) -> str:
         lines = [place.description for place in self.places]
+        lines += [f"problem: {problem}" for problem in self.problems.values()]
         lines += [f"{names(turns)} take turns on {turns[0].device.card}" for turns in self.turns()]
         return "\n".join([*lines, self.speed, *(f"not {alternative}" for alternative in self.rejected)])
 

@@ -20,9 +20,8 @@ KEY = "encoded"  # the one tensor's name in a file
 
 def embedding_name(spec: ComponentSpec, prompt: str, pictures: Sequence[Image.Image]) -> str:
     """The file of a prompt's embedding about these pictures (8-bit RGB, in order)."""
-    processor = spec.checkpoint.component("processor").identity()
     computed = computing_environment(spec.device, "transformers", "bitsandbytes")
-    key = digest(RECIPE, *_identity(spec), processor, computed, prompt, *_contents(pictures))
+    key = digest(RECIPE, *_identity(spec), computed, prompt, *_contents(pictures))
     return f"{spec.checkpoint.name}-embedding-{key}"
 
 
@@ -62,7 +61,7 @@ def _keep(cache: DiskCache, name: str, tensor: torch.Tensor) -> None:
 
 def _identity(spec: ComponentSpec) -> tuple[object, ...]:
     """What of an encoder decides what it computes."""
-    return spec.role, spec.identity, spec.precision
+    return spec.role, spec.identity, spec.processor, spec.precision
 
 
 def _contents(pictures: Sequence[Image.Image]) -> list[bytes | tuple[int, int]]:

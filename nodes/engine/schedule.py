@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import torch
 
-from .errors import InputError
+from .errors import CheckpointError, InputError
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,21 @@ class Schedule:
 def make_schedule(config: dict[str, Any], steps: int, image_tokens: int) -> Schedule:
     """The flow-match schedule of `steps` steps for an image of `image_tokens` packed tokens.
 
-    config: the checkpoint's scheduler_config.json. Raises InputError for fewer than one step.
+    config: the checkpoint's scheduler_config.json. Raises InputError for fewer than one step, and
+    CheckpointError for a config that diffusers refuses.
     """
     if steps < 1:
         raise InputError(f"steps is {steps}; it must be 1 or more.")
     if steps == 1:  # stretching a schedule that is only its first level to end elsewhere would be 0 / 0
         config = config | {"shift_terminal": None}
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=dynamic_shift(config, image_tokens))
+    try:
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+        sigmas, mu = np.linspace(1.0, 1 / steps, steps), dynamic_shift(config, image_tokens)
+        scheduler.set_timesteps(sigmas=sigmas, mu=mu)
+    except (ValueError, TypeError, ArithmeticError, ImportError) as error:
+        raise CheckpointError(
+            f"The checkpoint's scheduler_config.json cannot be used ({error}). Download this file again."
+        ) from error
     return Schedule(scheduler.sigmas, scheduler.timesteps / scheduler.config.num_train_timesteps)
 
 

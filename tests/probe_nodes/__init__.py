@@ -66,6 +66,19 @@ class ProbeConditioning(ProbeImage):
         return ([[embeds, dict(extras)] for _ in range(entries)],)
 
 
+class ProbeChoice(Probe):
+    """What a combo takes over a link: any JSON value."""
+
+    RETURN_TYPES = ("COMBO",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": ("STRING", {})}}
+
+    def execute(self, value):
+        return (json.loads(value),)
+
+
 class ProbeKeep(Probe):
     """Writes its value to output/NAME.pt."""
 
@@ -176,5 +189,14 @@ class ProbeCLIP(Probe):
         return (clip,)
 
 
-PROBES = (ProbeImage, ProbeLatent, ProbeConditioning, ProbeKeep, ProbeResidents, ProbeEviction, ProbeCLIP)
+PROBES = (
+    ProbeImage,
+    ProbeLatent,
+    ProbeConditioning,
+    ProbeChoice,
+    ProbeKeep,
+    ProbeResidents,
+    ProbeEviction,
+    ProbeCLIP,
+)
 NODE_CLASS_MAPPINGS = {probe.__name__: probe for probe in PROBES}
