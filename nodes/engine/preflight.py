@@ -139,6 +139,8 @@ def unfused_attention(device: torch.device) -> frozenset[tuple[str, torch.dtype]
 def _fuses(
     head_size: int, dtype: torch.dtype, backends: tuple[SDPBackend, ...], device: torch.device
 ) -> bool:
+    if not backends:
+        return False
     heads = torch.zeros((1, 1, 64, head_size), dtype=dtype, device=device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each backend tells why it does not run
@@ -149,7 +151,7 @@ def _fuses(
             raise
         except RuntimeError:
             return False
-    return bool(backends)
+    return True
 
 
 def device_memory(device: torch.device) -> Memory | None:
