@@ -41,10 +41,11 @@ class FireRedDecode(io.ComfyNode):
     def execute(
         cls, vae: host.Handle, latent: dict[str, Any], tiling: str = "auto", guard: str = STOP
     ) -> io.NodeOutput:
-        from .engine.vae import decode, decoding_bytes
+        from .engine.vae import decode, decoding_bytes, require_room_to_decode
 
         samples = require_latents(latent["samples"], "The latent to decode")
         *_, height, width = samples.shape
+        require_room_to_decode(vae.spec, height, width, tiling, host.room(vae.spec))
         with host.borrow(vae, decoding_bytes(vae.spec, height, width, tiling)) as autoencoder:
             free = host.free_memory(vae.spec.device)
             image = decode(autoencoder, vae.spec, samples, tiling, free, guard)

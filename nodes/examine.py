@@ -112,6 +112,7 @@ def _measure_transformer(
         seed=seed,
         samples=samples,
     )
+    plan.require_room(host.room(spec))
     with host.borrow(transformer, plan.working_bytes()) as model:
         return spec, measure_transformer(model, plan, looked_at, samples, host.progress_reporter())
 

@@ -29,16 +29,24 @@ from comfy_execution.utils import get_executing_context
 
 from .engine.cache import DiskCache
 from .engine.checkpoint import Checkpoint, download_hint, find_checkpoints, open_checkpoint
-from .engine.components import GIB, ComponentSpec, fingerprint, identities, require_fit, working_bytes
+from .engine.components import (
+    GIB,
+    ComponentSpec,
+    fingerprint,
+    identities,
+    require_fit,
+    require_room,
+    working_bytes,
+)
 from .engine.errors import CheckpointError, FireRedError, InputError
-from .engine.estimates import Edit
+from .engine.estimates import RESERVED_BYTES, Edit
 from .engine.heartbeat import heartbeat_where_compiled
 from .engine.kernels import require_kernels
-from .engine.machine import Device, Machine
+from .engine.machine import Device, Machine, unusable
 from .engine.placement import Fixed, place
 from .engine.places import Placement
 from .engine.precision import MATH, ROLE_PRECISIONS, Card, Precision
-from .engine.preflight import preflight
+from .engine.preflight import preflight, unfused_attention
 from .engine.progress import StepTimer, before_each_block
 from .engine.resume import SavedRun, is_run_name
 
@@ -52,6 +60,7 @@ DEFAULT_CACHE_GB = 100
 RUN_KEY = "firered_run"  # in a LATENT: the name of the run that made it
 QUEUE_SECONDS = 0.1  # between two looks at ComfyUI's queue
 RUNS_GB = 1  # of unfinished runs, 1 MB each for a picture of 1 megapixel
+RETRY_SECONDS = 60.0  # after which a card that could not be used is asked again
 PRECISION_FLAGS = {
     "transformer": "unet",
     "text_encoder": "text_enc",
@@ -237,7 +246,9 @@ def open_component(role: str, checkpoint: str, precision: str, device: str, math
     Raises FireRedError where it cannot run or does not fit.
     """
     spec, reason = _decide(role, checkpoint, precision, device, math)
-    log.info("%s, about %.1f GiB%s", spec, spec.nbytes() / GIB, f" ({reason})" if reason else "")
+    log.info(
+        "%s, about %.1f GiB%s%s", spec, spec.nbytes() / GIB, f" ({reason})" if reason else "", _scores(spec)
+    )
     require_kernels(spec.device)
     require_fit(spec)
     _require_library(spec.precision, spec.card)
@@ -248,9 +259,12 @@ def open_component(role: str, checkpoint: str, precision: str, device: str, math
     return Handle(spec, _patchers.get(spec) or _make_patcher(spec))
 
 
-def describe_component(role: str, checkpoint: str, precision: str, device: str) -> ComponentSpec:
-    """What open_component would open."""
-    return _decide(role, checkpoint, precision, device, "auto")[0]
+def _scores(spec: ComponentSpec) -> str:
+    """What attention without a fused kernel costs a usual edit, for the log; nothing where there is one."""
+    if spec.fused:
+        return ""
+    working = working_bytes(spec) / GIB
+    return f", attention without a fused kernel: {working:.1f} GiB to work with for a usual edit"
 
 
 def _decide(role: str, checkpoint: str, precision: str, device: str, math: str) -> tuple[ComponentSpec, str]:
@@ -261,6 +275,8 @@ def _decide(role: str, checkpoint: str, precision: str, device: str, math: str) 
     found = get_checkpoint(checkpoint)
     chosen = Fixed(_present(device, role), None if precision == "auto" else precision, math)
     placed = plan(found, fixed={role: chosen}).place(role)
+    if placed.device.fault:
+        raise FireRedError(f"The {placed.name} cannot run on {placed.device.card}. {placed.device.fault}")
     card = placed.device.card
     spec = ComponentSpec(role, found, placed.precision, _torch_device(card), card, *identities(role, found))
     return spec, placed.reason
@@ -299,31 +315,46 @@ def machine() -> Machine:
     import comfy.model_management as mm
 
     cpu, native_bf16 = torch.device("cpu"), mm.should_use_bf16(torch.device("cpu"))
-    memory, accelerators = mm.get_total_memory(cpu), _accelerators()
-    gpus = tuple(_describe_device(f"gpu:{index}", device) for index, device in enumerate(accelerators))
-    unified = mm.cpu_state == mm.CPUState.MPS or (bool(gpus) and all(map(_is_integrated, accelerators)))
-    return Machine(gpus, Device(Card("cpu", "cpu", native_bf16, memory, is_gpu=False), memory), unified)
+    memory = mm.get_total_memory(cpu)
+    gpus = tuple(_describe_device(f"gpu:{index}", device) for index, device in enumerate(_accelerators()))
+    answering = [gpu for gpu in gpus if not gpu.fault]
+    unified = mm.cpu_state == mm.CPUState.MPS or (
+        bool(answering) and all(gpu.integrated for gpu in answering)
+    )
+    card = Card("cpu", "cpu", native_bf16, memory, is_gpu=False, unfused=unfused_attention(cpu))
+    return Machine(gpus, Device(card, memory), unified)
+
+
+_faulty: dict[torch.device, tuple[float, Device]] = {}  # since when, on the monotonic clock
 
 
 def _describe_device(label: str, device: torch.device) -> Device:
-    """An accelerator as a place for components; one that cannot be used now is one without room."""
-    import comfy.model_management as mm
+    """An accelerator as a place for components; one that cannot be used now is one with a fault.
 
+    A card with a fault is asked again after RETRY_SECONDS: it may have been full, or in somebody's hands.
+    """
+    since, described = _faulty.get(device, (0.0, None))
+    if described is not None and time.monotonic() - since < RETRY_SECONDS:
+        return described
     try:
         return _measure_device(label, device)
-    except FireRedError as error:
-        log.warning("%s", error)
-        return Device(Card(label, _card_model(device), False, mm.get_total_memory(device)), free=0)
+    except Exception as error:  # a driver raises whatever it likes
+        faulty = unusable(label, error)
+    if described != faulty:
+        log.warning("%s is not used: %s", label, faulty.fault)
+    _faulty[device] = time.monotonic(), faulty
+    return faulty
 
 
 @functools.cache
 def _measure_device(label: str, device: torch.device) -> Device:
     import comfy.model_management as mm
 
-    speeds, memory = preflight(device).speeds, mm.get_total_memory(device)
-    card = Card(label, _card_model(device), speeds.bf16 is not None, memory)
+    report, memory = preflight(device), mm.get_total_memory(device)
+    native_bf16, unfused = report.speeds.bf16 is not None, unfused_attention(device)
+    card = Card(label, _card_model(device), native_bf16, memory, unfused=unfused)
     free = min(memory, free_memory(device, evicting=True)) - int((args.reserve_vram or 0) * GIB)
-    return Device(card, free, speeds, measured=True)
+    return Device(card, free, report.speeds, measured=True, integrated=_is_integrated(device))
 
 
 def _card_model(device: torch.device) -> str:
@@ -354,9 +385,7 @@ def _present(label: str, role: str) -> str | None:
 
 def _with_flags(role: str, wish: Fixed) -> Fixed:
     """What ComfyUI's command line says of what the user left free."""
-    import comfy.model_management as mm
-
-    if role == "vae" and mm.vae_device().type == "cpu" and wish.device is None:
+    if role == "vae" and args.cpu_vae and wish.device is None:
         wish = replace(wish, device="cpu", reason="--cpu-vae")
     if args.force_fp32 and wish.math == "auto":
         wish = replace(wish, math="fp32", reason="--force-fp32")
@@ -401,6 +430,7 @@ class Resident(torch.nn.Module):
         self.device = torch.device("cpu")
         self.component: Any = None
         self.model_loaded_weight_memory = 0
+        self.borrowed = 0  # how many borrow it now; while anybody does, nobody unloads it
 
     def load(self, nbytes: int) -> None:
         import comfy.model_management as mm
@@ -445,29 +475,60 @@ def borrow(handle: Handle, working: float | None = None) -> Iterator[Any]:
     """
     import comfy.model_management as mm
 
+    from .engine import loading
+
     spec, patcher = handle.spec, handle.patcher
     if working is None:
         working = working_bytes(spec)
+    at_least = working - RESERVED_BYTES  # which is the driver's, and no longer free where it counts
+    require_room(spec, at_least, room(spec), "This", "Choose another device, or a precision that takes less.")
     _release_replaced(spec)
     _forget_unloaded()
     if spec.device.type == "cpu":
         _make_room_in_host_memory(patcher, patcher.model_size() + int(working))
     mm.load_models_gpu([patcher], memory_required=working, force_full_load=True)
+    loading.mark_used(spec, disk_cache())
     if spec.card.is_gpu:
         _on_cards[spec] = patcher
     component = patcher.model.component
     module = getattr(component, "model", component)
     stop = before_each_block(module, spec.device, check_cancelled)
     alive = heartbeat_where_compiled(f"running the {spec}", spec.device)
-    with mm.cuda_device_context(spec.device), stop, alive:
+    with _kept_loaded(patcher), mm.cuda_device_context(spec.device), stop, alive:
         yield component
 
 
+@contextmanager
+def _kept_loaded(patcher: Any) -> Iterator[None]:
+    """Nobody unloads the weights inside this block, whatever a preview or another node needs.
+
+    ComfyUI strikes a model that it asked to unload off its list, so one that stayed is put back afterwards:
+    else nothing could ever evict it.
+    """
+    import comfy.model_management as mm
+
+    patcher.model.borrowed += 1
+    try:
+        yield
+    finally:
+        patcher.model.borrowed -= 1
+        listed = any(loaded.model is patcher for loaded in mm.current_loaded_models)
+        if patcher.loaded_size() and not listed:
+            loaded = mm.LoadedModel(patcher)
+            loaded.model_load()
+            mm.current_loaded_models.insert(0, loaded)
+
+
 def _release_replaced(spec: ComponentSpec) -> None:
-    """Free what `spec` replaces, before it loads: the same role on its device or of its checkpoint."""
+    """Free what `spec` replaces, before it loads: its role on its device, or its checkpoint in host memory.
+
+    Copies on several cards live together, and ComfyUI evicts them where it needs the card. From host memory
+    it evicts nothing, so a component that moves from the CPU to a card leaves none behind.
+    """
     for other, patcher in list(_patchers.items()):
-        same_place = other.device == spec.device or other.checkpoint == spec.checkpoint
-        if other != spec and other.role == spec.role and same_place:
+        in_host_memory = other.device.type == "cpu" or machine().unified
+        moved = other.checkpoint == spec.checkpoint and in_host_memory
+        if other != spec and other.role == spec.role and (other.device == spec.device or moved):
             patcher.detach()
 
 
@@ -498,6 +559,15 @@ def free_memory(device: torch.device, evicting: bool = False) -> int:
     return int(mm.get_free_memory(device)) + evictable
 
 
+def room(spec: ComponentSpec) -> int:
+    """Bytes a component's device can give to it alone: with everything evicted, or, of memory that the system
+    pages, all.
+    """
+    if spec.device.type in ("cpu", "mps"):
+        return spec.card.memory
+    return free_memory(spec.device, evicting=True)
+
+
 def _make_patcher(spec: ComponentSpec) -> Any:
     patcher = _whole_model_patcher()(Resident(spec), spec.device, torch.device("cpu"), size=spec.nbytes())
     _patchers[spec] = patcher
@@ -521,13 +591,13 @@ def _whole_model_patcher() -> type:
         def partially_unload(
             self, device_to: Any, memory_to_free: float = 0, force_patch_weights: bool = False
         ) -> int:
-            freed = self.loaded_size()
+            before = self.loaded_size()
             self.detach()
-            return freed
+            return before - self.loaded_size()
 
         def detach(self, unpatch_all: bool = True) -> Resident:
             # load_models_gpu calls detach(False) each time it is asked for a model it already has loaded
-            if unpatch_all:
+            if unpatch_all and not self.model.borrowed:
                 self.model.unload()
             return self.model
 
@@ -535,12 +605,6 @@ def _whole_model_patcher() -> type:
 
 
 # Progress and cancelling
-
-
-def running_node() -> str | None:
-    """The id in the prompt of the node that runs now."""
-    context = get_executing_context()
-    return context.node_id if context else None
 
 
 def check_cancelled() -> None:

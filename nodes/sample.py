@@ -11,7 +11,6 @@ from . import host
 from .engine.guard import STOP
 from .engine.latents import MAX_SIZE, TOKEN_PIXELS
 from .load import CATEGORY, Transformer, guard_input
-from .lookahead import require_decodable
 
 log = logging.getLogger("FireRed")
 
@@ -72,7 +71,6 @@ class FireRedSampler(io.ComfyNode):
                 guard_input(),
             ],
             outputs=[io.Latent.Output("latent", display_name="latent")],
-            hidden=[io.Hidden.prompt],
         )
 
     @classmethod
@@ -109,10 +107,10 @@ class FireRedSampler(io.ComfyNode):
             seed=seed,
             samples=None if latent is None else latent["samples"],
         )
-        require_decodable(cls.hidden.prompt, plan.height, plan.width)
         saved = host.saved_run(plan.name(guard)) if resume == "on" else None
         samples = saved.result(plan.batch) if saved else None
         if samples is None:
+            plan.require_room(host.room(spec))
             with host.borrow(transformer, plan.working_bytes()) as model:
                 reporters = host.sampling_reporter(spec.device), host.progress_reporter()
                 samples = sample(model, plan, *reporters, saved, guard)

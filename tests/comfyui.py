@@ -104,10 +104,16 @@ class Client:
         return wait_for(self._bytes("/view", described))
 
     def run(
-        self, prompt: Prompt, on_event: Callable[[str, dict[str, Any]], None] = lambda name, data: None
+        self,
+        prompt: Prompt,
+        on_event: Callable[[str, dict[str, Any]], None] = lambda name, data: None,
+        only: tuple[str, ...] = (),
     ) -> Run:
-        """Queue a prompt and wait for its end. Raises PromptRejected when it was not even queued."""
-        return wait_for(self._run(prompt, on_event))
+        """Queue a prompt and wait for its end. Raises PromptRejected when it was not even queued.
+
+        only: the output nodes to run, where not all.
+        """
+        return wait_for(self._run(prompt, on_event, only))
 
     async def _request(self, method: str, path: str, **arguments: Any) -> Any:
         async with (
@@ -122,13 +128,17 @@ class Client:
             answer.raise_for_status()
             return await answer.read()
 
-    async def _run(self, prompt: Prompt, on_event: Callable[[str, dict[str, Any]], None]) -> Run:
+    async def _run(
+        self, prompt: Prompt, on_event: Callable[[str, dict[str, Any]], None], only: tuple[str, ...]
+    ) -> Run:
         client_id = uuid.uuid4().hex
         async with (
             aiohttp.ClientSession(self.address) as session,
             session.ws_connect(f"/ws?clientId={client_id}", max_msg_size=0) as socket_,
         ):
-            async with session.post("/prompt", json={"prompt": prompt, "client_id": client_id}) as answer:
+            queued = {"prompt": prompt, "client_id": client_id}
+            queued |= {"partial_execution_targets": only} if only else {}
+            async with session.post("/prompt", json=queued) as answer:
                 body = await answer.json()
                 if answer.status != 200:
                     raise PromptRejected(body)

@@ -214,6 +214,61 @@ def test_only_finite_encodings_are_kept(cache: DiskCache) -> None:
     assert cache.read("bad") is None and cache.read("good") is not None
 
 
+def test_a_folder_that_takes_nothing_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("in the way")
+    cache = DiskCache(tmp_path / "file", 10**9)
+    recall(cache, ["a", "b"], lambda missing: [torch.ones(2)] * 2)
+    assert cache.create("c", LAYOUT) is None
+    assert caplog.text.count("not caching") == 1 and str(tmp_path / "file") in caplog.text
+
+
+def test_reading_a_file_holds_it_once(tmp_path: Path) -> None:
+    """In a process of its own: the most memory it ever had."""
+    megabytes = 200
+    DiskCache(tmp_path, 10**9).write("x", {"x": torch.ones(megabytes * 250_000)})
+    code = """if True:
+        import resource, sys
+        from pathlib import Path
+        from engine.cache import DiskCache
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+        cache, before = DiskCache(Path(sys.argv[1]), 10**9), peak()
+        kept = cache.read("x")
+        print(peak() - before, float(kept["x"].sum()))
+    """
+    if sys.platform != "linux":
+        pytest.skip("ru_maxrss is in other units")
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "nodes")}
+    told = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    grown, total = map(float, told.split())
+    assert total == megabytes * 250_000 and grown < 1.5 * megabytes
+
+
+def test_mapped_tensors_are_whole_or_none(cache: DiskCache) -> None:
+    writer = cache.create("x", LAYOUT)
+    assert writer is not None and cache.map("x") is None
+    for name, tensor in TENSORS.items():
+        writer.write(name, tensor)
+    writer.finish()
+    mapped = cache.map("x")
+    assert mapped is not None and same(mapped, TENSORS)
+    cache.remove("x")
+    assert same(mapped, TENSORS) and cache.map("x") is None
+    for content in (b"", b"\xff" * 99, b"\x02" + bytes(7) + b"{}" + b"rest"):
+        cache.path("x").write_bytes(content)
+        assert not cache.map("x")
+
+
+def test_weights_in_use_keep_their_file_young(tiny: Checkpoint, cache: DiskCache) -> None:
+    spec = spec_for(tiny, "transformer", "int8")
+    loading.load(spec, cache=cache)
+    (kept,) = cache.folder.iterdir()
+    os.utime(kept, ns=(1, 1))
+    loading.mark_used(spec, cache)
+    assert kept.stat().st_mtime_ns > 1
+    loading.mark_used(spec_for(tiny, "transformer", "fp32"), cache)  # of which nothing is kept
+
+
 def test_the_same_prompt_and_pictures_are_encoded_once(cache: DiskCache) -> None:
     asked: list[list[int]] = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import time
 import weakref
@@ -16,14 +17,19 @@ from conftest import SERVER_ARGUMENTS, spec_for
 from engine import loading, sampling
 from engine.cache import DiskCache
 from engine.checkpoint import Checkpoint
+from engine.estimates import ENCODE_BYTES, TRANSFORMER_VECTORS, Edit
+from engine.latents import MEGAPIXEL
 from prompts import (
     DECODE,
     ENCODE,
     PHOTO,
     SAMPLE,
+    SAVE,
     changed,
     core_prompt,
     edit_prompt,
+    fail,
+    keep_tensor,
     loaded_components,
     residents,
     succeed,
@@ -170,16 +176,76 @@ def test_a_new_seed_after_a_restart_encodes_nothing(own_work: Path) -> None:
                 assert roles(loaded_components(server.client, own_work)) == COMPONENTS
 
 
-def test_what_will_not_decode_is_said_before_the_first_step(client: Client, work: Path) -> None:
-    """The VAE's config says it is three times as wide: decoding 16 megapixels whole would take 110 GiB."""
+def test_sampling_that_cannot_fit_is_refused_before_anything_is_loaded(client: Client, work: Path) -> None:
+    """The transformer's config says it is so wide that a usual edit takes half the memory, one of 16
+    megapixels twice as much as there is.
+    """
+    folder = work / "models" / "diffusers" / "wide_transformer"
+    shutil.copytree(work / "models" / "diffusers" / "tiny", folder)
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    memory = client.get("/system_stats")["devices"][0]["vram_total"]
+    width = int(memory / 2 / (TRANSFORMER_VECTORS * 4 * Edit().tokens))
+    heads = width // config["attention_head_dim"]
+    (folder / "transformer" / "config.json").write_text(json.dumps(config | {"num_attention_heads": heads}))
+    graph = changed(edit_prompt(), "1", checkpoint="wide_transformer", precision="fp32", math="fp32")
+    graph = changed(graph, SAMPLE, seed=60, width=4096, height=4096)
+    looked_at = with_node(
+        graph, "8", "FireRedNumerics",
+        transformer=["1", 0], positive=[ENCODE, 0], width=4096, height=4096, look_at="1",
+    )  # fmt: skip
+    del looked_at[SAMPLE], looked_at[DECODE], looked_at[SAVE]
+    for prompt, node in ((graph, "FireRedSampler"), (looked_at, "FireRedNumerics")):
+        error = fail(client, prompt)
+        assert error["node_type"] == node and error["exception_type"].endswith("DoesNotFitError")
+        assert "Sampling 4096x4096 with 1 reference picture takes" in error["exception_message"]
+        assert re.search(r"What would fit: \d+x\d+\.", error["exception_message"])
+    assert not [name for name in loaded_components(client, work) if name.startswith("transformer fp32")]
+
+
+def test_a_decode_that_cannot_fit_is_refused_by_the_decode(client: Client, work: Path) -> None:
+    """The VAE's config says it is so wide that a reference takes half the memory, 4 megapixels whole twice as
+    much as there is.
+    """
     folder = work / "models" / "diffusers" / "wide_vae"
     shutil.copytree(work / "models" / "diffusers" / "tiny", folder)
     config = json.loads((folder / "vae" / "config.json").read_text())
-    (folder / "vae" / "config.json").write_text(json.dumps(config | {"base_dim": 288}))
-    prompt = changed(edit_prompt(), SAMPLE, seed=60, width=4096, height=4096)
-    prompt = changed(prompt, DECODE, tiling="whole", vae=["33", 0])
-    prompt = with_node(prompt, "33", "FireRedLoadVAE", checkpoint="wide_vae", precision="fp32")
-    run = client.run(prompt)
-    assert run.error is not None and run.error["node_type"] == "FireRedSampler"
-    assert "Decoding 4096x4096 whole would take" in run.error["exception_message"]
-    assert [value for value, total in run.progress(SAMPLE) if total == 2] == []
+    memory = client.get("/system_stats")["devices"][0]["vram_total"]
+    width = int(memory / 2 / (ENCODE_BYTES[4] * MEGAPIXEL))
+    (folder / "vae" / "config.json").write_text(json.dumps(config | {"base_dim": width}))
+    graph = with_node({}, "1", "FireRedLoadVAE", checkpoint="wide_vae", precision="fp32")
+    graph = with_node(graph, "2", "ProbeLatent", shape="1,16,1,256,256", fill="0.1")
+    graph = with_node(graph, "3", "FireRedDecode", vae=["1", 0], latent=["2", 0], tiling="whole")
+    error = fail(client, keep_tensor(graph, ["3", 0], "never"))
+    assert error["node_type"] == "FireRedDecode"
+    assert "Decoding 2048x2048 whole takes" in error["exception_message"]
+    assert "Set tiling to auto" in error["exception_message"]
+
+
+def test_nobody_evicts_what_computes_and_afterwards_everybody_may(client: Client, work: Path) -> None:
+    graph = with_node({"3": edit_prompt()["3"]}, "2", "ProbeBorrowed", one=["3", 0], name="borrowed")
+    succeed(client, graph)
+    freed, during, after, evicted = json.loads((work / "output" / "borrowed.json").read_text())
+    assert freed == 0 and during == after > 0 and evicted == 0
+
+
+def test_copies_on_several_cards_live_together(client: Client, work: Path) -> None:
+    """What is replaced on its own card goes, and what a move to a card leaves in host memory."""
+    graph = with_node({"3": edit_prompt()["3"]}, "2", "ProbeCopies", one=["3", 0], name="copies")
+    succeed(client, graph)
+    assert json.loads((work / "output" / "copies.json").read_text()) == [
+        ["gpu:0", "gpu:1", True],
+        ["gpu:0", "gpu:0", False],
+        ["gpu:0", "cpu", True],
+        ["cpu", "gpu:0", False],
+    ]
+
+
+def test_a_card_that_answers_nothing_is_left_alone(client: Client, server: Server, work: Path) -> None:
+    before = len(server.text())
+    succeed(client, with_node({}, "1", "ProbeBrokenCard", checkpoint="tiny", name="broken"))
+    found = json.loads((work / "output" / "broken.json").read_text())
+    assert found["chosen"] == ["gpu:0"] * 3
+    (kind, text), again = found["errors"]
+    assert kind == "FireRedError" and [kind, text] == again
+    assert text.startswith("The VAE cannot run on gpu:1. gpu:99 does not answer: ")
+    assert server.text()[before:].count("gpu:1 is not used") == 1

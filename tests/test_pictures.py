@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import spec_for
@@ -100,30 +102,36 @@ def test_auto_decodes_whole_where_it_fits_and_in_the_largest_tiles_that_do(tiny:
         assert (len(seen), max(seen) <= tile) == (windows, True)
 
 
-def test_running_out_of_memory_retries_in_tiles_only_when_auto(tiny: Checkpoint) -> None:
+def test_running_out_of_memory_retries_in_tiles_only_when_auto(
+    tiny: Checkpoint, caplog: pytest.LogCaptureFixture
+) -> None:
     autoencoder, spec = loading.load(spec_for(tiny, "vae")), spec_for(tiny, "vae")
 
     def small_memory(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
         if inputs[0].shape[-1] > 64:
             raise torch.OutOfMemoryError("no room")
 
-    latents = torch.randn(1, 16, 8, 110)
+    latents = torch.randn(2, 16, 8, 110)
     expected = vae.decode(autoencoder, spec, latents, "whole")
     autoencoder.decoder.up_blocks[0].register_forward_pre_hook(small_memory)
     assert float((vae.decode(autoencoder, spec, latents, "auto") - expected).abs().max()) < 1e-5
+    assert caplog.text.count("is out of memory for tiles of 880 pixels") == 1  # not for each picture
     with pytest.raises(torch.OutOfMemoryError):
         vae.decode(autoencoder, spec, latents, "whole")
 
 
 def test_what_cannot_be_decoded_is_said_with_what_to_do(tiny: Checkpoint) -> None:
     spec = spec_for(tiny, "vae")
-    vae.require_decodable(spec, 512, 512, "auto", 2**30)
+    vae.require_room_to_decode(spec, 512, 512, "auto", 2**30)
     with pytest.raises(
-        DoesNotFitError, match=r"4096x4096 whole would take .* GiB on cpu.*Set tiling to auto"
+        DoesNotFitError, match=r"4096x4096 whole takes .* vae fp32 on cpu.*Set tiling to auto"
     ):
-        vae.require_decodable(spec, 512, 512, "whole", 2**30)
+        vae.require_room_to_decode(spec, 512, 512, "whole", 2**30)
     with pytest.raises(DoesNotFitError, match=r"4096x4096 even in tiles .* Choose another device"):
-        vae.require_decodable(spec, 512, 512, "auto", 2**20)
+        vae.require_room_to_decode(spec, 512, 512, "auto", 2**20)
+    unfused = replace(spec, card=replace(spec.card, unfused=frozenset({("vae", torch.float32)})))
+    with pytest.raises(DoesNotFitError, match=r"no fused attention kernel"):  # 512^4 scores, tiles or not
+        vae.require_room_to_decode(unfused, 512, 512, "auto", 2**36)
 
 
 def test_nan_never_becomes_a_picture(tiny: Checkpoint) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from engine.estimates import (
     transformer_bytes,
     workspace_bytes,
 )
+from engine.machine import unusable
 from engine.memory_map import COLOURS, WIDTH, draw_memory_map
 from engine.placement import ROLES, Fixed, place
 from engine.precision import PRECISIONS, ROLE_PRECISIONS, Card, Precision, resolve
@@ -76,6 +78,31 @@ def test_the_transformers_workspace_is_the_measured_one(
 ) -> None:
     for tokens, gib in measured.items():
         assert transformer_bytes(real_size, math, tokens) / GIB == pytest.approx(gib, rel=0.03)
+
+
+def test_scores_that_no_kernel_avoids_are_counted(real_size: Checkpoint) -> None:
+    """Measured in FP32: 14.5 GiB at 8442 tokens, where a fused kernel takes 1.4."""
+    gib = transformer_bytes(real_size, torch.float32, 8442, fused=False) / GIB
+    assert gib == pytest.approx(14.5, rel=0.01)
+    bf16 = transformer_bytes(real_size, torch.bfloat16, 8442, fused=False) / GIB
+    assert bf16 == pytest.approx(14.5 - 0.72, rel=0.01)  # torch computes 16-bit scores in FP32
+    needs = functools.partial(workspace_bytes, checkpoint=real_size, math=torch.float32)
+    large = Edit(2048, 2048, references=10)
+    for role, factor in (("text_encoder", 1.2), ("vae", 3)):
+        assert needs(role, edit=large, fused=False) > factor * needs(role, edit=large)
+    side = 256  # attention over the whole picture comes before any tile
+    tiled = decode_bytes(real_size, torch.float32, side, side, 40, fused=False)
+    assert tiled == decode_bytes(real_size, torch.float32, side, side, side, fused=False) > 32 * GIB
+
+
+def test_a_plan_counts_scores_and_says_so(real_size: Checkpoint) -> None:
+    device = gpu(0, "RX 6800", 23.9, False)
+    assert place(machine_of(device), real_size).place("transformer").precision.name == "int8"
+    unfused = frozenset({("transformer", torch.float32)})
+    device = replace(device, card=replace(device.card, unfused=unfused))
+    there = place(machine_of(device), real_size).place("transformer")
+    assert there.precision.name == "nf4" and there.workspace / GIB == pytest.approx(14.5, rel=0.01)
+    assert "attention has no fused kernel there and holds its scores" in there.description
 
 
 @pytest.mark.parametrize(
@@ -216,6 +243,27 @@ def test_the_halves_of_guidance_are_computed_alike(real_size: Checkpoint) -> Non
     cards = tuple(replace(card, speeds=P40) for card in cards)
     fp32 = Fixed(precision="int8", math="fp32")
     assert place(machine_of(*cards), real_size, fixed={"transformer": fp32}, modes=CFG).mode == "cfg"
+
+
+def test_auto_never_takes_a_card_that_cannot_be_used(real_size: Checkpoint) -> None:
+    asked: list[str] = []
+
+    def runs(role: str, precision: Precision, card: Card) -> bool:
+        asked.append(card.label)
+        return True
+
+    broken = unusable("gpu:1", RuntimeError("CUDA error: out of memory"))
+    small = machine_of(gpu(0, "GTX 1060", 5.9, False), broken)
+    plan = place(small, real_size, runs=runs)
+    assert [there.device.card.label for there in plan.places] == ["gpu:0"] * 3
+    (said,) = [line for line in plan.rejected if line.startswith("gpu:1")]
+    assert "CUDA error: out of memory" in said and "gpu:1" not in asked
+    plan = place(small, real_size, fixed={"vae": Fixed("gpu:1")}, runs=runs)
+    assert plan.place("vae").reason == broken.fault and "gpu:1" not in asked
+    alone = place(machine_of(broken), real_size)
+    assert {there.reason for there in alone.places} == {broken.fault}
+    for machine in (small, machine_of(broken)):
+        assert draw_memory_map(place(machine, real_size)).width == WIDTH
 
 
 def test_the_fastest_card_gets_the_transformer(real_size: Checkpoint) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import spec_for
 from engine import loading
-from engine.checkpoint import Checkpoint
+from engine.cache import DiskCache
+from engine.checkpoint import Checkpoint, stored_bytes
 from engine.components import (
     GIB,
     ComponentSpec,
@@ -18,8 +24,8 @@ from engine.components import (
     require_fit,
     working_bytes,
 )
-from engine.errors import InputError, NonFiniteError
-from engine.formats import FORMATS, int8_paths
+from engine.errors import FireRedError, InputError, NonFiniteError
+from engine.formats import FORMATS, bitsandbytes, int8_paths
 from engine.formats.int8_math import dequantize, quantize_rows, quantize_tokens, rotate
 from engine.formats.int8_paths import choose_path, integer_paths
 from engine.guard import require_finite, require_finite_input
@@ -27,6 +33,7 @@ from engine.modulation import Modulation
 from engine.precision import PRECISIONS, ROLE_PRECISIONS, Card, resolve
 from engine.schedule import Schedule, make_schedule
 from engine.workers import POSITIVE, LocalWorker
+from safetensors.torch import load_file, save_file
 from test_sampling import condition
 
 CHECKPOINT_DTYPE = torch.bfloat16
@@ -244,6 +251,107 @@ def test_the_schedules_last_used_are_kept(tiny: Checkpoint, monkeypatch: pytest.
     for steps in (2, 3, 2, 3):
         modulation.use(torch.linspace(1, 0.1, steps))
     assert len(computed) == 2
+
+
+def test_a_broken_table_is_never_kept(
+    tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One NaN while folding: neither this process nor the next may find it again."""
+    timesteps, cache, computed = torch.tensor([0.5, 0.25]), DiskCache(tmp_path, 10**9), []
+    compute = Modulation._compute_table
+
+    def broken_once(*args: Any) -> torch.Tensor:
+        table = compute(*args)
+        table[1, 0, 0, 0] = float("nan") if not computed else table[1, 0, 0, 0]
+        computed.append(1)
+        return table
+
+    monkeypatch.setattr(Modulation, "_compute_table", broken_once)
+    modulation = Modulation(spec_for(tiny, "transformer"), cache)
+    modulation.use(timesteps)
+    assert list(tmp_path.iterdir()) == []
+    modulation.use(timesteps)
+    modulation.use(timesteps)
+    assert len(computed) == 2 and bool(modulation._table.isfinite().all())
+    (kept,) = tmp_path.iterdir()
+    good = load_file(kept)["modulation"].clone()
+    for damage in ("nan", "truncated"):
+        if damage == "nan":
+            bad = good.clone()
+            bad[0, 1] = float("inf")
+            save_file({"modulation": bad}, kept)
+        else:
+            kept.write_bytes(kept.read_bytes()[:-4096])
+        again = Modulation(spec_for(tiny, "transformer"), cache)
+        again.use(timesteps)
+        assert torch.equal(again._table, good) and torch.equal(load_file(kept)["modulation"], good)
+    assert len(computed) == 4
+
+
+def test_a_table_in_memory_is_its_file_and_outlives_it(tiny: Checkpoint, tmp_path: Path) -> None:
+    cache, timesteps = DiskCache(tmp_path, 10**9), torch.tensor([0.5, 0.25])
+    modulation = Modulation(spec_for(tiny, "transformer"), cache)
+    modulation.use(timesteps)
+    (kept,) = tmp_path.iterdir()
+    os.utime(kept, ns=(1, 1))
+    modulation.use(timesteps)
+    assert kept.stat().st_mtime_ns > 1  # in daily use, so not the first to go
+    if sys.platform == "linux":
+        assert str(kept) in Path("/proc/self/maps").read_text()
+    before = modulation._table.clone()
+    kept.unlink()
+    assert torch.equal(modulation._table, before)
+
+
+def test_a_table_is_found_by_all_its_bits_depend_on(tiny: Checkpoint, tmp_path: Path) -> None:
+    spec, timesteps = spec_for(tiny, "transformer"), torch.tensor([0.5])
+    other_card = replace(spec, card=replace(spec.card, name="another"))
+    names = [Modulation(one, None)._name(timesteps) for one in (spec, other_card)]
+    names.append(Modulation(spec, None)._name(torch.tensor([0.25])))
+    torch.set_float32_matmul_precision("high")
+    try:
+        names.append(Modulation(spec, None)._name(timesteps))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert len(set(names)) == 4 and Modulation(spec, None)._name(timesteps) == names[0]
+
+
+def test_folding_says_what_it_reads(tiny: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[tuple[int, int]] = []
+    with caplog.at_level("INFO"):
+        modulation = Modulation(spec_for(tiny, "transformer"), None)
+        modulation.use(torch.tensor([0.5, 0.25]), lambda *progress: seen.append(progress))
+    stored = tiny.component("transformer").stored().items()
+    weights = sum(stored_bytes(info) for name, info in stored if "_mod." in name)
+    assert seen[-1] == (weights, weights) and [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert "computing modulation for 2 steps: reading" in caplog.text
+    assert re.search(r"modulation computed in [\d.]+ s \([\d.]+ GB/s\)", caplog.text)
+
+
+# bitsandbytes
+
+
+@pytest.mark.parametrize("format", bitsandbytes.LAYERS)
+def test_bitsandbytes_is_tried_by_multiplying_once(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this CPU, which bitsandbytes has kernels for; nodes offer it on GPUs alone."""
+    right, tried = bitsandbytes.LAYERS[format], []
+
+    class Wrong(right):  # quantises well, as on cards whose INT8 product is broken
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            tried.append(1)
+            return torch.zeros_like(super().forward(x))
+
+    card = Card("gpu:0", "GTX 1080", native_bf16=False, memory=2**33)
+    precision = resolve(PRECISIONS[format], card)
+    bitsandbytes.product_fault.cache_clear()
+    bitsandbytes.require_bitsandbytes(precision, card, CPU)
+    monkeypatch.setitem(bitsandbytes.LAYERS, format, Wrong)
+    bitsandbytes.product_fault.cache_clear()
+    for _ in range(2):
+        with pytest.raises(FireRedError, match=r"gpu:0 \(GTX 1080\) \(a product is wrong by 100%\)"):
+            bitsandbytes.require_bitsandbytes(precision, card, CPU)
+    assert len(tried) == 1
+    bitsandbytes.product_fault.cache_clear()
 
 
 # Fitting

@@ -10,14 +10,25 @@ import psutil
 import pytest
 import torch
 from engine.errors import FireRedError
-from engine.heartbeat import heartbeat
-from engine.kernels import RELEASES, has_kernels, install_line, require_build, require_kernels
-from engine.preflight import NATIVE, CardReport, Rate, host_memory, preflight, rate_or_reason
+from engine.heartbeat import NOTE, compile_note, heartbeat
+from engine.kernels import RELEASES, card_name, has_kernels, install_line, require_build, require_kernels
+from engine.machine import unusable
+from engine.placement import ROLES
+from engine.preflight import (
+    NATIVE,
+    CardReport,
+    Rate,
+    host_memory,
+    preflight,
+    rate_or_reason,
+    unfused_attention,
+)
 from engine.progress import duration
 from engine.timing import measure_rate
 from engine.transfer import cross, find_fault, needs_detour, through_host
 
 CPU = torch.device("cpu")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CURRENT, LEGACY = (built for _, built, _ in RELEASES)
 PATTERN = (4096, 1003)
 
@@ -74,6 +85,34 @@ def test_a_card_that_computes_wrong_or_not_at_all_is_refused() -> None:
         FireRedError, match=r"cannot compute .* no kernel image .* device\. Update the driver"
     ):
         require_kernels(CPU, no_image)
+
+
+def test_a_card_that_does_not_answer_is_refused_in_words() -> None:
+    """A number that no machine has; torch raises at every question about it."""
+    for ask in (card_name, require_kernels, preflight):
+        with pytest.raises(FireRedError, match=r"^gpu:99 does not answer: .+\. Close programs that hold it"):
+            ask(torch.device("cuda", 99))
+
+
+def test_a_card_that_raised_is_a_place_without_room() -> None:
+    with pytest.raises(Exception) as raised:  # whatever this build of torch raises
+        torch.cuda.get_device_properties(99)
+    device = unusable("gpu:1", raised.value)
+    assert str(device.card) == "gpu:1" and device.usable < 0
+    assert device.fault.startswith("gpu:1 does not answer: ")
+    assert unusable("gpu:1", FireRedError("It is full.")).fault == "It is full."
+
+
+# Attention
+
+
+def test_attention_whose_kernels_are_off_holds_its_scores() -> None:
+    assert unfused_attention(CPU) == frozenset()
+    torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        assert unfused_attention(CPU) == {(role, dtype) for role in ROLES for dtype in FLOATS}
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
 
 
 # Speeds
@@ -257,6 +296,14 @@ def test_a_heartbeat_speaks_first_then_at_intervals_then_never_again() -> None:
     assert 3 <= count <= 6 and said[1:] == ["still testing gpu:0, 0 s so far"] * (count - 1)
     time.sleep(0.12)
     assert len(said) == count
+
+
+def test_that_kernels_are_compiled_is_said_once_for_a_card() -> None:
+    first, second = torch.device("cuda", 97), torch.device("cuda", 98)
+    assert [compile_note(device) for device in (first, second, first)] == [NOTE, NOTE, ""]
+    said: list[str] = []
+    with heartbeat("running", said.append, interval=9, note=""):
+        assert said == []
 
 
 def test_a_heartbeat_ends_with_what_it_covers_failing() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from conftest import spec_for
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPlusPipeline
 from engine import loading
 from engine.checkpoint import Checkpoint
-from engine.components import ComponentSpec
+from engine.components import GIB, ComponentSpec, DoesNotFitError, describe
 from engine.conditioning import Condition, from_conditioning
 from engine.denoise import denoise, true_cfg
 from engine.errors import InputError, NonFiniteError
@@ -41,6 +43,34 @@ def plan(checkpoint: Checkpoint, **changes):
     arguments = dict(steps=2, true_cfg_scale=4.0, width=32, height=32, seed=0) | changes
     conditions = {POSITIVE: condition(references=1), NEGATIVE: condition(references=1, tokens=3)}
     return plan_sampling(spec_for(checkpoint, "transformer"), conditions, **arguments)
+
+
+def test_a_run_that_cannot_fit_says_what_would(real_size: Checkpoint) -> None:
+    """int8 and FP32 arithmetic on a P40: 12.8 GiB and, for 16 megapixels, 11.8 to work with."""
+    card = Card("gpu:0", "Tesla P40", native_bf16=False, memory=24 * GIB)
+    spec = describe("transformer", real_size, PRECISIONS["int8"], torch.device("cpu"), card)
+    pictures = condition(references=2, size=(128, 128))
+    run = plan_sampling(
+        spec, {POSITIVE: pictures}, steps=2, true_cfg_scale=1.0, width=4096, height=4096, seed=0
+    )
+    run.require_room(25.4 * GIB)
+    told = (
+        r"Sampling 4096x4096 with 2 reference pictures takes 12.8 GiB .* on gpu:0 \(Tesla P40\) and 12.\d GiB"
+    )
+    with pytest.raises(
+        DoesNotFitError, match=told + r".* can give 24.0 GiB\. What would fit: (.*)"
+    ) as refused:
+        run.require_room(24 * GIB)
+    assert re.search(
+        r"fit: 3\d\d\dx3\d\d\d, or no reference picture, or precision nf4\.$", str(refused.value)
+    )
+    with pytest.raises(DoesNotFitError, match="Choose a bigger card, or cpu"):
+        run.require_room(GIB)
+    unfused = replace(spec, card=replace(card, unfused=frozenset({("transformer", torch.float32)})))
+    small = replace(run, spec=unfused, height=64, width=64)  # 9 thousand tokens
+    with pytest.raises(DoesNotFitError, match=r"no fused attention kernel.*1 reference picture"):
+        small.require_room(23.4 * GIB)
+    replace(small, spec=spec).require_room(23.4 * GIB)
 
 
 def test_packing_is_diffusers_packing_and_comes_back() -> None:

@@ -237,3 +237,21 @@ def test_help_pages_and_templates_are_served(client: Client) -> None:
     templates = client.get("/api/workflow_templates")
     (names,) = [names for pack, names in templates.items() if pack.startswith("firered")]
     assert sorted(names) == sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+
+
+@pytest.mark.parametrize("vae", [{"checkpoint": "Gone"}, {"precision": "int8"}, {"precision": "fp99"}, {}])
+@pytest.mark.parametrize("only", [(), (SAVE,)], ids=["every branch", "one branch"])
+def test_a_branch_that_cannot_run_stops_no_other(client: Client, vae: dict, only: tuple[str, ...]) -> None:
+    """ComfyUI sets a branch aside whose inputs are wrong; a failing one has its own error."""
+    prompt = changed(edit_prompt(), SAMPLE, seed=70 + len(str(vae)) + len(only))
+    prompt = with_node(prompt, "33", "FireRedLoadVAE", **({"checkpoint": "tiny"} | vae))
+    latent = [SAMPLE, 0] if vae else ["34", 0]
+    prompt = with_node(prompt, "34", "ProbeLatent", shape="1,16,1,8,8", fill="nan")
+    prompt = with_node(prompt, "35", "FireRedDecode", vae=["33", 0], latent=latent)
+    prompt = with_node(prompt, "36", "PreviewImage", images=["35", 0])
+    run = client.run(prompt, only=only)
+    if vae or only:
+        assert run.status == "success", run.error
+        assert SAVE in run.outputs and "36" not in run.outputs
+    else:
+        assert run.error is not None and run.error["node_type"] == "FireRedDecode"

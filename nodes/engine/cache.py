@@ -16,9 +16,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save
 
-from .checkpoint import DTYPE_NAMES, Layout
+from .checkpoint import DTYPE_NAMES, Layout, read_header, read_tensors
+from .errors import CheckpointError
+from .notices import first_time
 
 log = logging.getLogger("FireRed")
 
@@ -36,7 +38,7 @@ class DiskCache:
 
     def find(self, name: str) -> Path | None:
         """The file of that name, marked as just used, or None."""
-        path = self._path(name)
+        path = self.path(name)
         with contextlib.suppress(OSError):  # a folder we may only read is as good
             os.utime(path)
         return path if os.path.isfile(path) else None
@@ -46,40 +48,53 @@ class DiskCache:
         size = sum(_nbytes(dtype, shape) for dtype, shape in layout.values())
         try:
             self._make_room(size)
-            return CacheWriter(self._path(name), layout)
+            return CacheWriter(self.path(name), layout)
         except OSError as error:
-            log.warning(
-                "not caching %s (%.1f GiB): %s. The next start computes it again.", name, size / 2**30, error
-            )
+            warn_not_kept(self.path(name), error)
             return None
 
     def read(self, name: str) -> dict[str, torch.Tensor] | None:
         """The tensors of a small file, on the CPU, or None where it is missing or damaged."""
         path = self.find(name)
         try:
-            return load(path.read_bytes()) if path else None
-        except (OSError, SafetensorError):
+            return dict(read_tensors(path)) if path else None
+        except (OSError, CheckpointError):
+            return None
+
+    def map(self, name: str) -> dict[str, torch.Tensor] | None:
+        """The tensors of a large file, which stay on disk and are read where they are used; else as read().
+
+        Deleting the file, by any process, leaves them whole. Nobody shortens a file of ours: it is replaced.
+        """
+        path = self.find(name)
+        try:
+            if path is None:
+                return None
+            read_header(path)  # that all bytes are there: a map of missing ones would end this process
+            return load_file(path)
+        except (OSError, SafetensorError, CheckpointError):
             return None
 
     def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep a few small tensors, whole or not at all. Raises OSError where the disk does not take them."""
         content = save({key: tensor.contiguous().cpu() for key, tensor in tensors.items()})
         self._make_room(len(content))
-        partial = _partial(self._path(name))
+        partial = _partial(self.path(name))
         try:
             with partial.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, self._path(name))
+            os.replace(partial, self.path(name))
         finally:
             _delete(partial)
 
     def remove(self, name: str) -> None:
         """Delete a file if it is there and can be."""
-        _delete(self._path(name))
+        _delete(self.path(name))
 
-    def _path(self, name: str) -> Path:
+    def path(self, name: str) -> Path:
+        """Where the file of that name is or would be."""
         return self.folder / f"{name}{SUFFIX}"
 
     def _make_room(self, size: int) -> None:
@@ -158,7 +173,7 @@ class CacheWriter:
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        log.warning("not caching %s: %s. The next start computes it again.", self._path.name, error)
+        warn_not_kept(self._path, error)
         self.abandon()
 
     def abandon(self) -> None:
@@ -166,6 +181,17 @@ class CacheWriter:
         with contextlib.suppress(OSError):
             self._file.close()
         _delete(self._partial)
+
+
+def warn_not_kept(path: Path, error: OSError) -> None:
+    """Say that a file is not kept, once for a folder and a reason: there may be hundreds of files."""
+    reason = error.strerror or str(error)
+    if first_time("not kept", path.parent, reason):
+        log.warning(
+            "not caching %s: %s. Nothing is lost, the next start computes it again. Other files of this "
+            "folder may fare alike; that is not said again.",
+            path, reason,
+        )  # fmt: skip
 
 
 def digest(*parts: object) -> str:

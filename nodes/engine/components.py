@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,6 +36,9 @@ BIG_MATRICES = {
     "transformer": re.compile(r"transformer_blocks\..*\.weight"),
     "text_encoder": re.compile(r"language_model\.layers\..*_proj\.weight"),
 }
+
+
+ESTIMATE_ERROR = 0.03  # of working bytes: what may be less than estimated is not refused
 
 
 class DoesNotFitError(FireRedError):
@@ -73,6 +76,11 @@ class ComponentSpec:
         """The dtype of its arithmetic."""
         assert self.precision.compute is not None
         return self.precision.compute
+
+    @property
+    def fused(self) -> bool:
+        """Whether its attention runs without holding all its scores."""
+        return (self.role, self.math) not in self.card.unfused
 
     def nbytes(self) -> int:
         """About how many bytes the weights take once loaded, read off the files' headers."""
@@ -194,12 +202,36 @@ def is_big_matrix(role: str, name: str) -> bool:
 def working_bytes(spec: ComponentSpec, edit: Edit = Edit()) -> int:  # noqa: B008 - it is frozen
     """What the component needs at least beside its weights, the driver's share included."""
     reserved = RESERVED_BYTES if spec.card.is_gpu else 0
-    return workspace_bytes(spec.role, spec.checkpoint, spec.math, edit, tiled=True) + reserved
+    needed = workspace_bytes(spec.role, spec.checkpoint, spec.math, edit, tiled=True, fused=spec.fused)
+    return needed + reserved
 
 
 def fits(spec: ComponentSpec) -> bool:
-    """Whether the component and what it works with fit its card when nothing else is there."""
-    return spec.nbytes() + working_bytes(spec) <= spec.card.memory
+    """Whether the component and what it works with fit its card when nothing else is there.
+
+    Scores of attention do not count: they grow with the square of the size, so a smaller edit may do.
+    require_room, which knows the size, counts them.
+    """
+    fused = replace(spec, card=replace(spec.card, unfused=frozenset()))
+    return spec.nbytes() + working_bytes(fused) <= spec.card.memory
+
+
+def has_room(spec: ComponentSpec, working: float, room: float) -> bool:
+    """Whether weights and `working` bytes beside them go into `room`, all that the device can give."""
+    return spec.nbytes() + working * (1 - ESTIMATE_ERROR) <= room
+
+
+def require_room(spec: ComponentSpec, working: float, room: float, task: str, remedy: str) -> None:
+    """Raise DoesNotFitError, before anything is loaded, where a task cannot fit its device.
+
+    task: as in "Sampling 1024x1024". remedy: what to do, in a sentence.
+    """
+    if not has_room(spec, working, room):
+        scores = "" if spec.fused else " (no fused attention kernel runs there in this arithmetic)"
+        raise DoesNotFitError(
+            f"{task} takes {spec.nbytes() / GIB:.1f} GiB for the {spec} and {working / GIB:.1f} GiB to work "
+            f"with{scores}; {spec.card} can give {room / GIB:.1f} GiB. {remedy}"
+        )
 
 
 def require_fit(spec: ComponentSpec) -> None:

@@ -15,3 +15,8 @@ class InputError(FireRedError, ValueError):
 
 class NonFiniteError(FireRedError):
     """NaN or infinity where a black image would have come out."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library said, without its traces and hints, to stand inside a sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

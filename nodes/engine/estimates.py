@@ -23,6 +23,9 @@ RESERVED_BYTES = GIB // 2
 # Vectors of the model's width that live at once for each token: 1.43 GiB in FP32 and 0.72 in BF16 at 8442
 # tokens of 3072, within 1 % of that a token from 5370 to 16634.
 TRANSFORMER_VECTORS = 15
+# Where no fused attention kernel runs, torch holds the scores of all heads, before and after the softmax, and
+# copies of what it multiplies, all in FP32: 14.5 GiB instead of 1.4 at 8442 tokens, measured in FP32.
+SCORE_COPIES, SCORE_VECTORS = 2, 3
 # What the encoder needs for a short prompt (in FP32, matrices upcast as they are used), and what each token
 # adds: three vectors of the MLP's width and a few of the model's. 9.3 - 8.4 GiB in FP32, 14.6 - 14.4 in BF16.
 TEXT_ENCODER_BYTES = {torch.float32: 0.86 * GIB, torch.bfloat16: 0.13 * GIB}
@@ -89,17 +92,18 @@ class Edit:
 
 @dataclass(frozen=True)
 class Shape:
-    """The transformer's: layers, and width (heads times their size)."""
+    """The transformer's: layers, width (heads times their size), and heads."""
 
     layers: int
     width: int
+    heads: int = 24
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Shape:
         """With diffusers' own defaults for what the config leaves out."""
         config = checkpoint.component("transformer").config()
         heads, size = config.get("num_attention_heads", 24), config.get("attention_head_dim", 128)
-        return cls(config.get("num_layers", 60), heads * size)
+        return cls(config.get("num_layers", 60), heads * size, heads)
 
     def linear_flops(self, tokens: int) -> float:
         """Of a forward: attention's four matrices are 4 width^2 weights a token and layer, the MLP's 8."""
@@ -111,34 +115,65 @@ class Shape:
 
 
 def workspace_bytes(
-    role: str, checkpoint: Checkpoint, math: torch.dtype, edit: Edit, tiled: bool = False
+    role: str,
+    checkpoint: Checkpoint,
+    math: torch.dtype,
+    edit: Edit,
+    tiled: bool = False,
+    fused: bool = True,
 ) -> int:
     """Bytes a component needs beside its weights while it works, in arithmetic of dtype `math`.
 
-    tiled: whether the VAE decodes in tiles.
+    tiled: whether the VAE decodes in tiles. fused: whether attention runs without holding its scores.
     """
     if role == "transformer":
-        return transformer_bytes(checkpoint, math, edit.tokens)
+        return transformer_bytes(checkpoint, math, edit.tokens, fused)
     if role == "text_encoder":
         fixed = TEXT_ENCODER_BYTES.get(math, TEXT_ENCODER_BYTES[torch.float32])
-        return int(fixed) + TEXT_ENCODER_TOKEN_VALUES * edit.text_tokens * math.itemsize
+        beside = int(fixed) + TEXT_ENCODER_TOKEN_VALUES * edit.text_tokens * math.itemsize
+        heads, width = _text_encoder_heads(checkpoint)
+        return beside + (0 if fused else score_bytes(heads, width, edit.text_tokens))
     height, width = edit.height // VAE_SCALE, edit.width // VAE_SCALE
-    decoding = decode_bytes(checkpoint, math, height, width, SMALLEST_TILE if tiled else max(height, width))
-    reference = edit.reference_megapixels * MEGAPIXEL if edit.references else 0
-    return int(max(decoding, reference * _vae_channels(checkpoint) * ENCODE_BYTES[math.itemsize]))
+    tile = SMALLEST_TILE if tiled else max(height, width)
+    decoding = decode_bytes(checkpoint, math, height, width, tile, fused)
+    pixels = edit.reference_megapixels * MEGAPIXEL if edit.references else 0
+    channels = _vae_channels(checkpoint)
+    encoding = pixels * channels * ENCODE_BYTES[math.itemsize]
+    scores = 0 if fused else score_bytes(1, FEATURES * channels, int(pixels) // VAE_SCALE**2)
+    return int(max(decoding, encoding, scores))
 
 
-def transformer_bytes(checkpoint: Checkpoint, math: torch.dtype, tokens: int) -> int:
+def transformer_bytes(checkpoint: Checkpoint, math: torch.dtype, tokens: int, fused: bool = True) -> int:
     """Bytes a forward over so many tokens needs beside the weights."""
-    return TRANSFORMER_VECTORS * Shape.of(checkpoint).width * tokens * math.itemsize
+    shape = Shape.of(checkpoint)
+    scores = 0 if fused else score_bytes(shape.heads, shape.width, tokens)
+    return TRANSFORMER_VECTORS * shape.width * tokens * math.itemsize + scores
 
 
-def decode_bytes(checkpoint: Checkpoint, math: torch.dtype, height: int, width: int, tile: int) -> int:
-    """Bytes that decoding latents of that size in tiles of `tile` latents needs beside the weights."""
+def score_bytes(heads: int, width: int, tokens: int) -> int:
+    """Bytes that attention over so many tokens takes where no fused kernel runs. width: of all heads."""
+    return (SCORE_COPIES * heads * tokens**2 + SCORE_VECTORS * width * tokens) * torch.float32.itemsize
+
+
+def decode_bytes(
+    checkpoint: Checkpoint, math: torch.dtype, height: int, width: int, tile: int, fused: bool = True
+) -> int:
+    """Bytes that decoding latents of that size in tiles of `tile` latents needs beside the weights.
+
+    Attention over the whole picture comes before the tiles, so that no tile makes it smaller.
+    """
     channels = _vae_channels(checkpoint)
     pixels = min(height, tile) * min(width, tile) * VAE_SCALE**2
     features = height * width * FEATURES * channels * math.itemsize  # of the whole picture, beside any tile
-    return int(pixels * channels * DECODE_BYTES[math.itemsize]) + features
+    scores = 0 if fused else score_bytes(1, FEATURES * channels, height * width)
+    return max(int(pixels * channels * DECODE_BYTES[math.itemsize]), scores) + features
+
+
+def _text_encoder_heads(checkpoint: Checkpoint) -> tuple[int, int]:
+    """How many heads the language model has, and their width together; by default Qwen2.5-VL-7B's."""
+    config = checkpoint.component("text_encoder").config()
+    config = config.get("text_config") or config
+    return config.get("num_attention_heads", 28), config.get("hidden_size", 3584)
 
 
 def _vae_channels(checkpoint: Checkpoint) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .errors import FireRedError
+from .errors import FireRedError, first_line
 
 # Matching releases, the newest that suits a card first: with the CUDA architectures of the build that PyPI
 # has for Linux, and the index that has the same build for Windows, where PyPI's has no CUDA.
@@ -37,10 +37,24 @@ def device_label(device: torch.device) -> str:
 
 
 def card_name(device: torch.device) -> str:
-    """As people know it: "gpu:0 (Tesla P40, sm_61)", or "cpu (avx2)"."""
+    """As people know it: "gpu:0 (Tesla P40, sm_61)", or "cpu (avx2)".
+
+    Raises FireRedError for a card that does not answer.
+    """
     label = device_label(device)
-    model = getattr(torch, device.type).get_device_name(device) if label.startswith("gpu") else ""
-    return f"{label} ({', '.join(filter(None, (model, architecture(device))))})"
+    try:
+        model = getattr(torch, device.type).get_device_name(device) if label.startswith("gpu") else ""
+        return f"{label} ({', '.join(filter(None, (model, architecture(device))))})"
+    except Exception as error:  # a driver raises whatever it likes
+        raise no_answer(label, error) from error
+
+
+def no_answer(label: str, error: Exception) -> FireRedError:
+    """What to say of a card that raised `error` when it was asked what it is."""
+    return FireRedError(
+        f"{label} does not answer: {first_line(error)}. Close programs that hold it, check its driver, or "
+        "choose another device."
+    )
 
 
 def architecture(device: torch.device) -> str:
@@ -98,9 +112,9 @@ def require_kernels(
     multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.matmul,
 ) -> None:
     """Raise FireRedError unless this torch build is for the card and a product computed there is right."""
-    card = card_name(device)
+    card, needed = card_name(device), architecture(device)
     if device.type == "cuda":
-        require_build(card, architecture(device), torch.cuda.get_arch_list())
+        require_build(card, needed, torch.cuda.get_arch_list())
     numbers = (torch.arange(64 * 64) % 7).float().reshape(64, 64)  # small: exact in any arithmetic
     try:
         product = multiply(numbers.to(device), numbers.to(device)).cpu()
@@ -110,9 +124,9 @@ def require_kernels(
         ) from error
     except RuntimeError as error:
         raise FireRedError(
-            f"{card} cannot compute with this torch {torch.__version__}: {str(error).splitlines()[0]}. "
+            f"{card} cannot compute with this torch {torch.__version__}: {first_line(error)}. "
             "Update the driver and restart; if that does not help, install with ComfyUI's Python: "
-            f"{install_line(architecture(device))}"
+            f"{install_line(needed)}"
         ) from error
     if not torch.equal(product, numbers @ numbers):
         raise FireRedError(

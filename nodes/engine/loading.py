@@ -52,11 +52,19 @@ def load(spec: ComponentSpec, on_progress: OnProgress = untold, cache: DiskCache
     return component
 
 
+def mark_used(spec: ComponentSpec, cache: DiskCache) -> None:
+    """Keep the copy of weights that are in use from becoming the oldest file: while they stay in memory
+    nobody opens it.
+    """
+    if name := _cache_name(spec):
+        cache.find(name)
+
+
 def load_transformer(
     spec: ComponentSpec, on_progress: OnProgress, cache: DiskCache | None
 ) -> diffusers.QwenImageTransformer2DModel:
     model = _build_diffusers(diffusers.QwenImageTransformer2DModel, spec)
-    modulation = Modulation(spec.checkpoint, spec.identity, spec.device, spec.math, cache)
+    modulation = Modulation(spec, cache)
     modulation.fold_into(model)
     own_caches(model.pos_embed)
     model.arithmetic = _fill(model, spec, on_progress, cache)

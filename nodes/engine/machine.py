@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import InputError
+from .errors import FireRedError, InputError
 from .estimates import RESERVED_BYTES
+from .kernels import no_answer
 from .precision import Card
 from .speeds import Speeds
 
@@ -16,12 +17,15 @@ class Device:
 
     free: bytes this process may use of it, what it can evict from there counted as free.
     speeds: None where nobody knows any. measured: whether they were measured on this very card.
+    integrated: whether its memory is the host's. fault: why it cannot be used, in a sentence.
     """
 
     card: Card
     free: int
     speeds: Speeds | None = None
     measured: bool = False
+    integrated: bool = False
+    fault: str = ""
 
     @property
     def usable(self) -> int:
@@ -42,8 +46,11 @@ class Machine:
 
     @property
     def automatic(self) -> tuple[Device, ...]:
-        """Where `auto` may put something: the CPU only where there is nothing else."""
-        return self.gpus or (self.cpu,)
+        """Where `auto` may put something: the CPU only where there is nothing else.
+
+        Never on a card with a fault, unless all have one: then whoever asks is told of it.
+        """
+        return tuple(gpu for gpu in self.gpus if not gpu.fault) or self.gpus or (self.cpu,)
 
     @property
     def memories(self) -> tuple[Device, ...]:
@@ -60,3 +67,12 @@ class Machine:
     def shared(self, one: Device, other: Device) -> bool:
         """Whether both devices take from the same memory."""
         return one == other or self.unified
+
+
+def unusable(label: str, error: Exception) -> Device:
+    """A card that raised `error` when it was asked something: a place without room, and why.
+
+    Nothing else is said of it: the next question would fail as well.
+    """
+    told = error if isinstance(error, FireRedError) else no_answer(label, error)
+    return Device(Card(label, label, native_bf16=False, memory=0), free=0, fault=str(told))

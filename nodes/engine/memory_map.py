@@ -34,7 +34,7 @@ def draw_memory_map(placement: Placement) -> Image.Image:
     top = _write(draw, top, placement.speed, TEXT, INK) + LINE // 2
     used = [device for device in placement.machine.memories if placement.on(device)]
     devices = list(dict.fromkeys((*placement.machine.automatic, *used)))
-    longest = max(max(device.card.memory, _peak(placement.on(device))) for device in devices)
+    longest = max(max(device.card.memory, _peak(placement.on(device)), 1) for device in devices)
     for device in devices:
         top = _draw_card(draw, top, device, placement.on(device), (WIDTH - 2 * MARGIN) / longest)
     top = _write(draw, top, LEGEND, TEXT, FAINT)
@@ -78,7 +78,7 @@ def _draw_bar(
 ) -> None:
     """The weights from the left, then the largest workspace, in a bar as long as the card's memory."""
     draw.rectangle((MARGIN, top, MARGIN + device.card.memory * scale, top + BAR), TAKEN)
-    draw.rectangle((MARGIN, top, MARGIN + device.usable * scale, top + BAR), FREE)
+    draw.rectangle((MARGIN, top, MARGIN + max(device.usable, 0) * scale, top + BAR), FREE)
     segments = [
         (place.weights, COLOURS[place.role], BACKGROUND, f"{place.name} {place.precision.name}")
         for place in places

@@ -8,7 +8,10 @@ no precision quantises it.
 
 from __future__ import annotations
 
+import itertools
+import logging
 import re
+import time
 from collections import OrderedDict
 
 import torch
@@ -16,13 +19,18 @@ import torch.nn.functional as F
 from diffusers import QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenTimestepProjEmbeddings
 
-from .arithmetic import exact_fp32
+from .arithmetic import computing_environment, exact_fp32
 from .cache import DiskCache, digest
-from .checkpoint import Checkpoint
-from .components import MODULATION
+from .checkpoint import stored_bytes
+from .components import MODULATION, ComponentSpec
 from .errors import CheckpointError
 from .progress import OnProgress, untold
 
+log = logging.getLogger("FireRed")
+
+RECIPE = 1  # raise it when this file computes something else
+TABLE = "modulation"  # the one tensor's name in a file
+BROKEN = ""
 STREAMS = ("img", "txt")
 KEPT_BYTES = 3 * 2**29  # of schedules in memory beside the current one; 354 MB each for 40 steps
 TIME_EMBEDDER = "time_text_embed."
@@ -52,17 +60,9 @@ class Modulation:
     current: (1, or 2 with timestep 0's, blocks, streams, 6 * dim) in the compute dtype.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        identity: str,
-        device: torch.device,
-        compute: torch.dtype,
-        cache: DiskCache | None,
-    ):
-        self._checkpoint, self._identity = checkpoint, identity
-        self._device, self._compute, self._cache = device, compute, cache
-        config = checkpoint.component("transformer").config()
+    def __init__(self, spec: ComponentSpec, cache: DiskCache | None):
+        self._spec, self._cache = spec, cache
+        config = spec.checkpoint.component("transformer").config()
         self._blocks, self._has_zero = config["num_layers"], bool(config.get("zero_cond_t"))
         self._dim = config["num_attention_heads"] * config["attention_head_dim"]
         self._tables: OrderedDict[str, torch.Tensor] = OrderedDict()
@@ -77,14 +77,27 @@ class Modulation:
 
     @exact_fp32()
     def use(self, timesteps: torch.Tensor, on_progress: OnProgress = untold) -> None:
-        """Get ready for these timesteps (n,), FP32, 0 to 1: from memory, the cache, or the weights."""
-        visited = digest(timesteps.float())
-        if visited not in self._tables:
-            self._tables[visited] = self._find_or_compute(timesteps, visited, on_progress)
-        self._tables.move_to_end(visited)
+        """Get ready for these timesteps (n,), FP32, 0 to 1: from memory, the cache, or the weights.
+
+        on_progress: told of the bytes of weights read, where they are.
+        """
+        name = self._name(timesteps)
+        shape = (len(timesteps) + self._has_zero, self._blocks, len(STREAMS), 6 * self._dim)
+        if name in self._tables:
+            if self._cache is not None:
+                self._cache.find(name)  # marks the file as used, which it is though nobody opens it
+        elif (kept := self._kept(name, shape)) is not None:
+            self._tables[name] = kept
+        else:
+            table = self._compute_table(timesteps, shape, on_progress)
+            if not _is_finite(table):
+                log.warning("the modulation of this schedule holds NaN or infinity: it is not kept")
+                name = BROKEN  # under which nobody finds it again
+            self._tables[name] = table if name == BROKEN else self._keep(name, table)
+        self._tables.move_to_end(name)
         while len(self._tables) > 1 and sum(table.nbytes for table in self._tables.values()) > KEPT_BYTES:
             self._tables.popitem(last=False)
-        self._table, self._step = self._tables[visited], -1
+        self._table, self._step = self._tables[name], -1
         self.select(0)
 
     def select(self, step: int) -> None:
@@ -93,52 +106,73 @@ class Modulation:
             return
         self._step = step
         rows = self._table[[step, -1]] if self._has_zero else self._table[step : step + 1]
-        self.current = rows.to(self._device, self._compute)
+        self.current = rows.to(self._spec.device, self._spec.math)
 
-    def _find_or_compute(
-        self, timesteps: torch.Tensor, visited: str, on_progress: OnProgress
-    ) -> torch.Tensor:
-        rows = len(timesteps) + self._has_zero
-        shape = (rows, self._blocks, len(STREAMS), 6 * self._dim)
-        name = f"{self._checkpoint.name}-modulation-{self._identity}-{visited}"
-        kept = (self._cache.read(name) if self._cache else None) or {}
-        if "modulation" in kept and tuple(kept["modulation"].shape) == shape:
-            return kept["modulation"]
-        table = self._compute_table(timesteps, shape, on_progress)
-        writer = self._cache.create(name, {"modulation": (table.dtype, shape)}) if self._cache else None
+    def _name(self, timesteps: torch.Tensor) -> str:
+        """Of the schedule's file: all that its bits depend on, the arithmetic of this process included."""
+        spec = self._spec
+        computed = computing_environment(spec.device, "diffusers")
+        key = digest(RECIPE, timesteps.float(), spec.device.type, spec.card.name, computed)
+        return f"{spec.checkpoint.name}-modulation-{spec.identity}-{key}"
+
+    def _keep(self, name: str, table: torch.Tensor) -> torch.Tensor:
+        """The table, from its file where one could be written, so that it takes no memory of its own."""
+        shape = tuple(table.shape)
+        writer = self._cache.create(name, {TABLE: (table.dtype, shape)}) if self._cache else None
         if writer is not None:
-            writer.write("modulation", table)
+            writer.write(TABLE, table)
             writer.finish()
-        return table
+        kept = self._kept(name, shape)
+        return table if kept is None else kept
+
+    def _kept(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+        """The table from the cache, mapped and not copied; None where it is missing or cannot be right."""
+        table = ((self._cache.map(name) if self._cache else None) or {}).get(TABLE)
+        if table is None or (table.dtype, tuple(table.shape)) != (torch.float32, shape):
+            return None
+        return table if _is_finite(table) else None
 
     def _compute_table(
         self, timesteps: torch.Tensor, shape: tuple[int, ...], on_progress: OnProgress
     ) -> torch.Tensor:
+        """Read every modulation weight once, in the order of the files, each while the last is multiplied."""
+        component, device = self._spec.checkpoint.component("transformer"), self._spec.device
+        stored = {name: info for name, info in component.stored().items() if is_modulation(name)}
+        total, done, started = sum(map(stored_bytes, stored.values())), 0, time.monotonic()
+        log.info("computing modulation for %d steps: reading %.2f GB", len(timesteps), total / 1e9)
         levels = torch.cat([timesteps.float().cpu(), torch.zeros(int(self._has_zero))])
         embedded = F.silu(self._time_embedding(levels))
         table = torch.empty(shape)
-        component = self._checkpoint.component("transformer")
         weights: dict[str, torch.Tensor] = {}
-        done, total = 0, 2 * len(STREAMS) * self._blocks
-        for name, tensor in component.tensors(is_modulation, self._device):
-            weights[name] = tensor.to(self._device, copy=True).float()
-            done += 1
+        missing = set(itertools.product(range(self._blocks), STREAMS))
+        for name, tensor in component.tensors(is_modulation, device):
+            weights[name] = tensor.to(device, copy=tensor.dtype is torch.float32).float()
+            done += tensor.nbytes
             on_progress(done, total)
             layer = name.rpartition(".")[0]
             if f"{layer}.weight" in weights and f"{layer}.bias" in weights:
-                result = F.linear(embedded, weights.pop(f"{layer}.weight"), weights.pop(f"{layer}.bias"))
+                weight, bias = weights.pop(f"{layer}.weight"), weights.pop(f"{layer}.bias")
+                result = torch.addmm(bias.unsqueeze(1), weight, embedded.T).T  # on a CPU faster than linear()
                 block, stream = re.findall(r"\.(\d+)\.(\w+)_mod", layer)[0]
                 table[:, int(block), STREAMS.index(stream)] = result.cpu()
-        if done != total:
+                missing.discard((int(block), stream))
+        if missing:
             raise CheckpointError(f"{component.folder} lacks modulation weights. Download the folder again.")
+        seconds = time.monotonic() - started
+        log.info("modulation computed in %.1f s (%.2f GB/s)", seconds, total / 1e9 / seconds)
         return table
 
     def _time_embedding(self, levels: torch.Tensor) -> torch.Tensor:
         """The model's own timestep embedding (n, dim), in FP32 from the unquantised weights."""
         embedder = QwenTimestepProjEmbeddings(self._dim)
-        component = self._checkpoint.component("transformer")
+        component = self._spec.checkpoint.component("transformer")
         stored = component.tensors(lambda name: name.startswith(TIME_EMBEDDER))
         embedder.load_state_dict(
             {name.removeprefix(TIME_EMBEDDER): tensor.float() for name, tensor in stored}
         )
-        return embedder.to(self._device)(levels.to(self._device), torch.empty(0)).detach()
+        return embedder.to(self._spec.device)(levels.to(self._spec.device), torch.empty(0)).detach()
+
+
+def _is_finite(table: torch.Tensor) -> bool:
+    """Step by step: a mapped table need not be in memory whole."""
+    return all(bool(row.isfinite().all()) for row in table)

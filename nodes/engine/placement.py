@@ -6,6 +6,7 @@ that are elsewhere, and gives every loader of a graph the same answer.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -57,7 +58,7 @@ def place(
     """
     planner = _Planner(machine, checkpoint, edit, runs)
     places: list[Place] = []
-    rejected: list[str] = []
+    rejected = [f"{device.card}: {device.fault}" for device in machine.gpus if device.fault]
     problems: dict[str, str] = {}
     for role in ROLES:
         try:
@@ -103,7 +104,7 @@ class _Planner:
         devices = [self.machine.device(wish.device)] if wish.device else self.machine.automatic
         options = [self._best(role, device, wish) for device in devices]
         chosen = min(options, key=lambda option: self._cost(option, others))
-        against = [] if wish.precision else list(self._against(chosen, wish))
+        against = [] if wish.precision or chosen.device.fault else list(self._against(chosen, wish))
         for option in options:
             if option.fits and LOSS.get(option.precision.name, 0) < LOSS.get(chosen.precision.name, 0):
                 others_there = names(self._beside(option, others))
@@ -150,6 +151,8 @@ class _Planner:
             best = ([option for option in options if self._runs(option)] or options)[-1]
         if wish.precision:
             return replace(best, reason=wish.reason)
+        if device.fault:
+            return replace(best, reason=device.fault)
         if not best.fits:
             room = max(device.usable, 0) / GIB
             return replace(best, reason=f"only {room:.1f} GiB were free, and nothing smaller runs there")
@@ -165,14 +168,16 @@ class _Planner:
             spec = ComponentSpec(role, self.checkpoint, precision, torch.device("cpu"), device.card, "")
             self.sizes[role, precision] = spec.nbytes()
         assert precision.compute is not None
-        needs = (role, self.checkpoint, precision.compute, self.edit)
-        whole = Place(role, device, precision, self.sizes[role, precision], workspace_bytes(*needs))
+        fused = (role, precision.compute) not in device.card.unfused
+        needs = functools.partial(workspace_bytes, role, self.checkpoint, precision.compute, self.edit)
+        workspace = needs(fused=fused)
+        whole = Place(role, device, precision, self.sizes[role, precision], workspace, fused=fused)
         if whole.fits or role != "vae":
             return whole
-        return replace(whole, workspace=workspace_bytes(*needs, tiled=True), tiled=True)
+        return replace(whole, workspace=needs(tiled=True, fused=fused), tiled=True)
 
     def _runs(self, option: Place) -> bool:
-        return self.runs(option.role, option.precision, option.device.card)
+        return not option.device.fault and self.runs(option.role, option.precision, option.device.card)
 
     def _beside(self, option: Place, others: Sequence[Place]) -> list[Place]:
         return [other for other in others if self.machine.shared(other.device, option.device)]

@@ -13,7 +13,10 @@ from .precision import Precision
 
 @dataclass(frozen=True)
 class Place:
-    """One component on one device. weights, workspace: bytes. tiled: the VAE decodes in tiles."""
+    """One component on one device. weights, workspace: bytes. tiled: the VAE decodes in tiles.
+
+    fused: attention runs without holding all its scores.
+    """
 
     role: str
     device: Device
@@ -22,6 +25,7 @@ class Place:
     workspace: int
     reason: str = ""
     tiled: bool = False
+    fused: bool = True
 
     def __str__(self) -> str:
         return f"{self.name} {self.precision.name} on {self.device.card.label}"
@@ -37,7 +41,8 @@ class Place:
     @property
     def description(self) -> str:
         """In one line: what, where, how much, why."""
-        why = (self.reason, "in tiles" * self.tiled, "does not fit" * (not self.fits))
+        scores = "attention has no fused kernel there and holds its scores" * (not self.fused)
+        why = (self.reason, scores, "in tiles" * self.tiled, "does not fit" * (not self.fits))
         return ", ".join(part for part in (f"{self}: {self.size}", *why) if part)
 
     @property

@@ -63,7 +63,8 @@ MATH = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Card:
     """What one device can do, as far as choosing a precision needs to know.
 
-    memory: bytes in all. is_gpu: an accelerator rather than the CPU.
+    memory: bytes in all. is_gpu: an accelerator rather than the CPU. unfused: (role, dtype of its arithmetic)
+    in which no kernel there does attention without holding all its scores.
     """
 
     label: str
@@ -71,6 +72,7 @@ class Card:
     native_bf16: bool
     memory: int
     is_gpu: bool = True
+    unfused: frozenset[tuple[str, torch.dtype]] = frozenset()
 
     def __str__(self) -> str:
         return self.label if self.label == self.name else f"{self.label} ({self.name})"

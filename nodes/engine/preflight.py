@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import time
 import warnings
@@ -34,6 +35,8 @@ TOKENS = {
     SDPBackend.CUDNN_ATTENTION: (256, 1024, 4096),
     SDPBackend.MATH: (256, 1024),  # holds all scores: 24 * tokens^2 numbers, a few times over
 }
+FUSED = [backend for backend in TOKENS if backend is not SDPBackend.MATH]
+HEAD_SIZES = {"transformer": HEAD_SIZE, "text_encoder": 128, "vae": 384}  # the VAE's one head is that wide
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8"}
 # 16-bit arithmetic that is not clearly faster than FP32 is emulated (or, on Pascal, a courtesy).
 NATIVE = 1.3
@@ -115,6 +118,41 @@ def fastest_attention(rates: Sequence[Rate], dtype: str) -> Rate | None:
     """The fastest backend for "fp32" or "bf16", or None where none runs."""
     ran = (rate for rate in rates if rate.tflops and rate.name.startswith(f"{dtype} "))
     return max(ran, key=lambda rate: rate.tflops or 0.0, default=None)
+
+
+def unfused_attention(device: torch.device) -> frozenset[tuple[str, torch.dtype]]:
+    """The (role, dtype) for which attention on this device holds all its scores: no fused kernel runs.
+
+    As torch is set up now: kernels that were switched off do not count. MPS chooses by itself and is taken to
+    be fused.
+    """
+    enabled = (
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+        torch.backends.cuda.cudnn_sdp_enabled(),
+    )
+    backends = tuple(backend for backend, on in zip(FUSED, enabled, strict=True) if on)
+    pairs = itertools.product(HEAD_SIZES, (torch.float32, torch.bfloat16, torch.float16))
+    return frozenset(pair for pair in pairs if not _fuses(HEAD_SIZES[pair[0]], pair[1], backends, device))
+
+
+@functools.cache
+def _fuses(
+    head_size: int, dtype: torch.dtype, backends: tuple[SDPBackend, ...], device: torch.device
+) -> bool:
+    if not backends:
+        return False
+    heads = torch.zeros((1, 1, 64, head_size), dtype=dtype, device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # each backend tells why it does not run
+        try:
+            with sdpa_kernel(list(backends)), _current(device):
+                F.scaled_dot_product_attention(heads, heads, heads)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return False
+    return True
 
 
 def device_memory(device: torch.device) -> Memory | None:

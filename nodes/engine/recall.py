@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from PIL import Image
 
 from .arithmetic import computing_environment
-from .cache import DiskCache, digest
+from .cache import DiskCache, digest, warn_not_kept
 from .components import ComponentSpec
-
-log = logging.getLogger("FireRed")
 
 RECIPE = 1  # raise it when text.py or vae.encode_reference compute something else
 KEY = "encoded"  # the one tensor's name in a file
@@ -56,7 +53,7 @@ def _keep(cache: DiskCache, name: str, tensor: torch.Tensor) -> None:
     try:
         cache.write(name, {KEY: tensor})
     except OSError as error:
-        log.warning("not caching %s: %s. The next start encodes it again.", name, error)
+        warn_not_kept(cache.path(name), error)
 
 
 def _identity(spec: ComponentSpec) -> tuple[object, ...]:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from .components import ComponentSpec
+from .components import ComponentSpec, has_room, require_room
 from .conditioning import Condition, from_conditioning
 from .denoise import StepState, denoise
 from .estimates import transformer_bytes
 from .guard import STOP
 from .latents import (
     LATENT_CHANNELS,
+    MIN_SIZE,
     PATCH,
     VAE_SCALE,
     denormalize,
@@ -26,6 +28,7 @@ from .latents import (
     require_size,
     unpack,
 )
+from .precision import ROLE_PRECISIONS, resolve
 from .progress import OnProgress, untold
 from .resume import RunState, SavedRun, run_name
 from .schedule import Schedule, make_schedule
@@ -65,7 +68,54 @@ class SamplingPlan:
         """What the transformer needs beside its weights."""
         height, width = self.padded_size
         tokens = height * width // PATCH**2 + max(condition.tokens for condition in self.conditions.values())
-        return transformer_bytes(self.spec.checkpoint, self.spec.math, tokens)
+        return transformer_bytes(self.spec.checkpoint, self.spec.math, tokens, self.spec.fused)
+
+    def require_room(self, room: float) -> None:
+        """Raise DoesNotFitError where the run does not go into `room` bytes, all that its device can give."""
+        if has_room(self.spec, self.working_bytes(), room):
+            return
+        alternatives = (self._smaller(), self._with_fewer_references(), self._at_other_precisions())
+        fitting = [
+            words
+            for ways in alternatives
+            for words, plan in itertools.islice(
+                (way for way in ways if has_room(way[1].spec, way[1].working_bytes(), room)), 1
+            )
+        ]
+        remedy = f"What would fit: {', or '.join(fitting)}." if fitting else "Choose a bigger card, or cpu."
+        require_room(self.spec, self.working_bytes(), room, f"Sampling {self._task}", remedy)
+
+    @property
+    def _references(self) -> int:
+        return max(len(condition.reference_latents) for condition in self.conditions.values())
+
+    @property
+    def _task(self) -> str:
+        return f"{self.width * VAE_SCALE}x{self.height * VAE_SCALE} with {_pictures(self._references)}"
+
+    def _smaller(self) -> Iterator[tuple[str, SamplingPlan]]:
+        """This run at smaller sizes of its shape, the largest first."""
+        for percent in range(95, 0, -5):
+            height, width = (side * percent // 100 // PATCH * PATCH for side in (self.height, self.width))
+            if min(height, width) * VAE_SCALE < MIN_SIZE:
+                return
+            yield f"{width * VAE_SCALE}x{height * VAE_SCALE}", replace(self, height=height, width=width)
+
+    def _with_fewer_references(self) -> Iterator[tuple[str, SamplingPlan]]:
+        for count in reversed(range(self._references)):
+            conditions = {
+                branch: replace(condition, reference_latents=condition.reference_latents[:count])
+                for branch, condition in self.conditions.items()
+            }
+            yield _pictures(count), replace(self, conditions=conditions)
+
+    def _at_other_precisions(self) -> Iterator[tuple[str, SamplingPlan]]:
+        """At the other precisions that are safe, the largest first."""
+        spec = self.spec
+        rows = (row for name, row in ROLE_PRECISIONS[spec.role].items() if name != "fp16")
+        others = [replace(spec, precision=resolve(row, spec.card)) for row in rows]
+        for other in sorted(others, key=lambda other: -other.nbytes()):
+            yield f"precision {other.precision.name}", replace(self, spec=other)
 
     def name(self, guard: str = STOP) -> str:
         """Of this run and of no other: a digest of everything its result depends on.
@@ -80,6 +130,10 @@ class SamplingPlan:
             references = condition.reference_latents
             parts += [branch, condition.prompt_embeds, condition.mask, len(references), *references]
         return run_name(spec.device, *parts)
+
+
+def _pictures(count: int) -> str:
+    return f"{count or 'no'} reference picture{'s' * (count > 1)}"
 
 
 def read_conditions(spec: ComponentSpec, branches: Mapping[str, Any]) -> dict[str, Condition]:

@@ -15,7 +15,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from .arithmetic import exact_fp32
-from .components import GIB, ComponentSpec, DoesNotFitError
+from .components import ComponentSpec, require_room
 from .estimates import SMALLEST_TILE, decode_bytes
 from .guard import STOP, Guard, require_finite, require_finite_input
 from .images import from_pixels
@@ -76,27 +76,27 @@ def decode(
         require_finite_input(latents, "The latent to decode")
     *_, height, width = latents.shape
     tiles = _tiles(spec, height, width, tiling, free)
-    return torch.cat(
-        [from_pixels(_decode_one(vae, Guard(spec, guard), raw, tiles)) for raw in latents.split(1)]
-    )
-
-
-def require_decodable(spec: ComponentSpec, height: int, width: int, tiling: str, free: float) -> None:
-    """Raise DoesNotFitError where latents of that size will not decode in `free` bytes, weights included."""
-    needed = spec.nbytes() + decoding_bytes(spec, height, width, tiling)
-    if needed > free:
-        how = "whole" if tiling == "whole" else "even in tiles"
-        remedy = "Set tiling to auto" if tiling == "whole" else "Choose another device for the VAE"
-        raise DoesNotFitError(
-            f"Decoding {width * VAE_SCALE}x{height * VAE_SCALE} {how} would take {needed / GIB:.1f} GiB on "
-            f"{spec.card}, which can give {free / GIB:.1f} GiB. {remedy}, or sample a smaller picture."
-        )
+    watched = Guard(spec, guard)
+    return torch.cat([from_pixels(_decode_one(vae, watched, raw, tiles)) for raw in latents.split(1)])
 
 
 def decoding_bytes(spec: ComponentSpec, height: int, width: int, tiling: str) -> int:
     """What decoding latents of that size takes at least beside the weights."""
     smallest = _tiles(spec, height, width, tiling, 0)[-1]
-    return decode_bytes(spec.checkpoint, spec.math, height, width, smallest)
+    return decode_bytes(spec.checkpoint, spec.math, height, width, smallest, spec.fused)
+
+
+def require_room_to_decode(spec: ComponentSpec, height: int, width: int, tiling: str, room: float) -> None:
+    """Raise DoesNotFitError where latents of that size will not decode in `room` bytes, weights included."""
+    how = "whole" if tiling == "whole" else "even in tiles"
+    advice = "Set tiling to auto" if tiling == "whole" else "Choose another device for the VAE"
+    require_room(
+        spec,
+        decoding_bytes(spec, height, width, tiling),
+        room,
+        f"Decoding {width * VAE_SCALE}x{height * VAE_SCALE} {how}",
+        f"{advice}, or sample a smaller picture. What was sampled is kept.",
+    )
 
 
 def _tiles(spec: ComponentSpec, height: int, width: int, tiling: str, free: float) -> list[int]:
@@ -108,7 +108,7 @@ def _tiles(spec: ComponentSpec, height: int, width: int, tiling: str, free: floa
     if tiling == "tiled":
         return smaller
     sizes = [whole, *smaller]
-    costs = [decode_bytes(spec.checkpoint, spec.math, height, width, size) for size in sizes]
+    costs = [decode_bytes(spec.checkpoint, spec.math, height, width, size, spec.fused) for size in sizes]
     fitting = [size for size, cost in zip(sizes, costs, strict=True) if cost <= free]
     return fitting or sizes[-1:]
 
@@ -116,6 +116,7 @@ def _tiles(spec: ComponentSpec, height: int, width: int, tiling: str, free: floa
 def _decode_one(
     vae: diffusers.AutoencoderKLQwenImage, guard: Guard, raw: torch.Tensor, tiles: list[int]
 ) -> torch.Tensor:
+    """Pixels (1, 3, 1, 8h, 8w). Sizes for which memory runs out are taken off `tiles`, for all pictures."""
     spec = guard.spec
 
     def attend() -> torch.Tensor:
@@ -124,17 +125,21 @@ def _decode_one(
 
     trace = functools.partial(find_culprit, vae, attend)
     features = guard.check(attend(), "The picture being decoded", trace)
-    for tile, smaller in itertools.pairwise(tiles):
+    while len(tiles) > 1:
         try:
-            return _decode_features(vae, guard, features, tile)
+            return _decode_features(vae, guard, features, tiles[0])
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
+            tile, smaller, *_ = (size * VAE_SCALE for size in tiles)
             log.warning(
                 "%s is out of memory for tiles of %d pixels: decoding in tiles of %d",
-                spec.card, tile * VAE_SCALE, smaller * VAE_SCALE,
-            )  # fmt: skip
-    return _decode_features(vae, guard, features, tiles[-1])
+                spec.card,
+                tile,
+                smaller,
+            )
+        del tiles[0]
+    return _decode_features(vae, guard, features, tiles[0])
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -45,23 +45,28 @@ def write_weights(model: torch.nn.Module, folder: Path, stem: str) -> None:
         shards[-1][name] = parameter
         size += 2 * parameter.numel()
     weight_map = {}
-    generator = torch.Generator(DEVICE).manual_seed(0)
     for number, shard in enumerate(shards, start=1):
         file = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
-        layout = {name: (torch.bfloat16, tuple(parameter.shape)) for name, parameter in shard.items()}
-        writer = CacheWriter(folder / file, layout)
-        for name, parameter in shard.items():
-            values = torch.empty(parameter.shape, dtype=torch.bfloat16, device=DEVICE)
-            if parameter.ndim >= 2:
-                values.normal_(0, 0.02, generator=generator)
-            else:
-                values.fill_(0.0 if name.endswith("bias") else 1.0)
-            writer.write(name, values)
-        writer.finish()
-        weight_map |= dict.fromkeys(layout, file)
+        write_tensors(shard, folder / file, seed=number)
+        weight_map |= dict.fromkeys(shard, file)
     (folder / f"{stem}.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": weight_map})
     )
+
+
+def write_tensors(parameters: dict[str, torch.Tensor], path: Path, seed: int = 0) -> None:
+    """One file of random weights with these shapes."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    layout = {name: (torch.bfloat16, tuple(parameter.shape)) for name, parameter in parameters.items()}
+    writer = CacheWriter(path, layout)
+    for name, parameter in parameters.items():
+        values = torch.empty(parameter.shape, dtype=torch.bfloat16, device=DEVICE)
+        if parameter.ndim >= 2:
+            values.normal_(0, 0.02, generator=generator)
+        else:
+            values.fill_(0.0 if name.endswith("bias") else 1.0)
+        writer.write(name, values)
+    writer.finish()
 
 
 def write_rest(folder: Path, elsewhere: Path, layers: int = 28) -> None:

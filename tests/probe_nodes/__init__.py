@@ -160,6 +160,110 @@ class ProbeEviction(Probe):
         return {}
 
 
+class ProbeBorrowed(Probe):
+    """Has ComfyUI evict everything while a component is borrowed, and again afterwards.
+
+    Writes [bytes freed by partially_unload, bytes loaded during the borrow, after it, evicted] to
+    output/NAME.json.
+    """
+
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"one": ("*", {}), "name": ("STRING", {})}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):
+        return True
+
+    def execute(self, one, name):
+        patcher, device = one.patcher, one.spec.device
+        with pack_host().borrow(one) as component:
+            freed = patcher.partially_unload(device, 1e30)
+            mm.free_memory(1, device)
+            mm.free_memory(1e30, device)
+            patcher.detach()
+            during = patcher.loaded_size() if patcher.model.component is component else 0
+        after = patcher.loaded_size()
+        mm.free_memory(1e30, device)
+        found = [freed, during, after, patcher.loaded_size()]
+        (Path(folder_paths.get_output_directory()) / f"{name}.json").write_text(json.dumps(found))
+        return {}
+
+
+class ProbeCopies(Probe):
+    """Which copies of a component a new one releases: written to output/NAME.json as [old, new, kept].
+
+    Nothing is loaded; the cards are only named.
+    """
+
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"one": ("*", {}), "name": ("STRING", {})}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):
+        return True
+
+    def execute(self, one, name):
+        host, found = pack_host(), []
+        places = {"cpu": "cpu", "gpu:0": "cuda:0", "gpu:1": "cuda:1"}
+        for old, new, precision in (
+            ("gpu:0", "gpu:1", one.spec.precision.name),
+            ("gpu:0", "gpu:0", "another"),
+            ("gpu:0", "cpu", "another"),
+            ("cpu", "gpu:0", one.spec.precision.name),
+        ):
+            there = replace(one.spec, device=torch.device(places[old]), identity="old")
+            patcher = host._make_patcher(there)
+            patcher.model.model_loaded_weight_memory = 1
+            changed = replace(there.precision, name=precision)
+            host._release_replaced(replace(there, device=torch.device(places[new]), precision=changed))
+            found.append([old, new, bool(patcher.loaded_size())])
+            patcher.detach()
+        (Path(folder_paths.get_output_directory()) / f"{name}.json").write_text(json.dumps(found))
+        return {}
+
+
+class ProbeBrokenCard(Probe):
+    """Opens components on a machine whose gpu:0 is the CPU, and whose gpu:1 is a card that torch cannot use.
+
+    Writes where `auto` puts them, and what choosing gpu:1 raises, twice, to output/NAME.json.
+    """
+
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"checkpoint": ("STRING", {}), "name": ("STRING", {})}}
+
+    def execute(self, checkpoint, name):
+        host = pack_host()
+        real, errors = host._accelerators, []
+        host._accelerators = lambda: [torch.device("cpu"), torch.device("cuda", 99)]
+        try:
+            chosen = [
+                host.open_component(role, checkpoint, "auto", "auto").spec.card.label
+                for role in ("transformer", "text_encoder", "vae")
+            ]
+            for _ in range(2):
+                try:
+                    host.open_component("vae", checkpoint, "auto", "gpu:1")
+                except Exception as error:
+                    errors.append([type(error).__name__, str(error)])
+        finally:
+            host._accelerators = real
+        found = {"chosen": chosen, "errors": errors}
+        (Path(folder_paths.get_output_directory()) / f"{name}.json").write_text(json.dumps(found))
+        return {}
+
+
 class ProbeCLIP(Probe):
     """Core's own Qwen2.5-VL classes and tokenizer at their real width, with one layer and random weights."""
 
@@ -197,6 +301,9 @@ PROBES = (
     ProbeKeep,
     ProbeResidents,
     ProbeEviction,
+    ProbeBorrowed,
+    ProbeCopies,
+    ProbeBrokenCard,
     ProbeCLIP,
 )
 NODE_CLASS_MAPPINGS = {probe.__name__: probe for probe in PROBES}

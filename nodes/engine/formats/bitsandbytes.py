@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 from types import ModuleType
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import FireRedError
+from ..errors import FireRedError, first_line
 from ..precision import Card, Precision
 from .linear import QuantizedLinear
 
@@ -18,6 +19,9 @@ from .linear import QuantizedLinear
 # bitsandbytes' FP16.
 OUTLIER_THRESHOLD = 6.0
 ALTERNATIVES = "choose int8, int8-fast or fp32, which run anywhere."
+TEST_ROWS, TEST_SIDE = 32, 256  # of the product that is tried
+# The relative error a right product may have against FP64: rounding makes 1.0 % (int8-bnb) and 9.2 % (nf4).
+MAX_ERROR = {"int8-bnb": 0.03, "nf4": 0.15}
 
 
 def import_bitsandbytes() -> ModuleType:
@@ -34,19 +38,44 @@ def import_bitsandbytes() -> ModuleType:
 
 
 def require_bitsandbytes(precision: Precision, card: Card, device: torch.device) -> None:
-    """Raise FireRedError where bitsandbytes cannot quantise on the card's device: tried, not assumed."""
-    library = import_bitsandbytes()
+    """Raise FireRedError where bitsandbytes cannot multiply on the card's device: tried, not assumed."""
+    import_bitsandbytes()
     if not card.is_gpu:
         raise FireRedError(
             f"{precision.name} needs a GPU that bitsandbytes supports, and this is {card}: {ALTERNATIVES}"
         )
+    assert precision.format is not None and precision.compute is not None
     try:
-        library.functional.quantize_4bit(torch.ones(64, 64, device=device), quant_type="nf4")
+        fault = product_fault(precision.format, precision.compute, device)
+    except torch.OutOfMemoryError as error:
+        raise FireRedError(f"{card} is full. Close other programs that use it.") from error
+    if fault:
+        raise FireRedError(f"{precision.name} does not run on {card} ({fault}): {ALTERNATIVES}")
+
+
+@functools.cache
+def product_fault(format: str, compute: torch.dtype, device: torch.device) -> str | None:
+    """What is wrong with a small product of such a layer on the device, tried once; None if nothing is.
+
+    format: "nf4" or "int8-bnb". compute: the dtype of the activations.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(TEST_SIDE, TEST_SIDE, generator=generator)
+    tokens = torch.randn(TEST_ROWS, TEST_SIDE, generator=generator)
+    tokens[:, ::64] *= 10  # past the threshold
+    expected = tokens.double() @ weight.double().T
+    try:
+        layer = LAYERS[format](
+            torch.nn.utils.skip_init(torch.nn.Linear, TEST_SIDE, TEST_SIDE, bias=False), compute
+        )
+        layer.set_weight(weight.to(device, compute))
+        product = layer(tokens.to(device, compute)).double().cpu()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # an absent native library raises a RuntimeError of its own
-        raise FireRedError(
-            f"bitsandbytes does not run on {card} ({str(error).strip().partition(chr(10))[0]}): "
-            f"{ALTERNATIVES}"
-        ) from error
+        return first_line(error)
+    wrong = float((product - expected).norm() / expected.norm())
+    return None if wrong < MAX_ERROR[format] else f"a product is wrong by {wrong:.0%}"
 
 
 class Nf4Linear(QuantizedLinear):
@@ -89,3 +118,6 @@ class Int8BnbLinear(QuantizedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._library.matmul(x, self.weight, bias=self.bias, state=self._state)
+
+
+LAYERS: dict[str, type[QuantizedLinear]] = {"nf4": Nf4Linear, "int8-bnb": Int8BnbLinear}
