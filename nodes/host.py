@@ -28,10 +28,11 @@ from comfy_execution.utils import get_executing_context
 from .engine.cache import DiskCache
 from .engine.checkpoint import Checkpoint, download_hint, find_checkpoints, open_checkpoint
 from .engine.components import GIB, ComponentSpec, require_fit, working_bytes
-from .engine.errors import CheckpointError, FireRedError
+from .engine.errors import CheckpointError, FireRedError, InputError
 from .engine.estimates import Edit
 from .engine.heartbeat import heartbeat_where_compiled
 from .engine.kernels import require_kernels
+from .engine.limits import shown
 from .engine.machine import Device, Machine
 from .engine.placement import Fixed, place
 from .engine.places import Placement
@@ -315,6 +316,15 @@ class Handle:
 
     spec: ComponentSpec
     patcher: Any
+
+
+def require_handle(given: Any, role: str) -> Handle:
+    """What a loader of that role made, unchanged. Raises InputError for anything else, such as a name."""
+    if not isinstance(given, Handle) or given.spec.role != role:
+        what = f"a {given.spec}" if isinstance(given, Handle) else shown(given)
+        loader = "".join(word.capitalize() for word in role.split("_")).replace("Vae", "VAE")
+        raise InputError(f"{role} is {what}. Connect the output of FireRedLoad{loader}.")
+    return given
 
 
 _patchers: WeakValueDictionary[ComponentSpec, Any] = WeakValueDictionary()  # equal handles share one
