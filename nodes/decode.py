@@ -7,11 +7,10 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import host
-from .engine.guard import STOP
-from .engine.latents import require_latents
+from .engine.guard import GUARD, STOP
+from .engine.latents import latent_samples, require_latents
+from .engine.limits import TILING
 from .load import CATEGORY, VAE, guard_input
-
-TILINGS = ["auto", "whole", "tiled"]
 
 
 class FireRedDecode(io.ComfyNode):
@@ -27,7 +26,7 @@ class FireRedDecode(io.ComfyNode):
                 io.Latent.Input("latent"),
                 io.Combo.Input(
                     "tiling",
-                    options=TILINGS,
+                    options=list(TILING.options),
                     default="auto",
                     optional=True,
                     tooltip="auto: whole where it fits in memory, else in tiles, without seams.",
@@ -43,7 +42,10 @@ class FireRedDecode(io.ComfyNode):
     ) -> io.NodeOutput:
         from .engine.vae import decode, decoding_bytes, require_room_to_decode
 
-        samples = require_latents(latent["samples"], "The latent to decode")
+        tiling, guard = TILING.require(tiling), GUARD.require(guard)
+        host.require_handle(vae, "vae")
+        what = "The latent to decode"
+        samples = require_latents(latent_samples(latent, what), what)
         *_, height, width = samples.shape
         require_room_to_decode(vae.spec, height, width, tiling, host.room(vae.spec))
         with host.borrow(vae, decoding_bytes(vae.spec, height, width, tiling)) as autoencoder:

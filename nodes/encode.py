@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from comfy_api.latest import io
+from PIL import Image
 
 from . import host
 from .engine.components import working_bytes
 from .engine.conditioning import to_conditioning
 from .engine.errors import InputError
 from .engine.estimates import Edit
-from .engine.guard import STOP, require_finite
-from .engine.images import to_pil
+from .engine.guard import GUARD, STOP, require_finite
+from .engine.images import require_image, to_pil, warn_of_many_pictures
+from .engine.limits import MAX_PICTURES, REFERENCE_MEGAPIXELS, require_text
 from .engine.recall import embedding_name, recall, reference_name
 from .engine.trace import find_culprit
 from .engine.transfer import cross
 from .load import CATEGORY, VAE, TextEncoder, guard_input
 
-MAX_IMAGES = 10
 CPU = torch.device("cpu")
 
 
@@ -52,8 +54,8 @@ class FireRedEncodePrompt(io.ComfyNode):
                 io.Float.Input(
                     "reference_megapixels",
                     default=1.0,
-                    min=0.01,
-                    max=4.0,
+                    min=REFERENCE_MEGAPIXELS.low,
+                    max=REFERENCE_MEGAPIXELS.high,
                     step=0.05,
                     optional=True,
                     tooltip="Size of each reference latent; 1.0 is 1024x1024. Smaller is faster and less "
@@ -62,7 +64,7 @@ class FireRedEncodePrompt(io.ComfyNode):
                 io.Autogrow.Input(
                     "images",
                     template=io.Autogrow.TemplatePrefix(
-                        io.Image.Input("image"), prefix="image", min=1, max=MAX_IMAGES
+                        io.Image.Input("image"), prefix="image", min=1, max=MAX_PICTURES
                     ),
                     tooltip="The pictures, in the order a prompt counts them (Picture 1, Picture 2). A "
                     "batch is several.",
@@ -85,15 +87,43 @@ class FireRedEncodePrompt(io.ComfyNode):
         negative_prompt: str = " ",
         reference_megapixels: float = 1.0,
         guard: str = STOP,
+        **unknown: Any,
     ) -> io.NodeOutput:
-        if not prompt.strip():
+        _require_known(unknown)
+        host.require_handle(text_encoder, "text_encoder")
+        megapixels = REFERENCE_MEGAPIXELS.require(reference_megapixels)
+        if not require_text(prompt, "The prompt").strip():
             raise InputError("The prompt is empty. Write what to change in the picture.")
-        pictures = to_pil(image for image in images.values() if image is not None)
-        if not pictures:
-            raise InputError("There is no picture to edit. Connect at least one image.")
-        references = _encode_references(vae, pictures, reference_megapixels, guard) if vae is not None else []
-        embeds = _encode_prompts(text_encoder, (prompt, negative_prompt), pictures, guard)
+        prompts = prompt, require_text(negative_prompt, "The negative prompt")
+        pictures = _pictures(images)
+        references = []
+        if vae is not None:
+            host.require_handle(vae, "vae")
+            references = _encode_references(vae, pictures, megapixels, GUARD.require(guard))
+        embeds = _encode_prompts(text_encoder, prompts, pictures, GUARD.require(guard))
         return io.NodeOutput(*(to_conditioning(encoded, references, pictures[0].size) for encoded in embeds))
+
+
+def _require_known(unknown: dict[str, Any]) -> None:
+    """ComfyUI hands on links to inputs that the node does not have, such as an eleventh image."""
+    for name in unknown:
+        last = f"images.image{MAX_PICTURES - 1}"
+        raise InputError(
+            f"FireRedEncodePrompt has no input {name}. Its pictures are images.image0 to {last}: "
+            f"{MAX_PICTURES} in all. Take the link out."
+        )
+
+
+def _pictures(images: Any) -> list[Image.Image]:
+    """The pictures of all connected inputs, in order."""
+    given = [
+        require_image(image, f"images.{name}") for name, image in (images or {}).items() if image is not None
+    ]
+    pictures = to_pil(given)
+    if not pictures:
+        raise InputError("There is no picture to edit. Connect at least one image.")
+    warn_of_many_pictures(len(pictures))
+    return pictures
 
 
 def _encode_references(vae: host.Handle, pictures: list, megapixels: float, guard: str) -> list[torch.Tensor]:
@@ -116,7 +146,8 @@ def _encode_prompts(
         working = working_bytes(text_encoder.spec, Edit(references=len(pictures)))
         with host.borrow(text_encoder, working) as encoder:
             for index in missing:
-                encode_one = functools.partial(encoder.encode, prompts[index], pictures)
+                what = ("The prompt", "The negative prompt")[index]
+                encode_one = functools.partial(encoder.encode, prompts[index], pictures, what)
                 trace = functools.partial(find_culprit, encoder.model, encode_one)
                 what = f"The {('positive', 'negative')[index]} prompt's embedding"
                 yield cross(require_finite(encode_one(), what, text_encoder.spec, trace, guard), CPU)

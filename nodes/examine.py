@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from comfy_api.latest import io, ui
+from PIL import Image
 
 from . import host
 from .engine.charts import draw_ranges
 from .engine.components import ComponentSpec
-from .engine.images import to_image, to_pil
-from .engine.latents import MAX_SIZE, TOKEN_PIXELS
+from .engine.images import require_image, to_image, to_pil
+from .engine.latents import TOKEN_PIXELS, WIDTH, LatentInput, read_latent
+from .engine.limits import SEED, STEPS, require_text
 from .engine.ranges import Ranges, report
 from .load import CATEGORY, TextEncoder, Transformer
 
@@ -19,7 +21,9 @@ from .load import CATEGORY, TextEncoder, Transformer
 class FireRedNumerics(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        size: dict[str, Any] = dict(default=0, min=0, max=MAX_SIZE, step=TOKEN_PIXELS, optional=True)
+        size: dict[str, Any] = dict(
+            default=0, min=WIDTH.low, max=WIDTH.high, step=TOKEN_PIXELS, optional=True
+        )
         size["tooltip"] = "Pixels; 0 follows the first image at about 1 megapixel."
         return io.Schema(
             node_id="FireRedNumerics",
@@ -40,7 +44,7 @@ class FireRedNumerics(io.ComfyNode):
                     "text_encoder", optional=True, tooltip="Measured too, on the prompt and the images below."
                 ),
                 io.Image.Input("images", optional=True, tooltip="For the text encoder's vision tower."),
-                io.Int.Input("steps", default=40, min=1, max=1000, optional=True),
+                io.Int.Input("steps", default=40, min=STEPS.low, max=STEPS.high, optional=True),
                 io.String.Input(
                     "look_at",
                     default="1, 20, 40",
@@ -53,7 +57,12 @@ class FireRedNumerics(io.ComfyNode):
                 io.Int.Input("width", **size),
                 io.Int.Input("height", **size),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=2**64 - 1, optional=True, control_after_generate=True
+                    "seed",
+                    default=0,
+                    min=SEED.low,
+                    max=SEED.high,
+                    optional=True,
+                    control_after_generate=True,
                 ),
             ],
             outputs=[
@@ -77,11 +86,15 @@ class FireRedNumerics(io.ComfyNode):
         height: int = 0,
         seed: int = 0,
     ) -> io.NodeOutput:
-        samples = None if latent is None else latent["samples"]
-        size = width, height
-        measured = [_measure_transformer(transformer, positive, samples, steps, look_at, size, seed)]
+        host.require_handle(transformer, "transformer")
+        pictures = [] if images is None else to_pil([require_image(images, "images")])
+        prompt, given = require_text(prompt, "The prompt"), None if latent is None else read_latent(latent)
         if text_encoder is not None:
-            measured.append(_measure_text_encoder(text_encoder, prompt, images))
+            host.require_handle(text_encoder, "text_encoder")
+        size = width, height
+        measured = [_measure_transformer(transformer, positive, given, steps, look_at, size, seed)]
+        if text_encoder is not None:
+            measured.append(_measure_text_encoder(text_encoder, prompt, pictures))
         charts = [draw_ranges(f"Activation ranges: {spec}", ranges) for spec, ranges in measured]
         text = "\n\n".join(report(spec, ranges) for spec, ranges in measured)
         return io.NodeOutput(to_image(charts), text, ui=ui.PreviewText(text))
@@ -90,7 +103,7 @@ class FireRedNumerics(io.ComfyNode):
 def _measure_transformer(
     transformer: host.Handle,
     positive: Any,
-    samples: torch.Tensor | None,
+    given: LatentInput | None,
     steps: int,
     look_at: str,
     size: tuple[int, int],
@@ -102,6 +115,7 @@ def _measure_transformer(
 
     spec = transformer.spec
     looked_at, (width, height) = parse_steps(look_at, steps), size
+    samples = None if given is None else given.samples
     plan = plan_sampling(
         spec,
         read_conditions(spec, {POSITIVE: positive}),
@@ -111,6 +125,7 @@ def _measure_transformer(
         height=height,
         seed=seed,
         samples=samples,
+        draws=None if given is None else given.draws,
     )
     plan.require_room(host.room(spec))
     with host.borrow(transformer, plan.working_bytes()) as model:
@@ -118,10 +133,9 @@ def _measure_transformer(
 
 
 def _measure_text_encoder(
-    text_encoder: host.Handle, prompt: str, images: torch.Tensor | None
+    text_encoder: host.Handle, prompt: str, pictures: list[Image.Image]
 ) -> tuple[ComponentSpec, Ranges]:
     from .engine.numerics import measure_text_encoder
 
-    pictures = [] if images is None else to_pil([images])
     with host.borrow(text_encoder) as encoder:
         return text_encoder.spec, measure_text_encoder(encoder, prompt, pictures)

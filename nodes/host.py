@@ -42,6 +42,7 @@ from .engine.errors import CheckpointError, FireRedError, InputError
 from .engine.estimates import RESERVED_BYTES, Edit
 from .engine.heartbeat import heartbeat_where_compiled
 from .engine.kernels import require_kernels
+from .engine.limits import shown
 from .engine.machine import Device, Machine, unusable
 from .engine.placement import Fixed, place
 from .engine.places import Placement
@@ -121,7 +122,7 @@ def get_checkpoint(name: object) -> Checkpoint:
         if found
         else f"None is in {' or '.join(_checkpoint_roots())}. {download_hint()}"
     )
-    raise CheckpointError(f"There is no checkpoint {_shown(name)}. {choices}")
+    raise CheckpointError(f"There is no checkpoint {shown(name)}. {choices}")
 
 
 def _folder_below(root: str, name: object) -> Path | None:
@@ -142,11 +143,6 @@ def _folder_below(root: str, name: object) -> Path | None:
         ) from None
     except (OSError, ValueError):  # not there, too long, or with a NUL
         return None
-
-
-def _shown(value: object) -> str:
-    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
-    return text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}..."
 
 
 def validate_checkpoint(name: object) -> bool | str:
@@ -285,7 +281,7 @@ def _decide(role: str, checkpoint: str, precision: str, device: str, math: str) 
 def _require_choice(name: str, value: object, choices: list[str]) -> None:
     """ComfyUI checks what a widget holds, but not what comes over a link."""
     if value not in choices:
-        raise InputError(f"{name} is {_shown(value)}; choose {', '.join(choices[:-1])} or {choices[-1]}.")
+        raise InputError(f"{name} is {shown(value)}; choose {', '.join(choices[:-1])} or {choices[-1]}.")
 
 
 def plan(
@@ -458,6 +454,15 @@ class Handle:
 
     spec: ComponentSpec
     patcher: Any
+
+
+def require_handle(given: Any, role: str) -> Handle:
+    """What a loader of that role made, unchanged. Raises InputError for anything else, such as a name."""
+    if not isinstance(given, Handle) or given.spec.role != role:
+        what = f"a {given.spec}" if isinstance(given, Handle) else shown(given)
+        loader = "".join(word.capitalize() for word in role.split("_")).replace("Vae", "VAE")
+        raise InputError(f"{role} is {what}. Connect the output of FireRedLoad{loader}.")
+    return given
 
 
 _patchers: WeakValueDictionary[ComponentSpec, Any] = WeakValueDictionary()  # equal handles share one

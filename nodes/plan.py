@@ -12,19 +12,20 @@ from .engine.checkpoint import Checkpoint
 from .engine.estimates import Edit
 from .engine.images import to_image
 from .engine.latents import MAX_SIZE, MIN_SIZE, TOKEN_PIXELS
+from .engine.limits import REFERENCES, STEPS, Whole
 from .engine.memory_map import draw_memory_map
 from .engine.placement import ROLES
 from .engine.places import Placement
 from .load import CATEGORY
 
-MAX_REFERENCES = 10
+WIDTH, HEIGHT = (Whole(side, MIN_SIZE, MAX_SIZE) for side in ("width", "height"))
 DeviceLabel = io.Custom("STRING,COMBO")  # to be shown as text, and to be linked to a loader's `device`
 
 
 class FireRedHardwarePlan(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        size = dict(default=1024, min=MIN_SIZE, max=MAX_SIZE, step=TOKEN_PIXELS, optional=True)
+        size = dict(default=1024, min=WIDTH.low, max=WIDTH.high, step=TOKEN_PIXELS, optional=True)
         return io.Schema(
             node_id="FireRedHardwarePlan",
             display_name="FireRed Hardware Plan",
@@ -37,12 +38,12 @@ class FireRedHardwarePlan(io.ComfyNode):
                 io.Int.Input(
                     "references",
                     default=1,
-                    min=0,
-                    max=MAX_REFERENCES,
+                    min=REFERENCES.low,
+                    max=REFERENCES.high,
                     optional=True,
                     tooltip="How many pictures the edit starts from, at 1 megapixel each.",
                 ),
-                io.Int.Input("steps", default=40, min=1, max=1000, optional=True),
+                io.Int.Input("steps", default=40, min=STEPS.low, max=STEPS.high, optional=True),
                 io.Combo.Input(
                     "checkpoint",
                     options=host.checkpoint_names(),
@@ -77,8 +78,10 @@ class FireRedHardwarePlan(io.ComfyNode):
         steps: int = 40,
         checkpoint: str | None = None,
     ) -> io.NodeOutput:
+        size = WIDTH.require(width), HEIGHT.require(height)
+        edit = Edit(*size, REFERENCES.require(references), STEPS.require(steps))
         found = _checkpoint(checkpoint)
-        plan = host.plan(found, Edit(width, height, references, steps), measure_cpu=True)
+        plan = host.plan(found, edit, measure_cpu=True)
         placed = {place.role: place for place in reversed(plan.places)}  # of two transformers the first
         devices = [placed[role].device.card.label if role in placed else "auto" for role in ROLES]
         text = "\n".join([str(plan), *_differences(plan, host.plan(found))])

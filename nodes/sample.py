@@ -8,8 +8,10 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import host
-from .engine.guard import STOP
-from .engine.latents import MAX_SIZE, TOKEN_PIXELS
+from .engine.guard import GUARD, STOP
+from .engine.latents import TOKEN_PIXELS, WIDTH, kept_keys, read_latent
+from .engine.limits import RESUME, SEED, STEPS, TRUE_CFG_SCALE
+from .engine.notices import first_time
 from .load import CATEGORY, Transformer, guard_input
 
 log = logging.getLogger("FireRed")
@@ -18,7 +20,7 @@ log = logging.getLogger("FireRed")
 class FireRedSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        size = dict(default=0, min=0, max=MAX_SIZE, step=TOKEN_PIXELS, optional=True)
+        size = dict(default=0, min=WIDTH.low, max=WIDTH.high, step=TOKEN_PIXELS, optional=True)
         return io.Schema(
             node_id="FireRedSampler",
             display_name="FireRed Sampler",
@@ -34,12 +36,12 @@ class FireRedSampler(io.ComfyNode):
                     optional=True,
                     tooltip="Gives the size and how many pictures to sample; starts from noise.",
                 ),
-                io.Int.Input("steps", default=40, min=1, max=1000, optional=True),
+                io.Int.Input("steps", default=40, min=STEPS.low, max=STEPS.high, optional=True),
                 io.Float.Input(
                     "cfg",
                     default=4.0,
-                    min=0.0,
-                    max=100.0,
+                    min=TRUE_CFG_SCALE.low,
+                    max=TRUE_CFG_SCALE.high,
                     step=0.1,
                     optional=True,
                     tooltip="True CFG scale. 1 or less samples without guidance, in half the time.",
@@ -53,8 +55,8 @@ class FireRedSampler(io.ComfyNode):
                 io.Int.Input(
                     "seed",
                     default=0,
-                    min=0,
-                    max=2**64 - 1,
+                    min=SEED.low,
+                    max=SEED.high,
                     optional=True,
                     control_after_generate=True,
                     tooltip="The same noise as torch.Generator('cpu').manual_seed(seed) in diffusers, on "
@@ -62,7 +64,7 @@ class FireRedSampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "resume",
-                    options=["on", "off"],
+                    options=list(RESUME.options),
                     default="on",
                     optional=True,
                     advanced=True,
@@ -91,12 +93,10 @@ class FireRedSampler(io.ComfyNode):
         from .engine.sampling import plan_sampling, read_conditions, sample
         from .engine.workers import NEGATIVE, POSITIVE
 
-        if negative is None and cfg > 1:
-            log.warning(
-                "cfg is %s but no negative conditioning is connected: sampling without guidance.", cfg
-            )
-        spec = transformer.spec
+        guard, resume = GUARD.require(guard), RESUME.require(resume)
+        spec = host.require_handle(transformer, "transformer").spec
         branches = {POSITIVE: positive} if negative is None else {POSITIVE: positive, NEGATIVE: negative}
+        given = None if latent is None else read_latent(latent)
         plan = plan_sampling(
             spec,
             read_conditions(spec, branches),
@@ -105,8 +105,17 @@ class FireRedSampler(io.ComfyNode):
             width=width,
             height=height,
             seed=seed,
-            samples=None if latent is None else latent["samples"],
+            samples=None if given is None else given.samples,
+            draws=None if given is None else given.draws,
         )
+        if negative is None and cfg > 1:
+            log.warning(
+                "cfg is %s but no negative conditioning is connected: sampling without guidance.", cfg
+            )
+        if given is not None and bool(given.samples.any()) and first_time("content of a latent"):
+            log.info(
+                "only the size and the batch of a latent count, not what it shows: sampling starts from noise"
+            )
         saved = host.saved_run(plan.name(guard)) if resume == "on" else None
         samples = saved.result(plan.batch) if saved else None
         if samples is None:
@@ -116,4 +125,5 @@ class FireRedSampler(io.ComfyNode):
                 samples = sample(model, plan, *reporters, saved, guard)
         if saved is not None:
             host.forget_run_after_prompt(saved)
-        return io.NodeOutput({"samples": samples} | ({host.RUN_KEY: saved.name} if saved else {}))
+        sampled = kept_keys(latent or {}) | {"samples": samples, host.RUN_KEY: saved.name if saved else None}
+        return io.NodeOutput({key: value for key, value in sampled.items() if value is not None})

@@ -104,7 +104,7 @@ def test_a_choice_of_another_type_is_named(client: Client, input_name: str, valu
 @pytest.mark.parametrize("input_name", ["checkpoint", "device", "precision", "math"])
 @pytest.mark.parametrize("value", [None, 0, [], "gpu:x"])
 def test_a_linked_choice_that_is_none_is_named(client: Client, input_name: str, value: Any) -> None:
-    prompt = with_node(edit_prompt(), ODD, "ProbeChoice", value=json.dumps(value))
+    prompt = with_node(edit_prompt(), ODD, "ProbeValue", json=json.dumps(value))
     error = fail(client, changed(prompt, "1", **{input_name: [ODD, 0]}))
     assert error["node_type"] == "FireRedLoadTransformer"
     wanted = f"There is no checkpoint {value!r}"

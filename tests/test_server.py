@@ -113,7 +113,7 @@ def test_a_scheduler_edited_under_the_server_makes_a_new_picture(
     folder = work / "models" / "diffusers" / "edited"
     shutil.copytree(tiny_folder, folder)
     prompt = keep_tensor(edit_prompt("edited"), [SAMPLE, 0], "latent")
-    linked = with_node(prompt, "choice", "ProbeChoice", value='"edited"')
+    linked = with_node(prompt, "choice", "ProbeValue", json='"edited"')
     try:
         config = folder / "scheduler" / "scheduler_config.json"
         linked = changed(linked, "1", checkpoint=["choice", 0])

@@ -12,12 +12,14 @@ import torch
 
 from .components import ComponentSpec
 from .errors import NonFiniteError
+from .limits import Choice
 from .precision import ROLE_PRECISIONS
 from .trace import FP16_MAX, Culprit, magnitude, tensors_in, watch_outputs
 
 log = logging.getLogger("FireRed")
 
 STOP, WARN, OFF = GUARDS = ("stop", "warn", "off")
+GUARD = Choice("guard", GUARDS)
 Trace = Callable[[], Culprit | None]
 SAFE_PRECISIONS = ("fp32", "int8")  # FP32's range on every card
 
@@ -30,7 +32,7 @@ class Guard:
     """
 
     def __init__(self, spec: ComponentSpec, level: str = STOP):
-        self.spec, self._level = spec, level
+        self.spec, self._level = spec, GUARD.require(level)
         self._largest = 0.0  # of what passed so far
         self._warned = False
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from .errors import InputError
+from .limits import MAX_PICTURES, shown
+from .notices import first_time
 
+log = logging.getLogger("FireRed")
+
+TRAINED_PICTURES = 3  # the most that the model was trained on
 MAX_ASPECT_RATIO = 16  # beyond this the shorter side at 1 MP would be under 256 pixels
 
 
@@ -18,10 +25,41 @@ def to_pil(images: Iterable[torch.Tensor]) -> list[Image.Image]:
 
     images: each (B, H, W, C) or (H, W, C) with values 0 to 1; C is 1 (grey), 3, or 4 (alpha is dropped, as
     core does). A batch counts as B pictures. Raises InputError naming the picture (from 1) and what is wrong
-    with it.
+    with it, and for more than MAX_PICTURES.
     """
+    images = list(images)
+    require_picture_count(sum(len(image) if image.ndim == 4 else 1 for image in images), "pictures")
     pictures = [picture for image in images for picture in (image.unbind(0) if image.ndim == 4 else [image])]
     return [_picture(picture, number) for number, picture in enumerate(pictures, start=1)]
+
+
+def require_picture_count(count: int, what: str) -> None:
+    """Raise InputError for more pictures than an edit takes. what: they in words."""
+    if count > MAX_PICTURES:
+        raise InputError(
+            f"There are {count} {what}; one edit takes up to {MAX_PICTURES}. A batch counts as several, and "
+            "so do the frames of an animated file: take some of them with ImageFromBatch."
+        )
+
+
+def warn_of_many_pictures(count: int) -> None:
+    """Say in the log that an edit starts from more pictures than the model was trained on."""
+    if count > TRAINED_PICTURES and first_time("pictures", count):
+        log.warning(
+            "the edit starts from %d pictures; the model was trained on up to %d and may mix up more",
+            count,
+            TRAINED_PICTURES,
+        )
+
+
+def require_image(value: Any, name: str) -> torch.Tensor:
+    """An IMAGE unchanged. name: the input's. Raises InputError for what is no tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise InputError(
+            f"{name} is {shown(value)}, which is no picture. Connect the output of a node that makes "
+            "pictures, such as Load Image."
+        )
+    return value
 
 
 def _picture(image: torch.Tensor, number: int) -> Image.Image:

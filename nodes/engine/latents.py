@@ -8,11 +8,15 @@ of the pixels. The transformer works on normalised latents packed into tokens of
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from .errors import InputError
+from .limits import Real, Whole, shown
 
 VAE_SCALE = 8  # pixels per latent
 PATCH = 2  # latents per token and side
@@ -21,6 +25,13 @@ LATENT_CHANNELS = 16
 MEGAPIXEL = 1024 * 1024  # core and diffusers count 1024x1024 as one
 SIZE_MULTIPLE = 32  # of sizes we choose ourselves, as diffusers does
 MIN_SIZE, MAX_SIZE = 32, 4096  # pixels a side
+WIDTH, HEIGHT = (Whole(side, 0, MAX_SIZE) for side in ("width", "height"))  # 0 to follow the first image
+# Numbers that a latent's batch_index may hold: core's LatentFromBatch counts as far. Each costs a draw.
+DRAW = Whole("A number in the latent's batch_index", 0, 16_383)
+DOWNSCALE = Real("The latent's downscale_ratio_spacial", 1.0, 128.0)
+EMPTY_LATENT_CHANNELS = 4
+# Keys of a LATENT that are true of the one given, not of what is sampled from it.
+NOT_KEPT = ("samples", "downscale_ratio_spacial", "downscale_ratio_temporal")
 
 
 def dimensions_for_area(area: float, ratio: float) -> tuple[int, int]:
@@ -60,16 +71,118 @@ def require_size(width: int, height: int, remedy: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class LatentInput:
+    """What sampling takes of a LATENT.
+
+    samples: raw latents (B, 16, 1, h, w) or (B, 16, h, w), which give size and batch. draws: for each picture
+    which of the seed's draws, from 0, is its noise.
+    """
+
+    samples: torch.Tensor
+    draws: tuple[int, ...]
+
+
+def read_latent(latent: Any) -> LatentInput:
+    """Read a LATENT as core's KSampler does at denoise 1.
+
+    batch_index is obeyed, an empty latent of another model gives its size. Raises InputError for what cannot
+    be obeyed, first of all a noise_mask.
+    """
+    samples = latent_samples(latent, "The latent")
+    mask = latent.get("noise_mask")
+    if mask is not None and not is_all_ones(mask):
+        raise InputError(
+            "The latent has a noise_mask, which Set Latent Noise Mask, VAE Encode (for Inpainting) and "
+            "InpaintModelConditioning set. These nodes change the whole picture and do not obey masks. "
+            "Take that node out, and lay the edited part over the picture afterwards, with "
+            "ImageCompositeMasked."
+        )
+    return LatentInput(empty_as_qwen(samples, latent.get("downscale_ratio_spacial")), _draws(latent, samples))
+
+
+def latent_samples(latent: Any, what: str) -> torch.Tensor:
+    """The tensor in a LATENT. Raises InputError for what is no LATENT with one plain tensor."""
+    if not isinstance(latent, Mapping):
+        raise InputError(f"{what} is {shown(latent)}. Connect the output of a node that makes latents.")
+    return require_tensor(latent.get("samples"), what)
+
+
+def require_tensor(value: Any, what: str) -> torch.Tensor:
+    """The value, a plain tensor of real numbers. Raises InputError for anything else."""
+    if not isinstance(value, torch.Tensor):
+        raise InputError(f"{what} holds {shown(value)} where its numbers should be (a tensor).")
+    if value.is_nested or value.layout is not torch.strided or value.is_complex():
+        raise InputError(f"{what} is a nested, sparse or complex tensor; these nodes take plain ones.")
+    return value
+
+
+def is_all_ones(mask: Any) -> bool:
+    """Whether a mask keeps everything: core computes the same with it as without."""
+    return isinstance(mask, torch.Tensor) and not mask.is_nested and bool((mask == 1).all())
+
+
+def kept_keys(latent: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a LATENT is true of the latents sampled from it too, as core's KSampler hands it on."""
+    return {key: value for key, value in latent.items() if key not in NOT_KEPT}
+
+
+def empty_as_qwen(samples: torch.Tensor, downscale: object = None) -> torch.Tensor:
+    """Core's empty latents, zeros that are only a size, as this model's: 16 channels, 8 pixels a latent.
+
+    downscale: pixels a latent, where the latent says it; else 8, as the 4-channel ones of Empty Latent Image
+    have. Latents that are not empty come back unchanged.
+    """
+    if samples.ndim not in (4, 5) or bool(samples.any()):
+        return samples
+    if downscale is None and samples.shape[1] != EMPTY_LATENT_CHANNELS:
+        return samples
+    scale = 1.0 if downscale is None else DOWNSCALE.require(downscale) / VAE_SCALE
+    size = (round(side * scale) for side in samples.shape[-2:])
+    return samples.new_zeros((samples.shape[0], LATENT_CHANNELS, *samples.shape[2:-2], *size))
+
+
+def _draws(latent: Mapping[str, Any], samples: torch.Tensor) -> tuple[int, ...]:
+    """Which draw each picture's noise is, by the latent's batch_index (comfy.sample.prepare_noise's rule)."""
+    batch = samples.shape[0] if samples.ndim else 0
+    index = latent.get("batch_index")
+    if index is None:
+        return tuple(range(batch))
+    listed = index.tolist() if hasattr(index, "tolist") else index
+    if not isinstance(listed, Sequence) or isinstance(listed, str) or len(listed) != batch:
+        raise InputError(
+            f"The latent's batch_index is {shown(listed)}; it must list one number for each of its {batch} "
+            "pictures. Check the node that made the latent."
+        )
+    return tuple(DRAW.require(number) for number in listed)
+
+
 def make_noise(shape: tuple[int, int, int, int], seed: int) -> torch.Tensor:
     """Raw-shaped noise (B, 16, 1, h, w), FP32 on the CPU: what diffusers draws for the same seed, picture by
     picture.
 
     shape: (B, channels, h, w). Picture k of a batch is the generator's k-th draw.
     """
-    batch, channels, height, width = shape
+    batch, _, height, width = shape
+    return torch.cat(list(draw_noise((height, width), seed, range(batch))))
+
+
+def draw_noise(size: tuple[int, int], seed: int, draws: Iterable[int]) -> Iterator[torch.Tensor]:
+    """The seed's noise numbered `draws` (from 0, in any order), one after the other: (1, 16, 1, h, w) FP32 on
+    the CPU.
+
+    size: height and width of the latents. Holds one draw, whatever the number; one before the last given
+    starts over from the seed.
+    """
+    noise, drawn = torch.empty(0), 0
     generator = torch.Generator("cpu").manual_seed(seed)
-    draws = [torch.randn((1, 1, channels, height, width), generator=generator) for _ in range(batch)]
-    return torch.cat(draws).transpose(1, 2)
+    for number in draws:
+        if number < drawn - 1:
+            generator, drawn = generator.manual_seed(seed), 0
+        while drawn <= number:
+            noise = torch.randn((1, 1, LATENT_CHANNELS, *size), generator=generator)
+            drawn += 1
+        yield noise.transpose(1, 2)
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
@@ -110,6 +223,7 @@ def require_latents(samples: torch.Tensor, what: str) -> torch.Tensor:
 
     (B, 16, h, w) is welcome too. Raises InputError naming the shape found and the one expected.
     """
+    require_tensor(samples, what)
     latents = samples.unsqueeze(2) if samples.ndim == 4 else samples
     if (
         latents.ndim != 5

@@ -13,7 +13,8 @@ from PIL import Image
 from .components import ComponentSpec
 from .errors import InputError
 from .guard import require_finite_input
-from .latents import LATENT_CHANNELS, make_noise, normalize, pack, pad_to_patches, require_latents
+from .latents import draw_noise, normalize, pack, pad_to_patches, require_latents
+from .limits import STEPS, require_text
 from .progress import OnProgress, untold
 from .ranges import OUTLIER, BlockRange
 from .sampling import SamplingPlan
@@ -28,8 +29,9 @@ TOWERS = {"visual.blocks": "vision tower", "language_model.layers": "language mo
 
 def parse_steps(text: str, steps: int) -> list[int]:
     """Step numbers from 1, as in "1, 20, 40"; those past the last mean the last. Raises InputError."""
+    steps, parts = STEPS.require(steps), require_text(text, "look_at").replace(",", " ").split()
     try:
-        numbers = sorted({min(int(part), steps) for part in text.replace(",", " ").split()})
+        numbers = sorted({min(int(part), steps) for part in parts})
     except ValueError:
         numbers = []
     if not 1 <= len(numbers) <= MAX_STEPS or numbers[0] < 1:
@@ -52,7 +54,7 @@ def measure_transformer(
     the state looked at; without any, or with zeros, it is noise alone. Raises InputError and NonFiniteError.
     """
     worker = LocalWorker(transformer, plan.spec, plan.schedule, plan.padded_size, plan.conditions)
-    noise = pack(make_noise((1, LATENT_CHANNELS, *plan.padded_size), plan.seed))
+    noise = pack(next(draw_noise(plan.padded_size, plan.seed, plan.draws)))
     picture = torch.zeros_like(noise)
     if samples is not None and bool(samples.any()):
         picture = _packed(plan.spec, samples)

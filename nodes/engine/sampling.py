@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from .components import ComponentSpec, has_room, require_room
-from .conditioning import Condition, from_conditioning
+from .conditioning import Condition, ReferenceMethod, from_conditioning
 from .denoise import StepState, denoise
+from .errors import InputError
 from .estimates import transformer_bytes
 from .guard import STOP
+from .images import warn_of_many_pictures
 from .latents import (
+    HEIGHT,
     LATENT_CHANNELS,
     MIN_SIZE,
     PATCH,
+    TOKEN_PIXELS,
     VAE_SCALE,
+    WIDTH,
     denormalize,
-    make_noise,
+    draw_noise,
+    empty_as_qwen,
     output_size,
     pack,
     require_latents,
     require_size,
     unpack,
 )
+from .limits import SEED, STEPS, TRUE_CFG_SCALE
 from .precision import ROLE_PRECISIONS, resolve
 from .progress import OnProgress, untold
 from .resume import RunState, SavedRun, run_name
@@ -40,15 +47,15 @@ log = logging.getLogger("FireRed")
 # done, total, denoised: steps done of all pictures' steps, and the current estimate (1, 16, 1, h, w),
 # normalised.
 OnStep = Callable[[int, int, torch.Tensor], None]
-EMPTY_LATENT_CHANNELS = 4
+ROTARY_POSITIONS = 4096  # each way from 0, in the transformer's table (diffusers' QwenEmbedRope)
 
 
 @dataclass(frozen=True)
 class SamplingPlan:
     """A run that passed every check.
 
-    true_cfg_scale: None without guidance. height, width: of the latents asked for; the loop works on the next
-    even size.
+    true_cfg_scale: None without guidance. draws: for each picture which of the seed's draws is its noise.
+    height, width: of the latents asked for; the loop works on the next even size.
     """
 
     spec: ComponentSpec
@@ -56,9 +63,14 @@ class SamplingPlan:
     schedule: Schedule
     true_cfg_scale: float | None
     seed: int
-    batch: int
+    draws: tuple[int, ...]
     height: int
     width: int
+
+    @property
+    def batch(self) -> int:
+        """How many pictures to sample."""
+        return len(self.draws)
 
     @property
     def padded_size(self) -> tuple[int, int]:
@@ -124,7 +136,7 @@ class SamplingPlan:
         """
         spec, schedule = self.spec, self.schedule
         parts: list[object] = [guard, spec.identity, spec.precision, spec.card.name, self.padded_size]
-        parts += [schedule.sigmas, schedule.timesteps, self.true_cfg_scale, self.seed, self.batch]
+        parts += [schedule.sigmas, schedule.timesteps, self.true_cfg_scale, self.seed, self.draws]
         parts += [self.height, self.width, *spec.checkpoint.latent_statistics()]
         for branch, condition in self.conditions.items():
             references = condition.reference_latents
@@ -138,8 +150,12 @@ def _pictures(count: int) -> str:
 
 def read_conditions(spec: ComponentSpec, branches: Mapping[str, Any]) -> dict[str, Condition]:
     """Each branch's CONDITIONING as this transformer takes it. Raises InputError and NonFiniteError."""
-    width = spec.checkpoint.component("transformer").config()["joint_attention_dim"]
-    return {branch: from_conditioning(given, branch, width) for branch, given in branches.items()}
+    config = spec.checkpoint.component("transformer").config()
+    method = ReferenceMethod.of(config)
+    return {
+        branch: from_conditioning(given, branch, config["joint_attention_dim"], method)
+        for branch, given in branches.items()
+    }
 
 
 def plan_sampling(
@@ -152,25 +168,55 @@ def plan_sampling(
     height: int,
     seed: int,
     samples: torch.Tensor | None = None,
+    draws: Sequence[int] | None = None,
 ) -> SamplingPlan:
     """Check a run and decide its size and schedule.
 
     conditions: POSITIVE and, for guidance above 1, NEGATIVE. width, height: pixels, 0 to follow the first
     reference.
     samples: a LATENT's tensor; it gives the size (over width and height) and how many pictures to sample.
-    Raises InputError and CheckpointError.
+    draws: for each of them which of the seed's draws is its noise, if not in turn. Raises InputError for
+    every number out of bounds, and CheckpointError.
     """
+    true_cfg_scale, seed = TRUE_CFG_SCALE.require(true_cfg_scale), SEED.require(seed)
+    steps, width, height = STEPS.require(steps), WIDTH.require(width), HEIGHT.require(height)
     guided = true_cfg_scale > 1 and NEGATIVE in conditions
     used = {name: conditions[name] for name in ((POSITIVE, NEGATIVE) if guided else (POSITIVE,))}
+    batch = 1
     if samples is None:
         width, height = output_size(width, height, conditions[POSITIVE].image_size)
-        batch, height, width = 1, height // VAE_SCALE, width // VAE_SCALE
+        height, width = height // VAE_SCALE, width // VAE_SCALE
     else:
-        batch, _, _, height, width = require_latents(_empty_as_qwen(samples), "The latent").shape
+        batch, _, _, height, width = require_latents(empty_as_qwen(samples), "The latent").shape
         require_size(width * VAE_SCALE, height * VAE_SCALE, "Connect a latent of another size, or none.")
+    for branch, condition in used.items():
+        _require_positions(condition, branch, (height, width))
+    warn_of_many_pictures(max(len(condition.reference_latents) for condition in used.values()))
     tokens = -(-height // PATCH) * -(-width // PATCH)
     schedule = make_schedule(spec.checkpoint.component("scheduler").config(), steps, tokens)
-    return SamplingPlan(spec, used, schedule, true_cfg_scale if guided else None, seed, batch, height, width)
+    scale = true_cfg_scale if guided else None
+    return SamplingPlan(spec, used, schedule, scale, seed, tuple(draws or range(batch)), height, width)
+
+
+def _require_positions(condition: Condition, branch: str, size: tuple[int, int]) -> None:
+    """Raise InputError where a branch has positions past the end of the transformer's rotary table.
+
+    size: height and width of the latents to sample. Pictures lie around position 0; text follows on the
+    largest of them.
+    """
+    sizes = [size, *(latent.shape[-2:] for latent in condition.reference_latents)]
+    longest = max(-(-side // PATCH) for height_and_width in sizes for side in height_and_width)
+    tokens, room = condition.prompt_embeds.shape[1], ROTARY_POSITIONS - longest // 2
+    if longest - longest // 2 > ROTARY_POSITIONS:
+        raise InputError(
+            f"A reference latent of the {branch} conditioning is {longest * TOKEN_PIXELS} pixels long; this "
+            f"model takes {2 * ROTARY_POSITIONS * TOKEN_PIXELS}. Scale the picture down before it is encoded."
+        )
+    if tokens > room:
+        raise InputError(
+            f"The {branch} conditioning has {tokens} text tokens; beside pictures of this size the model "
+            f"takes {room}. Use a shorter prompt or fewer pictures, and do not join conditionings."
+        )
 
 
 def sample(
@@ -189,12 +235,14 @@ def sample(
     """
     size, steps = plan.padded_size, plan.schedule.steps
     mean, std = plan.spec.checkpoint.latent_statistics()
-    noise = pack(make_noise((plan.batch, LATENT_CHANNELS, *size), plan.seed))
-    state = _resume(plan, transformer, saved) or RunState(0, noise[:1])
-    results = list(state.finished)
+    resumed = _resume(plan, transformer, saved)
+    results = list(resumed.finished) if resumed else []
     if len(results) == plan.batch:
         return torch.cat(results)
     worker = LocalWorker(transformer, plan.spec, plan.schedule, size, plan.conditions, on_fold)
+    noise = map(pack, draw_noise(size, plan.seed, plan.draws[len(results) :]))
+    first = next(noise)
+    state = resumed or RunState(0, first)
     while len(results) < plan.batch:
         done_before, finished = len(results) * steps, tuple(results)
 
@@ -220,7 +268,7 @@ def sample(
             raise
         raw = denormalize(cross(unpack(final, *size), torch.device("cpu")), mean, std)
         results.append(raw[..., : plan.height, : plan.width])
-        state = RunState(0, noise[len(results) : len(results) + 1], tuple(results))
+        state = RunState(0, next(noise, first[:0]), tuple(results))
         if saved is not None:
             saved.update(state, now=len(results) == plan.batch)
     return torch.cat(results)
@@ -242,10 +290,3 @@ def _resume(plan: SamplingPlan, transformer: Any, saved: SavedRun | None) -> Run
     picture = f" of picture {len(state.finished) + 1}" if plan.batch > 1 else ""
     log.info("resuming the interrupted run at step %d/%d%s", state.step + 1, plan.schedule.steps, picture)
     return state
-
-
-def _empty_as_qwen(samples: torch.Tensor) -> torch.Tensor:
-    """The 4-channel zeros of core's Empty Latent Image are only a size, at the same 8 pixels a latent."""
-    if samples.ndim == 4 and samples.shape[1] == EMPTY_LATENT_CHANNELS and not bool(samples.any()):
-        return samples.new_zeros((samples.shape[0], LATENT_CHANNELS, *samples.shape[2:]))
-    return samples

@@ -9,7 +9,8 @@ import diffusers
 import numpy as np
 import torch
 
-from .errors import CheckpointError, InputError
+from .errors import CheckpointError
+from .limits import STEPS
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,10 @@ class Schedule:
 def make_schedule(config: dict[str, Any], steps: int, image_tokens: int) -> Schedule:
     """The flow-match schedule of `steps` steps for an image of `image_tokens` packed tokens.
 
-    config: the checkpoint's scheduler_config.json. Raises InputError for fewer than one step, and
+    config: the checkpoint's scheduler_config.json. Raises InputError for steps out of bounds, and
     CheckpointError for a config that diffusers refuses.
     """
-    if steps < 1:
-        raise InputError(f"steps is {steps}; it must be 1 or more.")
+    steps = STEPS.require(steps)
     if steps == 1:  # stretching a schedule that is only its first level to end elsewhere would be 0 / 0
         config = config | {"shift_terminal": None}
     try:

@@ -12,6 +12,7 @@ from PIL import Image
 from .arithmetic import exact_fp32
 from .errors import InputError
 from .latents import dimensions_for_area
+from .limits import require_text
 
 # Source of the template, of the tokens it costs and of the condition size: diffusers'
 # pipeline_qwenimage_edit_plus.py.
@@ -38,18 +39,15 @@ class TextEncoder:
 
     @torch.inference_mode()
     @exact_fp32()
-    def encode(self, prompt: str, pictures: Sequence[Image.Image]) -> torch.Tensor:
+    def encode(self, prompt: str, pictures: Sequence[Image.Image], what: str = "The prompt") -> torch.Tensor:
         """Embed `prompt` about `pictures`: (1, L, width) FP32 on the encoder's device, the template's part
         cut
         off.
 
-        Raises InputError for a prompt longer than the model was made for.
+        what: the prompt in words, for errors. Raises InputError for a prompt longer than the model was made
+        for, or with signs that it keeps for itself.
         """
-        tokens = len(self.processor.tokenizer(prompt).input_ids)
-        if tokens > MAX_PROMPT_TOKENS:
-            raise InputError(
-                f"The prompt has {tokens} tokens, the model takes {MAX_PROMPT_TOKENS}. Shorten it."
-            )
+        self._require_prompt(prompt, what)
         resized = [_resize(picture) for picture in pictures]
         numbered = "".join(PICTURE_TEMPLATE.format(number) for number in range(1, len(pictures) + 1))
         # The processor's whole answer goes on: with transformers 5 it holds the mm_token_type_ids without
@@ -63,6 +61,19 @@ class TextEncoder:
         ).to(self.device)
         hidden_states = self.model(**inputs, use_cache=False).last_hidden_state
         return hidden_states[:, PROMPT_TEMPLATE_TOKENS:].float()
+
+    def _require_prompt(self, prompt: str, what: str) -> None:
+        tokenizer = self.processor.tokenizer
+        reserved = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        used = [token for token in reserved if token in require_text(prompt, what)]
+        if used:
+            raise InputError(
+                f"{what} holds {' and '.join(used)}, which the model keeps for itself. Take it out: pictures "
+                "are added by the node, and a prompt calls them Picture 1, Picture 2 and so on."
+            )
+        tokens = len(tokenizer(prompt).input_ids)
+        if tokens > MAX_PROMPT_TOKENS:
+            raise InputError(f"{what} has {tokens} tokens, the model takes {MAX_PROMPT_TOKENS}. Shorten it.")
 
 
 def _resize(picture: Image.Image) -> Image.Image:

@@ -20,6 +20,7 @@ from .estimates import SMALLEST_TILE, decode_bytes
 from .guard import STOP, Guard, require_finite, require_finite_input
 from .images import from_pixels
 from .latents import MEGAPIXEL, MIN_SIZE, TOKEN_PIXELS, VAE_SCALE, dimensions_for_area, require_latents
+from .limits import REFERENCE_MEGAPIXELS, TILING
 from .trace import find_culprit
 from .transfer import cross
 
@@ -41,7 +42,8 @@ def encode_reference(
     guard: str = STOP,
 ) -> torch.Tensor:
     """The picture's raw latents (1, 16, 1, h, w), FP32 on the VAE's device, in multiples of 32 pixels."""
-    width, height = dimensions_for_area(megapixels * MEGAPIXEL, picture.width / picture.height)
+    area = REFERENCE_MEGAPIXELS.require(megapixels) * MEGAPIXEL
+    width, height = dimensions_for_area(area, picture.width / picture.height)
     width, height = max(width, MIN_SIZE), max(height, MIN_SIZE)
     pixels = VaeImageProcessor(vae_scale_factor=TOKEN_PIXELS).preprocess(picture, height, width).unsqueeze(2)
 
@@ -102,7 +104,7 @@ def require_room_to_decode(spec: ComponentSpec, height: int, width: int, tiling:
 def _tiles(spec: ComponentSpec, height: int, width: int, tiling: str, free: float) -> list[int]:
     """The tile sizes to try, in turn."""
     whole = max(height, width)
-    if tiling == "whole":
+    if TILING.require(tiling) == "whole":
         return [whole]
     smaller = [tile for tile in TILES if tile < whole] or [whole]
     if tiling == "tiled":

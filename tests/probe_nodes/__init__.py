@@ -5,9 +5,11 @@ import gc
 import json
 import sys
 from dataclasses import replace
+from json import loads
 from pathlib import Path
 
 import comfy.model_management as mm
+import comfy.sample
 import comfy.sd
 import comfy.text_encoders.qwen_image as qwen_image
 import comfy.text_encoders.qwen_vl as qwen_vl
@@ -66,17 +68,51 @@ class ProbeConditioning(ProbeImage):
         return ([[embeds, dict(extras)] for _ in range(entries)],)
 
 
-class ProbeChoice(Probe):
-    """What a combo takes over a link: any JSON value."""
+class ProbeValue(Probe):
+    """The value that `json` says, NaN and Infinity included, to be linked to any input."""
 
-    RETURN_TYPES = ("COMBO",)
+    RETURN_TYPES = ("*",)
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"value": ("STRING", {})}}
+        return {"required": {"json": ("STRING", {})}}
 
-    def execute(self, value):
-        return (json.loads(value),)
+    def execute(self, json):
+        return (loads(json),)
+
+
+class ProbeKey(Probe):
+    """A LATENT or a CONDITIONING with one more key, of the value that `json` says."""
+
+    RETURN_TYPES = ("*",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"given": ("*", {}), "key": ("STRING", {}), "json": ("STRING", {})}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):
+        return True
+
+    def execute(self, given, key, json):
+        more = {key: loads(json)}
+        return (given | more if isinstance(given, dict) else [[given[0][0], given[0][1] | more]],)
+
+
+class ProbeNoise(Probe):
+    """The noise that core's samplers start from for this LATENT and seed, written to output/NAME.pt."""
+
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"latent": ("LATENT", {}), "seed": ("INT", {}), "name": ("STRING", {})}}
+
+    def execute(self, latent, seed, name):
+        noise = comfy.sample.prepare_noise(latent["samples"], seed, latent.get("batch_index"))
+        torch.save(noise, Path(folder_paths.get_output_directory()) / f"{name}.pt")
+        return {}
 
 
 class ProbeKeep(Probe):
@@ -297,7 +333,9 @@ PROBES = (
     ProbeImage,
     ProbeLatent,
     ProbeConditioning,
-    ProbeChoice,
+    ProbeValue,
+    ProbeKey,
+    ProbeNoise,
     ProbeKeep,
     ProbeResidents,
     ProbeEviction,

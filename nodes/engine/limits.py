@@ -1,0 +1,103 @@
+"""What numbers, choices and texts may be: a widget shows these bounds, and what uses the value checks them.
+
+ComfyUI checks what is typed into a widget, but hands on as it is what comes by a link.
+"""
+
+from __future__ import annotations
+
+import numbers
+import reprlib
+from dataclasses import dataclass
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The bounds of a whole number, both included. name: the input's, for errors."""
+
+    name: str
+    low: int
+    high: int
+
+    def require(self, value: object) -> int:
+        """The value as an int. Raises InputError for anything but a whole number within the bounds."""
+        number = as_number(value)
+        if number is None or not self.low <= number <= self.high or number != int(number):
+            raise InputError(
+                f"{self.name} is {shown(value)}; it must be a whole number from {self.low} to {self.high}."
+            )
+        return int(number)
+
+
+@dataclass(frozen=True)
+class Real:
+    """The bounds of a number, both included. name: the input's, for errors."""
+
+    name: str
+    low: float
+    high: float
+
+    def require(self, value: object) -> float:
+        """The value as a float. Raises InputError for NaN and anything but a number within the bounds."""
+        number = as_number(value)
+        if number is None or not self.low <= number <= self.high:
+            raise InputError(
+                f"{self.name} is {shown(value)}; it must be a number from {self.low} to {self.high}."
+            )
+        return float(number)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The values of a combo. name: the input's, for errors."""
+
+    name: str
+    options: tuple[str, ...]
+
+    def require(self, value: object) -> str:
+        """The value unchanged. Raises InputError for one that is no option."""
+        if not isinstance(value, str) or value not in self.options:
+            raise InputError(f"{self.name} is {shown(value)}; choose one of {', '.join(self.options)}.")
+        return value
+
+
+STEPS = Whole("steps", 1, 1000)
+SEED = Whole("seed", 0, 2**64 - 1)
+TRUE_CFG_SCALE = Real("cfg", 0.0, 100.0)
+REFERENCE_MEGAPIXELS = Real("reference_megapixels", 0.01, 4.0)
+MAX_PICTURES = 10  # that one edit takes
+REFERENCES = Whole("references", 0, MAX_PICTURES)
+RESUME = Choice("resume", ("on", "off"))
+TILING = Choice("tiling", ("auto", "whole", "tiled"))
+
+
+def require_text(value: object, what: str) -> str:
+    """A prompt unchanged. what: it in words. Raises InputError for what is no text that can be written."""
+    if not isinstance(value, str):
+        raise InputError(f"{what} is {shown(value)}; it must be text.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{what} holds half of a character (a lone surrogate) at position {error.start + 1}: the program "
+            "that sent it cut an emoji or another sign in two. Remove it or write it again."
+        ) from None
+    return value
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100  # letters
+
+
+def shown(value: object) -> str:
+    """A value for an error message, cut where it is long and escaped where it cannot be printed."""
+    text = _SHORT.repr(value)
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def as_number(value: object) -> int | float | None:
+    """The value if it is a real number, else None. A bool is none: it was meant for another input."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
