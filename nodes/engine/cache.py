@@ -186,7 +186,8 @@ def computing_environment(*libraries: str) -> tuple[object, ...]:
     """What beside its inputs decides the bits of a computation: versions of libraries, torch's settings."""
     _, precision, _ = fp32_switch()
     matmul = torch.backends.cuda.matmul
-    reduced = matmul.allow_fp16_accumulation, matmul.allow_bf16_reduced_precision_reduction
+    accumulation = getattr(matmul, "allow_fp16_accumulation", False)  # torch 2.6 has no such switch
+    reduced = accumulation, matmul.allow_bf16_reduced_precision_reduction
     attention = os.environ.get("DIFFUSERS_ATTN_BACKEND")
     return *map(_version, libraries), precision, *map(str, reduced), attention
 
