@@ -79,16 +79,6 @@ def parse_arguments() -> argparse.Namespace:
     serve.add_argument("--port", type=int, default=8188)
     serve.add_argument("comfyui_arguments", nargs="*", metavar="-- COMFYUI ARGS", help="passed on to ComfyUI")
     test = commands.add_parser("test", help="run the whole test suite")
-    test.add_argument(
-        "--torch",
-        choices=["legacy"],
-        help=f"in .venv-legacy with {TORCH_LEGACY[0]} without Triton, what Pascal cards run",
-    )
-    test.add_argument(
-        "--libraries",
-        choices=["oldest"],
-        help="in .venv-oldest with the oldest releases that requirements.txt allows",
-    )
     test.add_argument("pytest_arguments", nargs="*", metavar="-- PYTEST ARGS", help="passed on to pytest")
     bench = commands.add_parser("bench", help="print how fast this machine is")
     bench.add_argument(
@@ -100,6 +90,16 @@ def parse_arguments() -> argparse.Namespace:
     for command in (demo, serve, test, bench):
         command.add_argument(
             "--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help="your own ComfyUI"
+        )
+        command.add_argument(
+            "--torch",
+            choices=["legacy"],
+            help=f"use {TORCH_LEGACY[0]} without Triton, which is what Pascal cards run, in .venv-legacy",
+        )
+        command.add_argument(
+            "--libraries",
+            choices=["oldest"],
+            help="use the oldest releases that requirements.txt allows, in .venv-oldest",
         )
     return parser.parse_args()
 
@@ -118,9 +118,9 @@ class Environment:
     oldest_libraries: bool
 
     @staticmethod
-    def of(args: argparse.Namespace) -> Environment:
+    def of(args: argparse.Namespace, windows: bool = os.name == "nt") -> Environment:
         """The environment that a command line asks for, with a torch for this machine's NVIDIA cards."""
-        chosen = [value for name in ("torch", "libraries") if (value := getattr(args, name, None))]
+        chosen = list(filter(None, (args.torch, args.libraries)))
         cards = card_capabilities()
         legacy = "legacy" in chosen or any(card < FIRST_CURRENT_CAPABILITY for card in cards)
         index = TORCH_LEGACY_INDEX if legacy else TORCH_INDEX
@@ -129,7 +129,7 @@ class Environment:
             legacy_torch=legacy,
             # ComfyUI's kernel library fails at import with this Triton where that finds no card it can use.
             triton=not legacy or any(card >= FIRST_TRITON_CAPABILITY for card in cards),
-            index=index if os.name == "nt" and cards else None,
+            index=index if windows and cards else None,
             oldest_libraries="oldest" in chosen,
         )
 

@@ -22,6 +22,8 @@ from comfyui import (
 )
 from conftest import SERVER_ARGUMENTS
 from engine import cache
+from engine.errors import FireRedError
+from engine.libraries import require_libraries, startup_warning
 from prompts import edit_prompt, fail
 
 PIP = f"{sys.executable} -m pip install"
@@ -50,21 +52,22 @@ def add_package(site: Path, name: str, version: str, source: str = "") -> None:
     (site / name / "__init__.py").write_text(source)
 
 
-def ask(site: Path, expression: str) -> str:
-    """What an expression of the engine's libraries module is, or raises, where only `site` is installed."""
+def ask(site: Path, *expressions: str) -> list[str]:
+    """What expressions of the engine's libraries module are, or raise, where only `site` is installed."""
     code = (
-        "from engine.errors import FireRedError\nfrom engine.libraries import *\n"
-        f"try: print({expression})\nexcept FireRedError as error: print(error)"
+        "import sys\nfrom engine.errors import FireRedError\nfrom engine.libraries import *\n"
+        "for expression in sys.argv[1:]:\n"
+        "    try: print(eval(expression))\n"
+        "    except FireRedError as error: print(error)"
     )
-    path = os.pathsep.join([str(site), str(ROOT / "nodes")])
     run = subprocess.run(
-        [sys.executable, "-S", "-c", code],
-        env=os.environ | {"PYTHONPATH": path},
+        [sys.executable, "-S", "-c", code, *expressions],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT / "nodes")])},
         capture_output=True,
         text=True,
         check=True,
     )
-    return run.stdout.strip()
+    return run.stdout.splitlines()
 
 
 def test_missing_and_old_libraries_are_named_at_start_and_by_the_loader(
@@ -90,36 +93,40 @@ def test_missing_and_old_libraries_are_named_at_start_and_by_the_loader(
 
 def test_bitsandbytes_is_needed_by_its_precisions_only(tmp_path: Path) -> None:
     site = installed_without(tmp_path / "site", "bitsandbytes")
-    assert ask(site, "require_libraries()") == "None"
-    assert "bitsandbytes 0.46 or later is needed, none is installed" in ask(
-        site, "require_libraries('bitsandbytes')"
+    all_components, its_own, at_start = ask(
+        site, "require_libraries()", "require_libraries('bitsandbytes')", "startup_warning()"
     )
-    assert "(only nf4 and int8-bnb use it)" in ask(site, "startup_warning()")
+    assert all_components == "None"
+    assert "bitsandbytes 0.46 or later is needed, none is installed" in its_own
+    assert "none is installed (only nf4 and int8-bnb use it)" in at_start
 
 
 def test_a_library_that_cannot_be_imported_is_named_with_the_first_cause(tmp_path: Path) -> None:
     site = installed_without(tmp_path / "site", "diffusers")
-    source = "try: 1 / 0\nexcept Exception as error: raise RuntimeError('Failed, look up') from error"
+    source = (
+        "try: 1 / 0\nexcept Exception as error: raise RuntimeError('Look up to see its traceback') from error"
+    )
     add_package(site, "diffusers", "0.99.0", source)
-    assert ask(site, "startup_warning()") == "None"  # nothing is imported at start
-    said = ask(site, "require_libraries()")
+    at_start, said = ask(site, "startup_warning()", "require_libraries()")
+    assert at_start == "None"  # nothing is imported then
     assert "diffusers 0.99.0 is here, but it cannot be imported (ZeroDivisionError: division by zero)" in said
     assert f'{PIP} --force-reinstall --no-deps "diffusers>=0.37"' in said
 
 
-def test_an_old_torch_is_told_what_installs_one_with_kernels_for_any_card(tmp_path: Path) -> None:
-    site = installed_without(tmp_path / "site")
-    said = ask(site, "setattr(torch, '__version__', '2.5.1') or require_libraries()")
-    assert "torch 2.6 or later is needed, 2.5.1 is here" in said
-    assert f"{PIP} torch==2.7.1 torchvision==0.22.1 torchaudio==2.7.1" in said
+def test_an_old_torch_is_told_what_installs_one_with_kernels_for_any_card(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cu121")
+    with pytest.raises(FireRedError) as refused:
+        require_libraries()
+    assert "torch 2.6 or later is needed, 2.5.1+cu121 is here" in str(refused.value)
+    assert f"{PIP} torch==2.7.1 torchvision==0.22.1 torchaudio==2.7.1" in str(refused.value)
 
 
-def test_everything_is_here() -> None:
-    assert ask(installed_site(), "require_libraries() or startup_warning()") == "None"
-
-
-def installed_site() -> Path:
-    return Path(torch.__file__).parents[1]
+def test_nothing_is_said_where_everything_is_here() -> None:
+    assert startup_warning() is None
+    require_libraries("bitsandbytes")
+    require_libraries()
 
 
 def test_a_comfyui_that_is_too_old_is_told_so_in_one_sentence(tmp_path: Path) -> None:
