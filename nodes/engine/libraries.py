@@ -19,7 +19,7 @@ OLDEST = {
     "torch": "2.6",
     "diffusers": "0.37",
     "transformers": "4.57",
-    "accelerate": "1.1",
+    "accelerate": "1.10",
     "bitsandbytes": "0.46",
 }
 # What every component needs of them. transformers' processor for pictures uses torchvision.
@@ -63,7 +63,7 @@ def require_libraries(*names: str) -> None:
             said = f"{type(cause).__name__}: {(str(cause).strip() or 'no message').splitlines()[0]}"
             raise FireRedError(
                 f"{name} {_version(name)} is here, but it cannot be imported ({said}). "
-                f"{_install(name, again=True)}"
+                f"{_install(name, options=_repair(cause))}"
             ) from error
 
 
@@ -96,23 +96,28 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version.partition("+")[0])[:2]))
 
 
-def _install(*names: str, again: bool = False) -> str:
-    """The command, for this Python, that installs the libraries or, `again`, replaces a broken one."""
+def _repair(cause: BaseException) -> str:
+    """What pip needs to be told beside the name of a library that cannot be imported."""
+    # An ImportError is about what the library stands on, which pip then installs in the version it wants.
+    return "" if isinstance(cause, ImportError) else "--force-reinstall --no-deps "
+
+
+def _install(*names: str, options: str = "") -> str:
+    """The command, for this Python, that installs the libraries."""
     python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
     commands = []
     if set(names) & set(OF_TORCH):
-        commands.append(_install_torch(python, " --force-reinstall" if again else ""))
+        commands.append(_install_torch(python))
     if wanted := [f'"{name}>={OLDEST[name]}"' for name in names if name not in OF_TORCH]:
-        options = "--force-reinstall --no-deps " if again else ""
         commands.append(f"{python} -m pip install {options}{' '.join(wanted)}")
     return f"Install with: {' and then: '.join(commands)} and restart ComfyUI."
 
 
-def _install_torch(python: str, options: str) -> str:
+def _install_torch(python: str) -> str:
     """For the newest release that has kernels for every card an older one can have run on."""
     if torch.version.hip or getattr(torch.version, "xpu", None):
         return "the newest build for your card from https://pytorch.org/get-started/locally"
-    return f"{python} -m {install_line('sm_60')}{options}"
+    return f"{python} -m {install_line('sm_60')}"
 
 
 def _first_cause(error: BaseException) -> BaseException:
