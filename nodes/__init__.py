@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
 from .decode import FireRedDecode
 from .encode import FireRedEncodePrompt
+from .engine.libraries import startup_warning
 from .examine import FireRedNumerics
 from .load import FireRedLoadTextEncoder, FireRedLoadTransformer, FireRedLoadVAE
 from .plan import FireRedHardwarePlan
@@ -25,6 +28,12 @@ NODE_CLASS_MAPPINGS = {
 
 
 class FireRedExtension(ComfyExtension):
+    @override
+    async def on_load(self) -> None:
+        """The nodes are there without their libraries too, so that workflows open; loaders refuse to run."""
+        if warning := startup_warning():
+            logging.getLogger("FireRed").warning("FireRed nodes: %s", warning)
+
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return list(NODE_CLASS_MAPPINGS.values())

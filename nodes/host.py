@@ -42,6 +42,7 @@ from .engine.errors import CheckpointError, FireRedError, InputError
 from .engine.estimates import RESERVED_BYTES, Edit
 from .engine.heartbeat import heartbeat_where_compiled
 from .engine.kernels import require_kernels
+from .engine.libraries import require_libraries
 from .engine.limits import shown
 from .engine.machine import Device, Machine, unusable
 from .engine.placement import Fixed, place
@@ -239,8 +240,9 @@ def device_labels() -> DeviceLabels:
 def open_component(role: str, checkpoint: str, precision: str, device: str, math: str = "auto") -> Handle:
     """Decide where and how a component runs here and log it in one line. Loads nothing.
 
-    Raises FireRedError where it cannot run or does not fit.
+    Raises FireRedError where it cannot run or does not fit, or where a library is missing.
     """
+    require_libraries()
     spec, reason = _decide(role, checkpoint, precision, device, math)
     log.info(
         "%s, about %.1f GiB%s%s", spec, spec.nbytes() / GIB, f" ({reason})" if reason else "", _scores(spec)

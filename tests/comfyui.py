@@ -219,6 +219,7 @@ class Server:
 def server_command(comfyui: Path, work: Path, port: int, arguments: tuple[str, ...] = ()) -> list[str]:
     """How to start ComfyUI: its own models visible too, on the CPU where there is no accelerator."""
     command = [sys.executable, str(comfyui / "main.py"), "--base-directory", str(work), "--port", str(port)]
+    command += ["--database-url", f"sqlite:///{(work / 'user' / 'comfyui.db').as_posix()}"]
     command += ["--extra-model-paths-config", str(work / "extra_model_paths.yaml"), "--disable-auto-launch"]
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
     return [*command, *(() if accelerated else ("--cpu",)), *arguments]
@@ -246,10 +247,12 @@ def add_probe_nodes(work: Path) -> None:
 
 
 def link_folder(link: Path, target: Path) -> None:
-    """A symbolic link, or on Windows a junction, which needs no administrator."""
+    """A symbolic link, or on Windows a junction, which needs no administrator; replaces one that is there."""
     if os.name == "nt":
         import _winapi
 
+        if os.path.lexists(link):
+            link.rmdir()  # of a junction: removes it and leaves what it points to
         _winapi.CreateJunction(str(target), str(link))
     else:
         link.unlink(missing_ok=True)

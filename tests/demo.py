@@ -26,7 +26,9 @@ def main() -> int:
     is_tiny = arguments.checkpoint == TINY
     if is_tiny:
         print(
-            "No --checkpoint: using a tiny one with random weights. It runs every part; its picture is noise."
+            "No --checkpoint: using a tiny one with random weights. "
+            "It runs every part; its picture is noise.",
+            flush=True,
         )
         build_tiny_checkpoint(work / "models" / "diffusers" / TINY)
     prompt = demo_prompt(arguments.checkpoint, arguments.prompt, TINY_STEPS if is_tiny else None)
@@ -55,7 +57,9 @@ def failed(*lines: str) -> int:
 def build_tiny_checkpoint(folder: Path) -> None:
     if not folder.exists():
         from tiny_checkpoint import build
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         build(folder)
 
 

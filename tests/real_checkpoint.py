@@ -23,7 +23,7 @@ def build(folder: Path) -> Path:
         vae = AutoencoderKLQwenImage()
     transformer.save_config(folder / "transformer")
     vae.save_config(folder / "vae")
-    text_encoder.config.save_pretrained(folder / "text_encoder")
+    tiny_checkpoint.save_text_encoder_config(text_encoder.config, folder / "text_encoder")
     write_holes(folder / "transformer" / "diffusion_pytorch_model.safetensors", transformer)
     write_holes(folder / "text_encoder" / "model.safetensors", text_encoder)
     write_holes(folder / "vae" / "diffusion_pytorch_model.safetensors", vae)
@@ -41,7 +41,7 @@ def text_encoder_on_meta(layers: int = 28) -> Qwen2_5_VLForConditionalGeneration
         text_config=dict(
             hidden_size=3584, intermediate_size=18944, num_hidden_layers=layers, num_attention_heads=28,
             num_key_value_heads=4, vocab_size=152064, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]),
+            **tiny_checkpoint.rotary([16, 24, 24]),
         ),
         vision_config=dict(
             depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, out_hidden_size=3584
@@ -49,7 +49,6 @@ def text_encoder_on_meta(layers: int = 28) -> Qwen2_5_VLForConditionalGeneration
         tie_word_embeddings=False,
         **tiny_checkpoint.special_token_ids(),
     )  # fmt: skip
-    config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
     with torch.device("meta"):
         return Qwen2_5_VLForConditionalGeneration(config)
 

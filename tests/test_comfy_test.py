@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from comfyui import PACK_FOLDER, ROOT, Server, environment
+from comfyui import PACK_FOLDER, ROOT, Server, environment, link_folder
 
 LEVELS = ("SYNTAX", "INSTALL", "REGISTRATION", "INSTANTIATION", "VALIDATION")
 
@@ -35,7 +35,9 @@ def install_pack(comfyui: Path) -> Path:
     original, _ = environment()
     comfyui.mkdir()
     for entry in original.iterdir():
-        if entry.name != "custom_nodes":
-            (comfyui / entry.name).symlink_to(entry)
+        if entry.is_file():
+            shutil.copy(entry, comfyui)
+        elif entry.name != "custom_nodes":
+            link_folder(comfyui / entry.name, entry)
     left_out = shutil.ignore_patterns(".*", "__pycache__")
     return Path(shutil.copytree(ROOT, comfyui / "custom_nodes" / PACK_FOLDER, ignore=left_out))

@@ -7,11 +7,16 @@ import json
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 from comfyui import ROOT, Client, Server
+from engine.libraries import OLDEST
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # which mypy and pytest bring along there
 
 SNAPSHOT = Path(__file__).with_name("contract.json")
 
@@ -48,12 +53,39 @@ def test_every_input_with_a_default_is_optional() -> None:
         assert not [key for key, spec in node["required"].items() if "default" in spec], name
 
 
-def test_requirements_equal_the_projects_dependencies_and_torch_is_free() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+def test_requirements_are_the_projects_dependencies_and_what_loaders_check() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    assert requirements == project["dependencies"]
-    assert "torch" in requirements
-    assert "comfyui" not in project["name"].lower()
+    assert requirements == project["project"]["dependencies"]
+    assert "comfyui" not in project["project"]["name"].lower()
+    minimums = dict(line.split(">=") for line in requirements if ">=" in line)
+    assert minimums == {name: oldest for name, oldest in OLDEST.items() if name != "torch"}
+    assert "torch" in requirements  # free: pip must not replace ComfyUI's
+
+
+def test_the_oldest_comfyui_and_python_are_said_alike_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (oldest,) = re.findall(r'OLDEST_COMFYUI = "([\d.]+)"', (ROOT / "__init__.py").read_text(encoding="utf-8"))
+    assert project["tool"]["comfy"]["requires-comfyui"] == f">={oldest}.0"
+    python = project["project"]["requires-python"].removeprefix(">=")
+    assert project["tool"]["mypy"]["python_version"] == python
+    assert project["tool"]["ruff"]["target-version"] == f"py{python.replace('.', '')}"
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"Python {python} or later" in readme and f"ComfyUI {oldest} or later" in readme
+    run = subprocess.run(
+        [sys.executable, "run.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert f"Python {python} or later" in " ".join(run.stdout.split())
+
+
+def test_the_registrys_archive_holds_what_its_files_start() -> None:
+    """comfy-cli packs what git knows, without what .comfyignore names."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    ignored = (ROOT / ".comfyignore").read_text(encoding="utf-8").split()
+    packed = {path for path in tracked.splitlines() if not any(path.startswith(entry) for entry in ignored)}
+    assert {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"} <= packed
+    started = set(re.findall(r"tests/\w+\.py", (ROOT / "run.py").read_text(encoding="utf-8")))
+    assert started and ("run.py" not in packed or started <= packed)
 
 
 def test_the_version_is_the_changelogs_and_the_workflows() -> None:

@@ -47,7 +47,7 @@ def pipeline(checkpoint: Checkpoint) -> QwenImageEditPlusPipeline:
 
 
 def load_pipeline(folder: Path) -> QwenImageEditPlusPipeline:
-    pipe = QwenImageEditPlusPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe = QwenImageEditPlusPipeline.from_pretrained(folder).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     # With transformers 5 the pipeline forgets mm_token_type_ids, and picture tokens silently get 1-D
     # positions (https://github.com/huggingface/diffusers/issues/14194); this is what its open fix passes on.

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from comfyui import ROOT, environment
+from engine.kernels import RELEASES
+from prompts import edit_prompt
+
+# run.py sets up the environment that it is told to use: here the one that these tests run in.
+VARIANTS = {"legacy": ("--torch", "legacy"), "oldest": ("--libraries", "oldest")}
+OWN = [part for name in Path(sys.prefix).name.split("-")[1:] for part in VARIANTS.get(name, ())]
 
 
-def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(command: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     comfyui, _ = environment()
     return subprocess.run(
-        [sys.executable, "run.py", *arguments],
+        [sys.executable, "run.py", command, *OWN, *arguments],
         cwd=ROOT,
         env=os.environ | {"COMFYUI_PATH": str(comfyui)} | variables,
         capture_output=True,
@@ -48,7 +57,6 @@ def test_bench_without_a_name_measures_the_hardware() -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows always has Edge")
 def test_a_missing_browser_is_named(tmp_path: Path) -> None:
-    (tmp_path / "python3").symlink_to(sys.executable)
     refused = run("test", PATH=str(tmp_path), FIRERED_BROWSER="")
     assert refused.returncode == 1 and "install Chromium, Chrome or Edge" in refused.stderr
 
@@ -63,3 +71,81 @@ def test_the_demo_with_an_absent_checkpoint_says_where_to_get_one() -> None:
     refused = run("demo", "--checkpoint", "absent")
     assert refused.returncode == 1
     assert "There is no checkpoint 'absent'" in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """run.py as a module."""
+    spec = importlib.util.spec_from_file_location("firered_run", ROOT / "run.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["firered_run"] = module  # dataclasses look it up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_set_up_installs_what_errors_recommend(script: ModuleType) -> None:
+    assert [packages for packages, _, _ in RELEASES] == [
+        " ".join(script.TORCH),
+        " ".join(script.TORCH_LEGACY),
+    ]
+    assert [index for _, _, index in RELEASES] == [script.TORCH_INDEX, script.TORCH_LEGACY_INDEX]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="nvidia-smi is a shell script here")
+@pytest.mark.parametrize(
+    ("cards", "torch_release", "triton"),
+    [
+        (["6.1", "6.1"], "torch==2.7.1", False),
+        (["6.1", "8.6"], "torch==2.7.1", True),
+        (["7.0"], "torch==2.7.1", True),
+        (["8.6"], "torch==2.11.0", True),
+        ([], "torch==2.11.0", True),
+    ],
+)
+def test_the_cards_decide_which_torch_is_installed(
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cards: list[str],
+    torch_release: str,
+    triton: bool,
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\nprintf '%s\\n' {' '.join(cards)}\n" if cards else "#!/bin/sh\nexit 9\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    plain = argparse.Namespace(torch=None, libraries=None)
+    here, windows = script.Environment.of(plain, windows=False), script.Environment.of(plain, windows=True)
+    assert here.folder == ROOT / ".venv" and here.triton is triton
+    assert here.torch()[0] == torch_release and "--index-url" not in here.torch()
+    assert ("--index-url" in windows.torch()) == bool(cards)  # PyPI's have no CUDA there
+
+
+def test_other_versions_have_environments_of_their_own(script: ModuleType) -> None:
+    legacy = script.Environment.of(argparse.Namespace(torch="legacy", libraries=None))
+    oldest = script.Environment.of(argparse.Namespace(torch=None, libraries="oldest"))
+    assert legacy.folder == ROOT / ".venv-legacy" and legacy.torch()[0] == "torch==2.7.1"
+    assert oldest.folder == ROOT / ".venv-oldest" and "diffusers==0.37.*" in oldest.libraries()
+    both = script.Environment.of(argparse.Namespace(torch="legacy", libraries="oldest"))
+    assert both.folder == ROOT / ".venv-legacy-oldest"
+
+
+def test_the_demo_speaks_first_and_no_library_before_it(tmp_path: Path) -> None:
+    """Set up already, with standard output and errors in one stream, as a pipe or a log file shows them."""
+    comfyui, _ = environment()
+    demo = subprocess.run(
+        [sys.executable, "tests/demo.py"],
+        cwd=ROOT,
+        env=os.environ | {"COMFYUI_PATH": str(comfyui), "FIRERED_WORK": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=True,
+    )
+    lines = demo.stdout.split("\n")
+    assert lines[0].startswith("No --checkpoint: using a tiny one") and lines[1] == ""
+    assert lines[2].split()[0] in {node["class_type"] for node in edit_prompt().values()}
+    assert "Edited in" in lines[-2]
+    (log,) = tmp_path.glob("server-*.log")
+    assert "Failed to initialize database" not in log.read_text(encoding="utf-8")

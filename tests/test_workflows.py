@@ -42,6 +42,14 @@ def open_workflow(page: Page, path: Path) -> dict:
     return page.evaluate("() => window.app.graph.serialize()")
 
 
+def used_slots(node: dict) -> list[str]:
+    """A node's inputs without the free picture slots, of which frontends show one more or less."""
+    free = [
+        slot["name"] for slot in node["inputs"] if slot["name"].startswith("images.") and slot["link"] is None
+    ]
+    return [slot["name"] for slot in node["inputs"] if slot["name"] not in free]
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_workflow_opens_with_every_node_widget_and_link_in_place(page: Page, path: Path) -> None:
     shipped, opened = json.loads(path.read_text(encoding="utf-8")), open_workflow(page, path)
@@ -50,20 +58,25 @@ def test_a_workflow_opens_with_every_node_widget_and_link_in_place(page: Page, p
     for node in shipped["nodes"]:
         assert nodes[node["id"]]["type"] == node["type"]
         assert (nodes[node["id"]].get("widgets_values") or []) == (node.get("widgets_values") or [])
-        assert [slot["name"] for slot in nodes[node["id"]]["inputs"]] == [
-            slot["name"] for slot in node["inputs"]
-        ]
+        assert used_slots(nodes[node["id"]]) == used_slots(node)
     unknown = page.evaluate(
         "() => window.app.graph.nodes.filter(node => node.has_errors).map(node => node.type)"
     )
     assert unknown == []
 
 
+def computed(prompt: dict) -> dict:
+    """What ComfyUI computes of a prompt: `_meta` is for readers, and newer frontends write more into it."""
+    return {key: {name: node[name] for name in ("class_type", "inputs")} for key, node in prompt.items()}
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_its_api_twin_is_what_the_frontend_would_submit(page: Page, path: Path) -> None:
     open_workflow(page, path)
     submitted = page.evaluate("async () => (await window.app.graphToPrompt()).output")
-    assert submitted == json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
+    assert computed(submitted) == computed(
+        json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
+    )
 
 
 def test_a_workflow_runs_from_the_page(page: Page, client: Client) -> None:

@@ -13,13 +13,11 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
     Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
 )
 
@@ -87,7 +85,9 @@ def build(
         randomize(model, seed + number)
         if name == "transformer" and overflow_block is not None:
             model.transformer_blocks[overflow_block].img_mlp.net[2].weight.data.mul_(OVERFLOW_GAIN)
-        model.to(dtype).save_pretrained(partial / name)
+        # torch's own `to`: diffusers' would warn of modules to be kept in FP32, which this model has none of
+        torch.nn.Module.to(model, dtype).save_pretrained(partial / name)
+    save_text_encoder_config(parts["text_encoder"].config, partial / "text_encoder")
     write_rest(partial)
     partial.rename(folder)
     return folder
@@ -97,14 +97,11 @@ def write_rest(folder: Path) -> None:
     """Everything of a checkpoint but its weights: scheduler, tokenizer, processor and index."""
     FlowMatchEulerDiscreteScheduler(**SCHEDULER_CONFIG).save_pretrained(folder / "scheduler")
     tokenizer = train_tokenizer()
-    tokenizer.save_pretrained(folder / "tokenizer")
+    for name in ("tokenizer", "processor"):
+        save_tokenizer(tokenizer, folder / name)
     pixels = dict(min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
-    processor = Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**pixels),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(**pixels),
-    )
-    processor.save_pretrained(folder / "processor")
+    Qwen2VLImageProcessor(**pixels).save_pretrained(folder / "processor")
+    Qwen2VLVideoProcessor(**pixels).save_pretrained(folder / "processor")
     (folder / "model_index.json").write_text(json.dumps(model_index(), indent=2), encoding="utf-8")
 
 
@@ -131,7 +128,7 @@ def text_encoder_config(width: int) -> Qwen2_5_VLConfig:
             num_attention_heads=width // 64,
             num_key_value_heads=1,
             vocab_size=512,
-            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12]),
+            **rotary([8, 12, 12]),
             bos_token_id=0,
             eos_token_id=0,
             pad_token_id=0,
@@ -149,6 +146,24 @@ def text_encoder_config(width: int) -> Qwen2_5_VLConfig:
     )
 
 
+def rotary(sections: list[int]) -> dict[str, object]:
+    """The text model's rotary embedding in the words of transformers 4, which 5 takes too."""
+    return dict(
+        rope_theta=1e6, rope_scaling=dict(type="default", rope_type="default", mrope_section=sections)
+    )
+
+
+def save_text_encoder_config(config: Qwen2_5_VLConfig, folder: Path) -> None:
+    """Write config.json as transformers 4 does: 4.57 does not know the `rope_parameters` that 5 writes."""
+    written = json.loads(config.to_json_string()) | {"architectures": ["Qwen2_5_VLForConditionalGeneration"]}
+    text = written["text_config"]
+    text.pop("architectures", None)
+    if rope := text.pop("rope_parameters", None):
+        text |= rotary(rope["mrope_section"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
+
+
 def special_token_ids() -> dict[str, int]:
     """Where the tokens that frame and stand for pictures are in train_tokenizer()'s vocabulary."""
     names = {"image_token_id": "image_pad", "video_token_id": "video_pad"}
@@ -156,7 +171,7 @@ def special_token_ids() -> dict[str, int]:
     return {key: SPECIAL_TOKENS.index(f"<|{name}|>") for key, name in names.items()}
 
 
-def train_tokenizer() -> Qwen2Tokenizer:
+def train_tokenizer() -> Tokenizer:
     """A byte-level BPE trained from nothing on CORPUS, after Qwen's special tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer, bpe.decoder = normalizers.NFC(), decoders.ByteLevel()
@@ -174,14 +189,28 @@ def train_tokenizer() -> Qwen2Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         ),
     )
-    learned = json.loads(bpe.to_str())["model"]
-    added = [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS[1:]]
-    return Qwen2Tokenizer(
-        vocab=learned["vocab"],
-        merges=[tuple(merge) for merge in learned["merges"]],
-        extra_special_tokens=added,
-        model_max_length=131072,
-    )
+    return bpe
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a Qwen2Tokenizer as transformers 4 does: 4.57 cannot read what 5's save_pretrained writes."""
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.model.save(str(folder))  # vocab.json and merges.txt
+    special = dict(normalized=False, special=True, lstrip=False, rstrip=False, single_word=False)
+    config = {
+        "add_prefix_space": False,
+        "added_tokens_decoder": {
+            str(number): {"content": token, **special} for number, token in enumerate(SPECIAL_TOKENS)
+        },
+        "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
+        "eos_token": SPECIAL_TOKENS[0],
+        "pad_token": SPECIAL_TOKENS[0],
+        "model_max_length": 131072,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from pathlib import Path
 import real_checkpoint
 import tiny_checkpoint
 import torch
+from comfyui import link_folder
 from diffusers import AutoencoderKLQwenImage
 from engine.cache import CacheWriter
 
@@ -30,7 +31,7 @@ def write_transformer(folder: Path, layers: int = 60) -> None:
 
 def write_text_encoder(folder: Path, layers: int = 28) -> None:
     model = real_checkpoint.text_encoder_on_meta(layers)
-    model.config.save_pretrained(folder)
+    tiny_checkpoint.save_text_encoder_config(model.config, folder)
     write_weights(model, folder, "model")
 
 
@@ -75,7 +76,7 @@ def write_rest(folder: Path, elsewhere: Path, layers: int = 28) -> None:
     tiny_checkpoint.randomize(vae, 0)
     vae.to(torch.bfloat16).save_pretrained(elsewhere / "vae")
     for name in ("text_encoder", "vae"):
-        (folder / name).symlink_to(elsewhere / name)
+        link_folder(folder / name, elsewhere / name)
 
 
 if __name__ == "__main__":

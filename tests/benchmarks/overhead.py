@@ -62,7 +62,7 @@ def measure(candidates: dict[str, Callable[[int], object]]) -> dict[str, float]:
 
 
 def plain_diffusers(folder: Path) -> Callable[[int], object]:
-    pipe = QwenImageEditPlusPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe = QwenImageEditPlusPipeline.from_pretrained(folder).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return lambda seed: pipe(
         image=[PHOTO], prompt=PROMPT, negative_prompt=" ", true_cfg_scale=CFG, num_inference_steps=STEPS,

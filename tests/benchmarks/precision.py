@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from engine import components, loading
 from engine.cache import DiskCache
@@ -168,6 +168,11 @@ def load(folder: Path, cache: DiskCache, precision: str) -> dict[str, Any]:
 
 
 def host_peak() -> int:
+    """Bytes of host memory that this process held at most."""
+    if os.name == "nt":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import FireRedError, first_line
+from ..libraries import require_libraries
 from ..precision import Card, Precision
 from .linear import QuantizedLinear
 
@@ -27,11 +28,10 @@ MAX_ERROR = {"int8-bnb": 0.03, "nf4": 0.15}
 def import_bitsandbytes() -> ModuleType:
     """The library, or a FireRedError naming the alternatives."""
     try:
-        library = importlib.import_module("bitsandbytes")
-    except Exception as error:  # a broken build raises whatever it likes
-        raise FireRedError(
-            f"bitsandbytes cannot be imported ({error}). Install it, or {ALTERNATIVES}"
-        ) from error
+        require_libraries("bitsandbytes")
+    except FireRedError as error:
+        raise FireRedError(f"{error} Or {ALTERNATIVES}") from error
+    library = importlib.import_module("bitsandbytes")
     # It would warn at every product of every step that LLM.int8() casts to FP16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return library
