@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save
 
 from .checkpoint import DTYPE_NAMES, Layout
 
@@ -58,6 +58,14 @@ class DiskCache:
         path = self.find(name)
         try:
             return load(path.read_bytes()) if path else None
+        except (OSError, SafetensorError):
+            return None
+
+    def map(self, name: str) -> dict[str, torch.Tensor] | None:
+        """The tensors of a large file, which stay on disk and are read where used; else as read()."""
+        path = self.find(name)
+        try:
+            return load_file(path) if path else None
         except (OSError, SafetensorError):
             return None
 

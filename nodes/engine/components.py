@@ -20,7 +20,8 @@ TEXT_ENCODER_PREFIXES = {
     "visual.": "visual.",
     "model.": "language_model.",
 }
-MODULATION = re.compile(r"transformer_blocks\.\d+\.(img|txt)_mod\.")  # folded, see modulation.py
+# What depends on the timestep alone: folded, see modulation.py.
+FOLDED = re.compile(r"(transformer_blocks\.\d+\.(img|txt)_mod|norm_out|time_text_embed)\.")
 CONV_3D = 5  # dimensions of its weight
 BIG_MATRICES = {
     "transformer": re.compile(r"transformer_blocks\..*\.weight"),
@@ -99,7 +100,7 @@ def describe(
 def model_name(role: str, stored: str) -> str | None:
     """A stored tensor's name in the model we build, or None for those we do without."""
     if role == "transformer":
-        return None if MODULATION.match(stored) else stored
+        return None if FOLDED.match(stored) else stored
     if role == "text_encoder":
         for old, new in TEXT_ENCODER_PREFIXES.items():
             if stored.startswith(old):

@@ -16,6 +16,8 @@ from .errors import InputError
 from .guard import require_finite_input
 from .latents import PATCH, VAE_SCALE, require_latents
 
+POSITIVE, NEGATIVE = "positive", "negative"  # the branches of guidance
+
 
 @dataclass(frozen=True)
 class Condition:

@@ -19,7 +19,8 @@ from .ranges import OUTLIER, BlockRange
 from .sampling import SamplingPlan
 from .text import TextEncoder
 from .trace import FP16_MAX, tensors_in, watch_outputs
-from .workers import POSITIVE, LocalWorker
+from .transformer import Transformer
+from .workers import LocalWorker
 
 BLOCKS = re.compile(r"(transformer_blocks|visual\.blocks|language_model\.layers)\.(\d+)(\..*)?")
 MAX_STEPS = 6  # a forward and a line in the chart each
@@ -40,7 +41,7 @@ def parse_steps(text: str, steps: int) -> list[int]:
 
 
 def measure_transformer(
-    transformer: Any,
+    transformer: Transformer,
     plan: SamplingPlan,
     steps: Sequence[int],
     samples: torch.Tensor | None = None,
@@ -59,9 +60,9 @@ def measure_transformer(
     ranges = {}
     for done, step in enumerate(steps, start=1):
         sigma = plan.schedule.sigmas[step - 1]
-        latents = ((1 - sigma) * picture + sigma * noise).to(worker.device)
-        forward = functools.partial(worker.predict, latents, step - 1, POSITIVE)
-        ranges[f"step {step}"] = measure(transformer, forward)
+        latents = ((1 - sigma) * picture + sigma * noise).to(plan.spec.device)
+        forward = functools.partial(worker.predict, latents, step - 1)
+        ranges[f"step {step}"] = measure(transformer.model, forward)
         on_progress(done, len(steps))
     return ranges
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .components import ComponentSpec
-from .conditioning import Condition, from_conditioning
+from .conditioning import NEGATIVE, POSITIVE, Condition, from_conditioning
 from .denoise import StepState, denoise
 from .estimates import transformer_bytes
 from .guard import STOP
@@ -30,7 +30,8 @@ from .progress import OnProgress, untold
 from .resume import RunState, SavedRun, run_name
 from .schedule import Schedule, make_schedule
 from .transfer import cross
-from .workers import NEGATIVE, POSITIVE, LocalWorker
+from .transformer import Transformer
+from .workers import LocalWorker
 
 log = logging.getLogger("FireRed")
 
@@ -44,14 +45,14 @@ EMPTY_LATENT_CHANNELS = 4
 class SamplingPlan:
     """A run that passed every check.
 
-    true_cfg_scale: None without guidance. height, width: of the latents asked for; the loop works on the next
-    even size.
+    conditions: by branch; both where the run is guided. height, width: of the latents asked for; the loop
+    works on the next even size.
     """
 
     spec: ComponentSpec
     conditions: Mapping[str, Condition]
     schedule: Schedule
-    true_cfg_scale: float | None
+    true_cfg_scale: float
     seed: int
     batch: int
     height: int
@@ -116,11 +117,11 @@ def plan_sampling(
         require_size(width * VAE_SCALE, height * VAE_SCALE, "Connect a latent of another size, or none.")
     tokens = -(-height // PATCH) * -(-width // PATCH)
     schedule = make_schedule(spec.checkpoint.component("scheduler").config(), steps, tokens)
-    return SamplingPlan(spec, used, schedule, true_cfg_scale if guided else None, seed, batch, height, width)
+    return SamplingPlan(spec, used, schedule, true_cfg_scale if guided else 1.0, seed, batch, height, width)
 
 
 def sample(
-    transformer: Any,
+    transformer: Transformer,
     plan: SamplingPlan,
     on_step: OnStep = lambda done, total, denoised: None,
     on_fold: OnProgress = untold,
@@ -140,7 +141,7 @@ def sample(
     results = list(state.finished)
     if len(results) == plan.batch:
         return torch.cat(results)
-    worker = LocalWorker(transformer, plan.spec, plan.schedule, size, plan.conditions, on_fold)
+    worker = LocalWorker(transformer, plan.spec, plan.schedule, size, plan.conditions, guard, on_fold)
     while len(results) < plan.batch:
         done_before, finished = len(results) * steps, tuple(results)
 
@@ -151,14 +152,12 @@ def sample(
 
         try:
             final = denoise(
-                worker,
-                plan.spec,
-                state.latents,
+                worker.predict,
+                state.latents.to(plan.spec.device, torch.float32),
                 plan.schedule,
                 plan.true_cfg_scale,
                 report,
                 state.step,
-                guard,
             )
         except BaseException:
             if saved is not None:
@@ -172,7 +171,7 @@ def sample(
     return torch.cat(results)
 
 
-def _resume(plan: SamplingPlan, transformer: Any, saved: SavedRun | None) -> RunState | None:
+def _resume(plan: SamplingPlan, transformer: Transformer, saved: SavedRun | None) -> RunState | None:
     """Where an interrupted run goes on, if there is one whose state is whole."""
     state = saved.open(transformer.arithmetic) if saved is not None else None
     if saved is None or state is None:
