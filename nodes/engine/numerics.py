@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from .components import ComponentSpec
+from .conditioning import POSITIVE
 from .errors import InputError
-from .guard import require_finite_input
+from .guard import OFF, require_finite_input
 from .latents import LATENT_CHANNELS, make_noise, normalize, pack, pad_to_patches, require_latents
 from .progress import OnProgress, untold
 from .ranges import OUTLIER, BlockRange
@@ -52,7 +53,8 @@ def measure_transformer(
     samples: raw latents (B, 16, 1, h, w) of the plan's size whose first picture, noised to a step's level, is
     the state looked at; without any, or with zeros, it is noise alone. Raises InputError and NonFiniteError.
     """
-    worker = LocalWorker(transformer, plan.spec, plan.schedule, plan.padded_size, plan.conditions)
+    looked_at = {POSITIVE: plan.conditions[POSITIVE]}
+    worker = LocalWorker(transformer, plan.spec, plan.schedule, plan.padded_size, looked_at, OFF)
     noise = pack(make_noise((1, LATENT_CHANNELS, *plan.padded_size), plan.seed))
     picture = torch.zeros_like(noise)
     if samples is not None and bool(samples.any()):
