@@ -109,9 +109,9 @@ def _measure_transformer(
     size: tuple[int, int],
     seed: int,
 ) -> tuple[ComponentSpec, Ranges]:
+    from .engine.conditioning import POSITIVE
     from .engine.numerics import measure_transformer, parse_steps
     from .engine.sampling import plan_sampling, read_conditions
-    from .engine.workers import POSITIVE
 
     spec = transformer.spec
     looked_at, (width, height) = parse_steps(look_at, steps), size

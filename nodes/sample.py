@@ -90,8 +90,8 @@ class FireRedSampler(io.ComfyNode):
         resume: str = "on",
         guard: str = STOP,
     ) -> io.NodeOutput:
+        from .engine.conditioning import NEGATIVE, POSITIVE
         from .engine.sampling import plan_sampling, read_conditions, sample
-        from .engine.workers import NEGATIVE, POSITIVE
 
         guard, resume = GUARD.require(guard), RESUME.require(resume)
         spec = host.require_handle(transformer, "transformer").spec

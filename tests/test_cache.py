@@ -85,13 +85,13 @@ def test_progress_reaches_the_end(tiny: Checkpoint, cache: DiskCache) -> None:
 def test_the_second_start_does_not_read_the_checkpoint(
     tiny: Checkpoint, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loading.load(spec_for(tiny, "transformer", "int8"), cache=cache).modulation.use(torch.tensor([0.5]))
+    loading.load(spec_for(tiny, "transformer", "int8"), cache=cache).modulation.of(torch.tensor([0.5]))
 
     def unread(*_: object, **__: object) -> None:
         raise AssertionError("the checkpoint's weights were read")
 
     monkeypatch.setattr("engine.checkpoint.Component.tensors", unread)
-    loading.load(spec_for(tiny, "transformer", "int8"), cache=cache).modulation.use(torch.tensor([0.5]))
+    loading.load(spec_for(tiny, "transformer", "int8"), cache=cache).modulation.of(torch.tensor([0.5]))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "another shape", "another model's"])

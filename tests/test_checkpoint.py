@@ -57,8 +57,8 @@ def test_a_missing_shard_is_named(tiny_copy: Path) -> None:
 
 def test_shards_load_like_one_file(tiny: Checkpoint, tiny_copy: Path) -> None:
     split_in_two(tiny_copy)
-    whole = loading.load(spec_for(tiny, "transformer")).state_dict()
-    sharded = loading.load(spec_for(Checkpoint(tiny_copy), "transformer")).state_dict()
+    whole = loading.load(spec_for(tiny, "transformer")).model.state_dict()
+    sharded = loading.load(spec_for(Checkpoint(tiny_copy), "transformer")).model.state_dict()
     assert whole.keys() == sharded.keys()
     assert all(torch.equal(whole[name], sharded[name]) for name in whole)
 

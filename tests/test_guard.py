@@ -14,13 +14,14 @@ from conftest import spec_for
 from engine import loading, vae
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.components import describe
+from engine.conditioning import NEGATIVE, POSITIVE
 from engine.denoise import denoise
 from engine.errors import NonFiniteError
 from engine.guard import GUARDS, OFF, STOP, WARN, Guard, require_finite
 from engine.precision import PRECISIONS, ROLE_PRECISIONS, Card
 from engine.schedule import Schedule
 from engine.trace import FP16_MAX, Culprit, find_culprit
-from engine.workers import NEGATIVE, POSITIVE, LocalWorker
+from engine.workers import LocalWorker
 from PIL import Image
 from prompts import SAMPLE, changed, edit_prompt, fail, succeed
 from safetensors.torch import load_file, save_file
@@ -39,16 +40,15 @@ def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return open_checkpoint(tiny_checkpoint.build(folder, layers=3, overflow_block=1))
 
 
-def worker_for(checkpoint: Checkpoint, precision: str) -> LocalWorker:
+def worker_for(checkpoint: Checkpoint, precision: str, guard: str = STOP) -> LocalWorker:
     spec = spec_for(checkpoint, "transformer", precision)
     conditions = {POSITIVE: condition(references=1), NEGATIVE: condition(tokens=3)}
-    return LocalWorker(loading.load(spec), spec, SCHEDULE, (4, 4), conditions)
+    return LocalWorker(loading.load(spec), spec, SCHEDULE, (4, 4), conditions, guard)
 
 
-def run(worker: LocalWorker, checkpoint: Checkpoint, precision: str, guard: str = STOP) -> torch.Tensor:
+def run(worker: LocalWorker) -> torch.Tensor:
     latents = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
-    spec = spec_for(checkpoint, "transformer", precision)
-    return denoise(worker, spec, latents, SCHEDULE, 4.0, guard=guard)
+    return denoise(worker.predict, latents, SCHEDULE, 4.0)
 
 
 def hooks(model: torch.nn.Module) -> int:
@@ -67,22 +67,21 @@ def poison(model: torch.nn.Module, weight: str) -> None:
 def test_fp16_stops_at_the_first_step_and_names_the_module_that_overflowed(overflowing: Checkpoint) -> None:
     worker = worker_for(overflowing, "fp16")
     with pytest.raises(NonFiniteError) as caught:
-        run(worker, overflowing, "fp16")
+        run(worker)
     message = str(caught.value)
     assert message.startswith("Step 1 of 2: the positive prediction ")
     assert (
         f"transformer fp16 on cpu. First to break: {OVERFLOWING} (Linear) was given values up to" in message
     )
     assert message.endswith("Set its precision to fp32 or int8, and math to fp32: safe on every card.")
-    assert hooks(worker.module(POSITIVE)) == 0
+    assert hooks(worker.model) == 0
 
 
 def test_what_fp16_clips_is_found_though_the_prediction_is_finite(overflowing: Checkpoint) -> None:
-    worker = worker_for(overflowing, "fp16")
     latents = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
-    assert bool(worker.predict(latents, 0, POSITIVE).isfinite().all())
+    assert bool(worker_for(overflowing, "fp16", OFF).predict(latents, 0)[POSITIVE].isfinite().all())
     with pytest.raises(NonFiniteError, match=r"was clipped to FP16's limit of 65504 inside.* would be wrong"):
-        run(worker, overflowing, "fp16")
+        run(worker_for(overflowing, "fp16"))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int8-fast"])
@@ -91,9 +90,9 @@ def test_the_same_checkpoint_completes_at_precisions_with_fp32s_range(
 ) -> None:
     worker = worker_for(overflowing, precision)
     largest: list[float] = []
-    net = worker.module(POSITIVE).get_submodule(OVERFLOWING)
+    net = worker.model.get_submodule(OVERFLOWING)
     handle = net.register_forward_hook(lambda m, args, output: largest.append(float(output.abs().max())))
-    assert bool(run(worker, overflowing, precision).isfinite().all())
+    assert bool(run(worker).isfinite().all())
     handle.remove()
     assert len(largest) == 4 and min(largest) > FP16_MAX
 
@@ -101,33 +100,31 @@ def test_the_same_checkpoint_completes_at_precisions_with_fp32s_range(
 def test_a_warning_comes_once_a_run_in_the_errors_words_and_the_run_goes_on(
     overflowing: Checkpoint, caplog: pytest.LogCaptureFixture
 ) -> None:
-    worker = worker_for(overflowing, "fp16")
     with pytest.raises(NonFiniteError) as caught:
-        run(worker, overflowing, "fp16")
+        run(worker_for(overflowing, "fp16"))
     with caplog.at_level(logging.WARNING, "FireRed"):
-        warned = run(worker, overflowing, "fp16", WARN)
+        warned = run(worker_for(overflowing, "fp16", WARN))
     assert [record.getMessage() for record in caplog.records] == [str(caught.value)]
     caplog.clear()
-    assert torch.equal(run(worker, overflowing, "fp16", OFF), warned)
+    assert torch.equal(run(worker_for(overflowing, "fp16", OFF)), warned)
     assert not caplog.records
 
 
 def test_the_guard_changes_no_bit_of_a_good_run(tiny: Checkpoint) -> None:
-    worker = worker_for(tiny, "fp16")
-    results = [run(worker, tiny, "fp16", level) for level in GUARDS]
+    results = [run(worker_for(tiny, "fp16", level)) for level in GUARDS]
     assert all(torch.equal(results[0], result) for result in results[1:])
 
 
 def test_trouble_that_does_not_repeat_is_called_that(tiny: Checkpoint) -> None:
     worker = worker_for(tiny, "fp32")
-    model, calls = worker.module(POSITIVE), []
+    model, calls = worker.model, []
 
     def flip(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
         calls.append(1)
         return output * float("nan") if len(calls) == 3 else None
 
     with model.proj_out.register_forward_hook(flip), pytest.raises(NonFiniteError) as caught:
-        run(worker, tiny, "fp32")
+        run(worker)
     message = str(caught.value)
     assert message.startswith(
         "Step 2 of 2: the positive prediction holds 256 NaN and 0 infinite values of 256"
@@ -142,9 +139,9 @@ def test_trouble_that_does_not_repeat_is_called_that(tiny: Checkpoint) -> None:
 
 def test_the_traced_forward_is_the_same_forward_and_finds_nothing_in_a_good_one(tiny: Checkpoint) -> None:
     worker = worker_for(tiny, "int8")
-    model, latents, seen = worker.module(POSITIVE), torch.randn(1, 4, 64), []
-    expected = worker.predict(latents, 0, POSITIVE)
-    assert find_culprit(model, lambda: seen.append(worker.predict(latents, 0, POSITIVE))) is None
+    model, latents, seen = worker.model, torch.randn(1, 4, 64), []
+    expected = worker.predict(latents, 0)[NEGATIVE]
+    assert find_culprit(model, lambda: seen.append(worker.predict(latents, 0)[NEGATIVE])) is None
     assert torch.equal(seen[0], expected) and hooks(model) == 0
 
 
@@ -172,18 +169,18 @@ def test_arithmetic_between_modules_is_blamed_on_the_module_around_it() -> None:
 
 
 def test_inputs_that_are_bad_already_blame_no_module(tiny: Checkpoint) -> None:
-    worker = worker_for(tiny, "fp32")
+    worker = worker_for(tiny, "fp32", OFF)
     latents = torch.full((1, 4, 64), float("inf"))
-    culprit = find_culprit(worker.module(POSITIVE), lambda: worker.predict(latents, 0, POSITIVE))
+    culprit = find_culprit(worker.model, lambda: worker.predict(latents, 0))
     assert culprit is not None and culprit.given_bad and culprit.name == ""
-    assert str(culprit).startswith("the model itself (QwenImageTransformer2DModel) was given NaN or infinity")
+    assert str(culprit).startswith("the model itself (QwenImageTransformer) was given NaN or infinity")
 
 
 def test_a_failing_forward_leaves_no_hook_behind(tiny: Checkpoint) -> None:
     worker = worker_for(tiny, "fp32")
     with pytest.raises(RuntimeError):
-        find_culprit(worker.module(POSITIVE), lambda: worker.predict(torch.ones(1, 4, 63), 0, POSITIVE))
-    assert hooks(worker.module(POSITIVE)) == 0
+        find_culprit(worker.model, lambda: worker.predict(torch.ones(1, 4, 63), 0))
+    assert hooks(worker.model) == 0
 
 
 def test_bitsandbytes_int8_without_a_threshold_is_traced_to_the_linear_that_took_the_big_value(
@@ -192,16 +189,16 @@ def test_bitsandbytes_int8_without_a_threshold_is_traced_to_the_linear_that_took
     """Threshold 0 sends everything through FP16: a value above 65504 makes its row NaN."""
     spec = describe("transformer", tiny, PRECISIONS["int8-bnb"], torch.device("cpu"), P40)
     worker = LocalWorker(loading.load(spec), spec, SCHEDULE, (4, 4), {POSITIVE: condition()})
-    block = worker.module(POSITIVE).transformer_blocks[1]
+    block = worker.model.transformer_blocks[1]
     block.img_mlp.net[0].proj._state.SCB.mul_(3e5)
     latents = torch.randn(1, 4, 64)
-    predict = functools.partial(worker.predict, latents, 0, POSITIVE)
-    assert find_culprit(worker.module(POSITIVE), predict) is None
+    predict = functools.partial(worker.predict, latents, 0)
+    assert find_culprit(worker.model, predict) is None
     block.img_mlp.net[2]._state.threshold = 0.0
     with pytest.raises(
         NonFiniteError, match=r"int8-bnb, fp32 and fp16 math,.*Set its precision to fp32 or"
     ) as e:
-        denoise(worker, spec, latents, SCHEDULE, None)
+        denoise(worker.predict, latents, SCHEDULE, 1.0)
     assert "transformer_blocks.1.img_mlp.net.2 (Int8BnbLinear) was given values up to" in str(e.value)
 
 
@@ -248,8 +245,8 @@ def test_a_weight_too_large_for_fp16_is_no_damaged_file(tiny_copy: Path) -> None
     save_file(tensors, path, {"format": "pt"})
     checkpoint = open_checkpoint(tiny_copy)
     with pytest.raises(NonFiniteError, match=r"First to break: proj_out .*Set its precision to fp32 or int8"):
-        run(worker_for(checkpoint, "fp16"), checkpoint, "fp16")
-    assert bool(run(worker_for(checkpoint, "fp32"), checkpoint, "fp32").isfinite().all())
+        run(worker_for(checkpoint, "fp16"))
+    assert bool(run(worker_for(checkpoint, "fp32")).isfinite().all())
 
 
 def test_the_remedy_offers_what_the_component_has(tiny: Checkpoint) -> None:

@@ -14,9 +14,8 @@ from diffusers import QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as reference
 from engine import loading, sampling, vae
 from engine.checkpoint import Checkpoint, open_checkpoint
-from engine.conditioning import from_conditioning, to_conditioning
+from engine.conditioning import NEGATIVE, POSITIVE, from_conditioning, to_conditioning
 from engine.latents import MEGAPIXEL, unpack
-from engine.workers import NEGATIVE, POSITIVE
 from PIL import Image
 
 TOLERANCE = 1e-5

@@ -24,6 +24,7 @@ from engine.components import (
     require_fit,
     working_bytes,
 )
+from engine.conditioning import POSITIVE
 from engine.errors import FireRedError, InputError, NonFiniteError
 from engine.formats import FORMATS, bitsandbytes, int8_paths
 from engine.formats.int8_math import dequantize, quantize_rows, quantize_tokens, rotate
@@ -31,8 +32,9 @@ from engine.formats.int8_paths import choose_path, integer_paths
 from engine.guard import require_finite, require_finite_input
 from engine.modulation import Modulation
 from engine.precision import PRECISIONS, ROLE_PRECISIONS, Card, resolve
-from engine.schedule import Schedule, make_schedule
-from engine.workers import POSITIVE, LocalWorker
+from engine.schedule import Schedule
+from engine.transformer import Transformer, rotary_embedding
+from engine.workers import LocalWorker
 from safetensors.torch import load_file, save_file
 from test_sampling import condition
 
@@ -50,8 +52,7 @@ def test_matrices_keep_the_storage_dtype_and_the_rest_the_compute_dtype(
 ) -> None:
     spec = spec_for(tiny, role, precision)
     component = loading.load(spec)
-    model = component.model if role == "text_encoder" else component
-    state = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    state = {name: tensor.dtype for name, tensor in component.model.state_dict().items()}
     norms = {
         dtype for name, dtype in state.items() if name.endswith(("norm.weight", "norm_q.weight", "bias"))
     }
@@ -63,7 +64,7 @@ def test_matrices_keep_the_storage_dtype_and_the_rest_the_compute_dtype(
 
 def test_fp32_equals_weights_upcast_beforehand(tiny: Checkpoint) -> None:
     kept, upcast = (loading.load(spec_for(tiny, "transformer")) for _ in range(2))
-    upcast.float()
+    upcast.model.float()
     assert torch.equal(run_transformer(kept), run_transformer(upcast))
 
 
@@ -95,7 +96,7 @@ def test_a_worker_answers_in_fp32_whatever_it_computes_in(tiny: Checkpoint) -> N
     spec = spec_for(tiny, "transformer", "bf16")
     schedule = Schedule(torch.tensor([1.0, 0.0]), torch.tensor([1.0]))
     worker = LocalWorker(loading.load(spec), spec, schedule, (4, 4), {POSITIVE: condition(references=1)})
-    assert worker.predict(torch.randn(1, 4, 64), 0, POSITIVE).dtype is torch.float32
+    assert worker.predict(torch.randn(1, 4, 64), 0)[POSITIVE].dtype is torch.float32
 
 
 @pytest.mark.parametrize(
@@ -217,30 +218,9 @@ def test_every_format_multiplies_within_its_error(name: str) -> None:
 # Folded modulation
 
 
-@pytest.mark.parametrize("zero_cond_t", [False, True])
-def test_folded_modulation_equals_the_models_own(tmp_path: Path, zero_cond_t: bool) -> None:
-    import tiny_checkpoint
-    from diffusers import QwenImageTransformer2DModel
-    from engine.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint(tiny_checkpoint.build(tmp_path / "tiny", zero_cond_t=zero_cond_t))
-    original = QwenImageTransformer2DModel.from_pretrained(
-        checkpoint.folder / "transformer", dtype=torch.float32
-    )
-    folded = loading.load(spec_for(checkpoint, "transformer"))
-    timesteps = make_schedule(checkpoint.component("scheduler").config(), 5, 64).timesteps
-    folded.modulation.use(timesteps)
-    for step, timestep in enumerate(timesteps):
-        folded.modulation.select(step)
-        inputs = transformer_inputs(torch.float32) | {"timestep": timestep.expand(1)}
-        with torch.inference_mode():
-            expected, y = original(**inputs)[0], folded(**inputs)[0]
-        assert float((y - expected).norm() / expected.norm()) < 1e-6
-
-
 def test_folding_leaves_out_a_third_of_the_weights(tiny: Checkpoint) -> None:
-    names = loading.load(spec_for(tiny, "transformer")).state_dict()
-    assert not [name for name in names if "_mod." in name]
+    names = loading.load(spec_for(tiny, "transformer")).model.state_dict()
+    assert names and not [name for name in names if "_mod." in name or "time_text_embed" in name]
 
 
 def test_the_schedules_last_used_are_kept(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +229,7 @@ def test_the_schedules_last_used_are_kept(tiny: Checkpoint, monkeypatch: pytest.
     compute = Modulation._compute_table
     monkeypatch.setattr(Modulation, "_compute_table", lambda *args: computed.append(1) or compute(*args))
     for steps in (2, 3, 2, 3):
-        modulation.use(torch.linspace(1, 0.1, steps))
+        modulation.of(torch.linspace(1, 0.1, steps))
     assert len(computed) == 2
 
 
@@ -372,9 +352,7 @@ def test_a_component_too_big_for_its_card_says_what_fits(tiny: Checkpoint) -> No
 @pytest.mark.parametrize("role", ["transformer", "text_encoder"])
 def test_the_size_is_known_before_loading(tiny: Checkpoint, role: str, precision: str) -> None:
     spec = spec_for(tiny, role, precision)
-    component = loading.load(spec)
-    model = component.model if role == "text_encoder" else component
-    actual = sum(tensor.nbytes for tensor in model.state_dict().values())
+    actual = sum(tensor.nbytes for tensor in loading.load(spec).model.state_dict().values())
     assert spec.nbytes() == pytest.approx(actual, rel=0.05)
 
 
@@ -383,18 +361,11 @@ def on_card(checkpoint: Checkpoint, precision: str, memory: int) -> ComponentSpe
     return describe("transformer", checkpoint, PRECISIONS[precision], CPU, card)
 
 
-def run_transformer(transformer: torch.nn.Module) -> torch.Tensor:
-    transformer.modulation.use(torch.tensor([0.5]))
+def run_transformer(transformer: Transformer) -> torch.Tensor:
+    model, generator = transformer.model, torch.Generator().manual_seed(0)
+    grids, dtype = [(4, 5), (4, 5)], transformer.model.img_in.bias.dtype
+    image = torch.randn(1, 40, 64, generator=generator).to(dtype)
+    text = torch.randn(1, 20, 128, generator=generator).to(dtype)
+    modulation = transformer.modulation.of(torch.tensor([0.5])).at(0)
     with torch.inference_mode():
-        return transformer(**transformer_inputs(transformer.img_in.bias.dtype))[0]
-
-
-def transformer_inputs(dtype: torch.dtype) -> dict:
-    generator = torch.Generator().manual_seed(0)
-    return dict(
-        hidden_states=torch.randn(1, 40, 64, generator=generator).to(dtype),
-        encoder_hidden_states=torch.randn(1, 20, 128, generator=generator).to(dtype),
-        timestep=torch.tensor([0.5], dtype=dtype),
-        img_shapes=[[(1, 4, 5), (1, 4, 5)]],
-        return_dict=False,
-    )
+        return model(image, text, modulation, rotary_embedding(model.config, grids, 20, CPU), 20)

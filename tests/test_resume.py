@@ -104,8 +104,8 @@ def test_a_finished_run_of_other_kernels_is_not_handed_back(
     assert transformer.arithmetic and SavedRun(store, run.name()).result(1) is None
     steps, again = sampled_steps(transformer, run, SavedRun(store, run.name()))
     assert steps == [] and torch.equal(again, latents)
-    transformer.arithmetic = "other kernels"
-    steps, _ = sampled_steps(transformer, run, SavedRun(store, run.name()))
+    other = replace(transformer, arithmetic="other kernels")
+    steps, _ = sampled_steps(other, run, SavedRun(store, run.name()))
     assert steps == list(range(1, STEPS + 1)) and "starting over" in caplog.text
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from conftest import spec_for
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPlusPipeline
 from engine import loading
 from engine.checkpoint import Checkpoint
-from engine.components import GIB, ComponentSpec, DoesNotFitError, describe
-from engine.conditioning import Condition, from_conditioning
+from engine.components import GIB, DoesNotFitError, describe
+from engine.conditioning import NEGATIVE, POSITIVE, Condition, from_conditioning
 from engine.denoise import denoise, true_cfg
 from engine.errors import InputError, NonFiniteError
 from engine.latents import (
@@ -30,7 +29,6 @@ from engine.precision import PRECISIONS, Card
 from engine.progress import StepTimer, before_each_block, blocks
 from engine.sampling import plan_sampling, sample
 from engine.schedule import Schedule, dynamic_shift, make_schedule
-from engine.workers import NEGATIVE, POSITIVE
 
 
 def condition(references: int = 0, size: tuple[int, int] = (4, 4), tokens: int = 5) -> Condition:
@@ -147,69 +145,66 @@ def test_guidance_keeps_each_tokens_norm() -> None:
     assert bool(true_cfg(torch.zeros(1, 6, 64), torch.zeros(1, 6, 64), 4.0).isfinite().all())
 
 
-class RecordingWorker:
+class Recorder:
     """Predicts a constant velocity and keeps what it was asked for."""
 
-    device = torch.device("cpu")
+    def __init__(self, *branches: str):
+        self.asked: list[int] = []
+        self._branches = branches
 
-    def __init__(self, bad_step: int | None = None):
-        self.asked: list[tuple[int, str]] = []
-        self._bad_step = bad_step
-
-    def predict(self, latents: torch.Tensor, step: int, branch: str) -> torch.Tensor:
-        self.asked.append((step, branch))
-        return torch.full_like(latents, float("nan") if step == self._bad_step else 1.0)
+    def predict(self, latents: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+        self.asked.append(step)
+        velocities = {POSITIVE: 1.0, NEGATIVE: 0.5}
+        return {branch: torch.full_like(latents, velocities[branch]) for branch in self._branches}
 
 
 CPU = torch.device("cpu")
-FP16_SPEC = ComponentSpec(
-    "transformer", Checkpoint(Path()), PRECISIONS["fp16"], torch.device("cpu"),
-    Card("gpu:1", "Tesla P40", native_bf16=False, memory=0), "",
-)  # fmt: skip
 SCHEDULE = Schedule(torch.tensor([1.0, 0.75, 0.5, 0.0]), torch.tensor([1.0, 0.75, 0.5]))
 
 
 def test_euler_follows_a_constant_velocity_exactly() -> None:
     start = torch.randn(1, 4, 64)
-    assert torch.allclose(denoise(RecordingWorker(), FP16_SPEC, start, SCHEDULE, None), start - 1.0)
+    assert torch.allclose(denoise(Recorder(POSITIVE).predict, start, SCHEDULE, 4.0), start - 1.0)
 
 
-def test_guidance_asks_for_both_branches_and_without_it_for_one() -> None:
-    worker = RecordingWorker()
-    denoise(worker, FP16_SPEC, torch.zeros(1, 4, 64), SCHEDULE, 4.0)
-    assert worker.asked == [(step, branch) for step in range(3) for branch in (POSITIVE, NEGATIVE)]
-    worker = RecordingWorker()
-    denoise(worker, FP16_SPEC, torch.zeros(1, 4, 64), SCHEDULE, None)
-    assert worker.asked == [(step, POSITIVE) for step in range(3)]
+def test_guidance_is_used_where_both_branches_are_predicted() -> None:
+    """Guided from 0.5 and 1 at any scale, and rescaled to 1: the positive prediction's norm."""
+    recorder = Recorder(POSITIVE, NEGATIVE)
+    guided = denoise(recorder.predict, torch.zeros(1, 4, 64), SCHEDULE, 4.0)
+    assert recorder.asked == [0, 1, 2] and torch.allclose(guided, -torch.ones(1, 4, 64))
+    opposed = denoise(recorder.predict, torch.zeros(1, 4, 64), SCHEDULE, -4.0)
+    assert torch.allclose(opposed, torch.ones(1, 4, 64))  # 0.5 - 4 * 0.5 points the other way
 
 
-def test_the_loop_stops_at_the_step_that_went_wrong() -> None:
-    worker = RecordingWorker(bad_step=1)
-    steps = []
-    with pytest.raises(
-        NonFiniteError, match=r"Step 2 of 3: the positive prediction.*transformer fp16 on gpu:1"
-    ):
-        denoise(
-            worker,
-            FP16_SPEC,
-            torch.zeros(1, 4, 64),
-            SCHEDULE,
-            None,
-            lambda s: steps.append(s.step),
-        )
-    assert worker.asked == [(0, POSITIVE), (1, POSITIVE)]
-    assert steps == [1]
+def test_the_loop_goes_on_at_a_later_step() -> None:
+    recorder = Recorder(POSITIVE)
+    end = denoise(recorder.predict, torch.zeros(1, 4, 64), SCHEDULE, 1.0, first_step=2)
+    assert recorder.asked == [2] and torch.allclose(end, torch.full((1, 4, 64), -0.5))
 
 
 def test_a_step_callback_can_stop_the_run() -> None:
-    worker = RecordingWorker()
+    recorder = Recorder(POSITIVE)
 
     def stop(state) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        denoise(worker, FP16_SPEC, torch.zeros(1, 4, 64), SCHEDULE, None, stop)
-    assert len(worker.asked) == 1
+        denoise(recorder.predict, torch.zeros(1, 4, 64), SCHEDULE, 1.0, stop)
+    assert len(recorder.asked) == 1
+
+
+def test_the_run_stops_at_the_step_that_went_wrong(tiny: Checkpoint) -> None:
+    transformer, steps = loading.load(spec_for(tiny, "transformer")), []
+
+    def break_later(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        return output * float("nan") if steps else None
+
+    with (
+        transformer.model.proj_out.register_forward_hook(break_later),
+        pytest.raises(NonFiniteError, match=r"Step 2 of 3: the positive prediction.*transformer fp32 on cpu"),
+    ):
+        sample(transformer, plan(tiny, steps=3), lambda done, *_: steps.append(done))
+    assert steps == [1]
 
 
 def test_sampling_twice_is_bit_identical_and_a_seed_matters(tiny: Checkpoint) -> None:
@@ -318,10 +313,10 @@ def test_a_forward_can_be_stopped_before_any_block(tiny: Checkpoint) -> None:
         if len(asked) == 2:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), before_each_block(transformer, CPU, stop_before_the_second):
+    with pytest.raises(KeyboardInterrupt), before_each_block(transformer.model, CPU, stop_before_the_second):
         sample(transformer, plan(tiny))
     assert asked == [0, 1]
     sample(transformer, plan(tiny))  # and nothing is left in it
     assert asked == [0, 1]
     encoder, autoencoder = (loading.load(spec_for(tiny, role)) for role in ("text_encoder", "vae"))
-    assert [len(blocks(model)) for model in (transformer, encoder.model, autoencoder)] == [2, 4, 29]
+    assert [len(blocks(model)) for model in (transformer.model, encoder.model, autoencoder)] == [2, 4, 29]

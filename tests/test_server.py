@@ -13,9 +13,8 @@ from comfyui import ROOT, Client, Server
 from conftest import spec_for
 from engine import loading, sampling, vae
 from engine.checkpoint import open_checkpoint
-from engine.conditioning import from_conditioning, to_conditioning
+from engine.conditioning import NEGATIVE, POSITIVE, from_conditioning, to_conditioning
 from engine.images import to_pil
-from engine.workers import NEGATIVE, POSITIVE
 from PIL import Image
 from prompts import (
     DECODE,

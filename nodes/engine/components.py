@@ -21,7 +21,8 @@ TEXT_ENCODER_PREFIXES = {
     "model.": "language_model.",
     "language_model.": "language_model.",
 }
-MODULATION = re.compile(r"transformer_blocks\.\d+\.(img|txt)_mod\.")  # folded, see modulation.py
+# What depends on the timestep alone: folded, see modulation.py.
+FOLDED = re.compile(r"(transformer_blocks\.\d+\.(img|txt)_mod|norm_out|time_text_embed)\.")
 CONV_3D = 5  # dimensions of its weight
 # What other libraries store beside or instead of a weight: bitsandbytes, compressed-tensors, ComfyUI, GPTQ,
 # AWQ, nunchaku.
@@ -144,7 +145,7 @@ def require_usable(role: str, checkpoint: Checkpoint) -> None:
         for name, info in read_header(shard).items():
             if QUANTIZED.fullmatch(name):
                 raise already_quantized(component.folder, f"it holds {name}")
-            needed = MODULATION.match(name) or model_name(role, name) is not None
+            needed = FOLDED.match(name) or model_name(role, name) is not None
             if needed and info["dtype"] not in DTYPES:
                 raise CheckpointError(
                     f"{shard}: {name} is stored as {info['dtype']}, which these nodes do not read. Download "
@@ -185,7 +186,7 @@ def describe(
 def model_name(role: str, stored: str) -> str | None:
     """A stored tensor's name in the model we build, or None for those we do without."""
     if role == "transformer":
-        return None if MODULATION.match(stored) else stored
+        return None if FOLDED.match(stored) else stored
     if role == "text_encoder":
         for old, new in TEXT_ENCODER_PREFIXES.items():
             if stored.startswith(old):

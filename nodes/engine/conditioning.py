@@ -91,6 +91,9 @@ class ReferenceMethod(Enum):
         return cls.INDEX_TIMESTEP_ZERO if transformer_config.get("zero_cond_t") else cls.INDEX
 
 
+POSITIVE, NEGATIVE = "positive", "negative"  # the branches of guidance
+
+
 @dataclass(frozen=True)
 class Condition:
     """What one branch of guidance is conditioned on.

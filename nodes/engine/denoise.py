@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from .components import ComponentSpec
-from .guard import STOP, Guard
+from .conditioning import NEGATIVE, POSITIVE
 from .schedule import Schedule
-from .trace import find_culprit
-from .workers import NEGATIVE, POSITIVE, Traceable, Worker
+
+# Packed latents (1, tokens, 64) FP32 and a step (from 0) to the velocity each branch predicts, so shaped.
+Predict = Callable[[torch.Tensor, int], Mapping[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -26,32 +25,24 @@ class StepState:
 
 
 def denoise(
-    worker: Worker,
-    spec: ComponentSpec,
+    predict: Predict,
     latents: torch.Tensor,
     schedule: Schedule,
-    true_cfg_scale: float | None,
+    true_cfg_scale: float,
     on_step: Callable[[StepState], None] = lambda state: None,
     first_step: int = 0,
-    guard: str = STOP,
 ) -> torch.Tensor:
-    """Sample packed latents (1, tokens, 64) from `latents`, at the noise level `first_step` (from 0) starts
-    at.
+    """Sample packed latents (1, tokens, 64) FP32 from the noise level that `first_step` (from 0) starts at.
 
-    true_cfg_scale: None to ask the worker for the positive branch alone. spec: the transformer's, named in
-    errors.
-    on_step: called after each step; what it raises stops the run. guard: what to do about NaN and infinity,
-    one of guard.GUARDS. Raises NonFiniteError at the step and branch that went wrong. Returns FP32 on the
-    worker's device.
+    true_cfg_scale: used at steps where both branches are predicted. on_step: called after each step; what it
+    raises stops the run. Flow matching with Euler steps: https://huggingface.co/papers/2403.03206
     """
-    watched = Guard(spec, guard)
-    latents = latents.to(worker.device, torch.float32)
     for index in range(first_step, schedule.steps):
         sigma, next_sigma = schedule.sigmas[index].item(), schedule.sigmas[index + 1].item()
-        velocity = _predict(worker, watched, latents, index, schedule.steps, POSITIVE)
-        if true_cfg_scale is not None:
-            unconditional = _predict(worker, watched, latents, index, schedule.steps, NEGATIVE)
-            velocity = true_cfg(velocity, unconditional, true_cfg_scale)
+        predictions = predict(latents, index)
+        velocity = predictions[POSITIVE]
+        if NEGATIVE in predictions:
+            velocity = true_cfg(velocity, predictions[NEGATIVE], true_cfg_scale)
         denoised = latents - sigma * velocity
         latents = latents + (next_sigma - sigma) * velocity
         on_step(StepState(index + 1, schedule.steps, latents, denoised))
@@ -67,14 +58,3 @@ def true_cfg(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> to
     guided = negative + scale * (positive - negative)
     norm = guided.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(guided.dtype).tiny)
     return guided * (positive.norm(dim=-1, keepdim=True) / norm)
-
-
-def _predict(
-    worker: Worker, guard: Guard, latents: torch.Tensor, index: int, steps: int, branch: str
-) -> torch.Tensor:
-    predict = functools.partial(worker.predict, latents, index, branch)
-    model = worker.module(branch) if isinstance(worker, Traceable) else None
-    trace = None if model is None else functools.partial(find_culprit, model, predict)
-    with guard.watch_clipping(model) as peaks:
-        prediction = predict()
-    return guard.check(prediction, f"Step {index + 1} of {steps}: the {branch} prediction", trace, peaks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from .components import ComponentSpec
 from .errors import NonFiniteError
 from .limits import Choice
 from .precision import ROLE_PRECISIONS
-from .trace import FP16_MAX, Culprit, magnitude, tensors_in, watch_outputs
+from .trace import FP16_MAX, Culprit, find_culprit, magnitude, tensors_in, watch_outputs
 
 log = logging.getLogger("FireRed")
 
@@ -62,8 +63,14 @@ class Guard:
             log.warning("%s", message)
         return tensor
 
+    def run(self, forward: Callable[[], torch.Tensor], what: str, model: torch.nn.Module) -> torch.Tensor:
+        """What `forward` gives, checked. It calls `model`, and is repeated on trouble to find the module."""
+        with self.watch_clipping(model) as peaks:
+            result = forward()
+        return self.check(result, what, functools.partial(find_culprit, model, forward), peaks)
+
     @contextmanager
-    def watch_clipping(self, transformer: torch.nn.Module | None) -> Iterator[list[torch.Tensor]]:
+    def watch_clipping(self, transformer: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
         """Collect the largest magnitude (0-d) that each block gives inside the context; FP16 only.
 
         diffusers clips a block's FP16 infinities to +-65504, and its predictions may be wrong but finite.

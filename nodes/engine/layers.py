@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import weakref
-
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
@@ -14,9 +10,6 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCaus
 from .components import is_big_matrix
 from .formats import FORMATS
 from .precision import Precision
-
-ROPE_CACHES = ("_get_device_freqs", "_compute_video_freqs", "_compute_condition_freqs")
-CACHED_SIZES = 64  # of pictures; a few MB each
 
 
 class UpcastLinear(torch.nn.Module):
@@ -63,18 +56,6 @@ def is_stored(module: torch.nn.Module, parameter: str) -> bool:
     """Whether this parameter keeps the storage dtype (a big matrix) rather than the compute dtype."""
     stored = (UpcastLinear, UpcastEmbedding, torch.nn.Linear, torch.nn.Embedding)
     return parameter == "weight" and isinstance(module, stored)
-
-
-def own_caches(rope: torch.nn.Module) -> None:
-    """Give the transformer's rotary embedding caches that end with it.
-
-    diffusers caches in the class, for ever: every transformer that ran would leave some MB on its device.
-    """
-    alive = weakref.proxy(rope)
-    for name in ROPE_CACHES:
-        if hasattr(rope, name):
-            compute = inspect.unwrap(getattr(type(rope), name))
-            setattr(rope, name, functools.lru_cache(CACHED_SIZES)(functools.partial(compute, alive)))
 
 
 class FrameConv(torch.nn.Module):

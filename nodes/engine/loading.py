@@ -24,12 +24,14 @@ from .arithmetic import exact_fp32
 from .cache import CacheWriter, DiskCache
 from .checkpoint import DTYPES, Component, Layout, read_header, read_json, read_tensors, stored_bytes
 from .components import ComponentSpec, model_name
+from .config import TransformerConfig
 from .errors import CheckpointError
 from .formats import FORMATS, QuantizedLinear
-from .layers import is_stored, keep_single_frames, own_caches, prepare_layers
+from .layers import is_stored, keep_single_frames, prepare_layers
 from .modulation import Modulation
 from .progress import OnProgress, untold
 from .text import PROMPT_TEMPLATE, PROMPT_TEMPLATE_TOKENS, TextEncoder
+from .transformer import QwenImageTransformer, Transformer
 
 log = logging.getLogger("FireRed")
 
@@ -41,8 +43,7 @@ KNOWN_WORD = "Describe"  # of the template: every tokenizer of this model has to
 def load(spec: ComponentSpec, on_progress: OnProgress = untold, cache: DiskCache | None = None) -> Any:
     """Load the component that `spec` describes onto its device.
 
-    Returns a QwenImageTransformer2DModel with its `modulation` folded and its `arithmetic` (the kernels its
-    layers chose, in words), a TextEncoder or an AutoencoderKLQwenImage, in evaluation mode. cache: where
+    Returns a Transformer, a TextEncoder or an AutoencoderKLQwenImage, in evaluation mode. cache: where
     quantised weights are kept, if anywhere. Raises CheckpointError for files that are missing, truncated or
     of another model. `on_progress` may raise to cancel.
     """
@@ -60,16 +61,12 @@ def mark_used(spec: ComponentSpec, cache: DiskCache) -> None:
         cache.find(name)
 
 
-def load_transformer(
-    spec: ComponentSpec, on_progress: OnProgress, cache: DiskCache | None
-) -> diffusers.QwenImageTransformer2DModel:
-    model = _build_diffusers(diffusers.QwenImageTransformer2DModel, spec)
-    modulation = Modulation(spec, cache)
-    modulation.fold_into(model)
-    own_caches(model.pos_embed)
-    model.arithmetic = _fill(model, spec, on_progress, cache)
-    model.modulation = modulation
-    return model.eval()
+def load_transformer(spec: ComponentSpec, on_progress: OnProgress, cache: DiskCache | None) -> Transformer:
+    config = TransformerConfig.of(spec.checkpoint.component(spec.role).config())
+    with init_empty_weights():
+        model = QwenImageTransformer(config)
+    arithmetic = _fill(model, spec, on_progress, cache)
+    return Transformer(model.eval(), Modulation(spec, config, cache), arithmetic)
 
 
 def load_vae(

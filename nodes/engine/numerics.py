@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from .components import ComponentSpec
+from .conditioning import POSITIVE
 from .errors import InputError
-from .guard import require_finite_input
+from .guard import OFF, require_finite_input
 from .latents import draw_noise, normalize, pack, pad_to_patches, require_latents
 from .limits import STEPS, require_text
 from .progress import OnProgress, untold
@@ -20,7 +21,8 @@ from .ranges import OUTLIER, BlockRange
 from .sampling import SamplingPlan
 from .text import TextEncoder
 from .trace import FP16_MAX, tensors_in, watch_outputs
-from .workers import POSITIVE, LocalWorker
+from .transformer import Transformer
+from .workers import LocalWorker
 
 BLOCKS = re.compile(r"(transformer_blocks|visual\.blocks|language_model\.layers)\.(\d+)(\..*)?")
 MAX_STEPS = 6  # a forward and a line in the chart each
@@ -42,7 +44,7 @@ def parse_steps(text: str, steps: int) -> list[int]:
 
 
 def measure_transformer(
-    transformer: Any,
+    transformer: Transformer,
     plan: SamplingPlan,
     steps: Sequence[int],
     samples: torch.Tensor | None = None,
@@ -53,7 +55,8 @@ def measure_transformer(
     samples: raw latents (B, 16, 1, h, w) of the plan's size whose first picture, noised to a step's level, is
     the state looked at; without any, or with zeros, it is noise alone. Raises InputError and NonFiniteError.
     """
-    worker = LocalWorker(transformer, plan.spec, plan.schedule, plan.padded_size, plan.conditions)
+    looked_at = {POSITIVE: plan.conditions[POSITIVE]}
+    worker = LocalWorker(transformer, plan.spec, plan.schedule, plan.padded_size, looked_at, OFF)
     noise = pack(next(draw_noise(plan.padded_size, plan.seed, plan.draws)))
     picture = torch.zeros_like(noise)
     if samples is not None and bool(samples.any()):
@@ -61,9 +64,9 @@ def measure_transformer(
     ranges = {}
     for done, step in enumerate(steps, start=1):
         sigma = plan.schedule.sigmas[step - 1]
-        latents = ((1 - sigma) * picture + sigma * noise).to(worker.device)
-        forward = functools.partial(worker.predict, latents, step - 1, POSITIVE)
-        ranges[f"step {step}"] = measure(transformer, forward)
+        latents = ((1 - sigma) * picture + sigma * noise).to(plan.spec.device)
+        forward = functools.partial(worker.predict, latents, step - 1)
+        ranges[f"step {step}"] = measure(transformer.model, forward)
         on_progress(done, len(steps))
     return ranges
 

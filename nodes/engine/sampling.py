@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .components import ComponentSpec, has_room, require_room
-from .conditioning import Condition, ReferenceMethod, from_conditioning
+from .conditioning import NEGATIVE, POSITIVE, Condition, ReferenceMethod, from_conditioning
 from .denoise import StepState, denoise
 from .errors import InputError
 from .estimates import transformer_bytes
@@ -40,7 +40,8 @@ from .progress import OnProgress, untold
 from .resume import RunState, SavedRun, run_name
 from .schedule import Schedule, make_schedule
 from .transfer import cross
-from .workers import NEGATIVE, POSITIVE, LocalWorker
+from .transformer import Transformer
+from .workers import LocalWorker
 
 log = logging.getLogger("FireRed")
 
@@ -54,14 +55,14 @@ ROTARY_POSITIONS = 4096  # each way from 0, in the transformer's table (diffuser
 class SamplingPlan:
     """A run that passed every check.
 
-    true_cfg_scale: None without guidance. draws: for each picture which of the seed's draws is its noise.
-    height, width: of the latents asked for; the loop works on the next even size.
+    conditions: by branch; both where the run is guided. draws: for each picture which of the seed's draws is
+    its noise. height, width: of the latents asked for; the loop works on the next even size.
     """
 
     spec: ComponentSpec
     conditions: Mapping[str, Condition]
     schedule: Schedule
-    true_cfg_scale: float | None
+    true_cfg_scale: float
     seed: int
     draws: tuple[int, ...]
     height: int
@@ -194,7 +195,7 @@ def plan_sampling(
     warn_of_many_pictures(max(len(condition.reference_latents) for condition in used.values()))
     tokens = -(-height // PATCH) * -(-width // PATCH)
     schedule = make_schedule(spec.checkpoint.component("scheduler").config(), steps, tokens)
-    scale = true_cfg_scale if guided else None
+    scale = true_cfg_scale if guided else 1.0
     return SamplingPlan(spec, used, schedule, scale, seed, tuple(draws or range(batch)), height, width)
 
 
@@ -220,7 +221,7 @@ def _require_positions(condition: Condition, branch: str, size: tuple[int, int])
 
 
 def sample(
-    transformer: Any,
+    transformer: Transformer,
     plan: SamplingPlan,
     on_step: OnStep = lambda done, total, denoised: None,
     on_fold: OnProgress = untold,
@@ -239,7 +240,7 @@ def sample(
     results = list(resumed.finished) if resumed else []
     if len(results) == plan.batch:
         return torch.cat(results)
-    worker = LocalWorker(transformer, plan.spec, plan.schedule, size, plan.conditions, on_fold)
+    worker = LocalWorker(transformer, plan.spec, plan.schedule, size, plan.conditions, guard, on_fold)
     noise = map(pack, draw_noise(size, plan.seed, plan.draws[len(results) :]))
     first = next(noise)
     state = resumed or RunState(0, first)
@@ -253,14 +254,12 @@ def sample(
 
         try:
             final = denoise(
-                worker,
-                plan.spec,
-                state.latents,
+                worker.predict,
+                state.latents.to(plan.spec.device, torch.float32),
                 plan.schedule,
                 plan.true_cfg_scale,
                 report,
                 state.step,
-                guard,
             )
         except BaseException:
             if saved is not None:
@@ -274,7 +273,7 @@ def sample(
     return torch.cat(results)
 
 
-def _resume(plan: SamplingPlan, transformer: Any, saved: SavedRun | None) -> RunState | None:
+def _resume(plan: SamplingPlan, transformer: Transformer, saved: SavedRun | None) -> RunState | None:
     """Where an interrupted run goes on, if there is one whose state is whole."""
     state = saved.open(transformer.arithmetic) if saved is not None else None
     if saved is None or state is None:

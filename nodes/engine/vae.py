@@ -17,11 +17,10 @@ from PIL import Image
 from .arithmetic import exact_fp32
 from .components import ComponentSpec, require_room
 from .estimates import SMALLEST_TILE, decode_bytes
-from .guard import STOP, Guard, require_finite, require_finite_input
+from .guard import STOP, Guard, require_finite_input
 from .images import from_pixels
 from .latents import MEGAPIXEL, MIN_SIZE, TOKEN_PIXELS, VAE_SCALE, dimensions_for_area, require_latents
 from .limits import REFERENCE_MEGAPIXELS, TILING
-from .trace import find_culprit
 from .transfer import cross
 
 log = logging.getLogger("FireRed")
@@ -51,8 +50,7 @@ def encode_reference(
         moments = vae.quant_conv(vae.encoder(pixels.to(spec.device, spec.math)))
         return moments.chunk(2, dim=1)[0].float()  # the distribution's mode is its mean
 
-    trace = functools.partial(find_culprit, vae, encode)
-    return require_finite(encode(), f"The reference latent of a {width}x{height} picture", spec, trace, guard)
+    return Guard(spec, guard).run(encode, f"The reference latent of a {width}x{height} picture", vae)
 
 
 @torch.inference_mode()
@@ -125,8 +123,7 @@ def _decode_one(
         part = vae.post_quant_conv(cross(raw, spec.device).to(spec.math))
         return vae.decoder.mid_block(vae.decoder.conv_in(part))
 
-    trace = functools.partial(find_culprit, vae, attend)
-    features = guard.check(attend(), "The picture being decoded", trace)
+    features = guard.run(attend, "The picture being decoded", vae)
     while len(tiles) > 1:
         try:
             return _decode_features(vae, guard, features, tiles[0])
@@ -162,8 +159,7 @@ def _decode_features(
     for rows, needed_rows in _spans(height, tile):
         for columns, needed_columns in _spans(width, tile):
             upsample = functools.partial(_upsample, vae.decoder, features[..., needed_rows, needed_columns])
-            trace = functools.partial(find_culprit, vae, upsample)
-            part = guard.check(upsample(), "The decoded picture", trace)
+            part = guard.run(upsample, "The decoded picture", vae)
             inner = part[..., _inside(rows, needed_rows), _inside(columns, needed_columns)]
             pixels[..., _in_pixels(rows), _in_pixels(columns)] = inner.clamp(-1, 1).cpu()
     return pixels

@@ -2,91 +2,103 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 
 from .arithmetic import exact_fp32
 from .components import ComponentSpec
 from .conditioning import Condition
+from .guard import STOP, Guard
 from .latents import PATCH, normalize, pack, pad_to_patches
+from .modulation import StepModulation
 from .progress import OnProgress, untold
 from .schedule import Schedule
 from .transfer import cross
-
-POSITIVE, NEGATIVE = "positive", "negative"
+from .transformer import QwenImageTransformer, Transformer, rotary_embedding
 
 
 class Worker(Protocol):
-    """Computes predictions for the loop, which lives on `device`."""
+    """Computes predictions for the loop; which branches, and where each is computed, is its affair."""
 
-    device: torch.device
+    def predict(self, latents: torch.Tensor, step: int) -> Mapping[str, torch.Tensor]:
+        """The velocity each branch predicts, by its name: (1, tokens, 64) FP32, for packed latents so shaped.
 
-    def predict(self, latents: torch.Tensor, step: int, branch: str) -> torch.Tensor:
-        """The predicted velocity (1, tokens, 64) FP32 for packed latents so shaped, at `step`."""
-        ...
-
-
-@runtime_checkable
-class Traceable(Protocol):
-    """A worker whose model the guard can look into."""
-
-    def module(self, branch: str) -> torch.nn.Module | None:
-        """The model that computes this branch, if it is in this process."""
+        step: from 0.
+        """
         ...
 
 
 class LocalWorker:
-    """One transformer on one device of this process."""
+    """One transformer on one device of this process: a branch after the other."""
 
     def __init__(
         self,
-        transformer: Any,
+        transformer: Transformer,
         spec: ComponentSpec,
         schedule: Schedule,
         latent_size: tuple[int, int],
         conditions: Mapping[str, Condition],
+        guard: str = STOP,
         on_fold: OnProgress = untold,
     ):
-        """latent_size: height and width of the latents to sample, both even.
+        """latent_size: height and width of the latents to sample, both even. conditions: by branch.
 
-        transformer: as loading.load returns it; its folded modulation is made ready for the schedule.
+        guard: what to do about NaN and infinity, one of guard.GUARDS. on_fold: told how far the schedule's
+        modulation is, which is made ready first.
         """
-        self.device = spec.device
-        transformer.modulation.use(schedule.timesteps, on_fold)
-        self._transformer = transformer
-        self._compute = spec.math
-        self._timesteps = schedule.timesteps.to(self.device)
+        self.model, self._steps = transformer.model, schedule.steps
+        self._device, self._compute = spec.device, spec.math
+        self._guard = Guard(spec, guard)
+        self._modulation = transformer.modulation.of(schedule.timesteps, on_fold)
         mean, std = spec.checkpoint.latent_statistics()
-        self._inputs = {
-            branch: self._model_inputs(condition, latent_size, mean, std)
-            for branch, condition in conditions.items()
+        self._branches = {
+            name: _Branch(condition, latent_size, mean, std, self.model, spec)
+            for name, condition in conditions.items()
         }
-
-    def module(self, branch: str) -> torch.nn.Module:
-        return self._transformer
 
     @torch.inference_mode()
     @exact_fp32()
-    def predict(self, latents: torch.Tensor, step: int, branch: str) -> torch.Tensor:
-        self._transformer.modulation.select(step)
-        references, inputs = self._inputs[branch]
-        hidden_states = torch.cat([latents.to(self._compute), *references], dim=1)
-        timestep = self._timesteps[step].expand(1).to(self._compute)
-        prediction = self._transformer(hidden_states, timestep=timestep, return_dict=False, **inputs)[0]
-        return prediction[:, : latents.shape[1]].float()
-
-    def _model_inputs(
-        self, condition: Condition, latent_size: tuple[int, int], mean: torch.Tensor, std: torch.Tensor
-    ) -> tuple[list[torch.Tensor], dict[str, Any]]:
-        """A branch's packed references and its other arguments, moved to the device once for all steps."""
-        padded = [pad_to_patches(cross(raw, self.device)) for raw in condition.reference_latents]
-        references = [pack(normalize(raw, mean, std)).to(self._compute) for raw in padded]
-        grids = [latent_size, *(raw.shape[-2:] for raw in padded)]
-        mask = condition.mask
-        return references, {
-            "encoder_hidden_states": cross(condition.prompt_embeds, self.device).to(self._compute),
-            "encoder_hidden_states_mask": None if mask is None else mask.to(self.device),
-            "img_shapes": [[(1, height // PATCH, width // PATCH) for height, width in grids]],
+    def predict(self, latents: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+        """As Worker.predict, on the worker's device. Raises NonFiniteError at the branch that went wrong."""
+        latents = latents.to(self._device, self._compute)
+        modulation = self._modulation.at(step)
+        return {
+            name: self._guard.run(
+                functools.partial(branch.predict, self.model, latents, modulation),
+                f"Step {step + 1} of {self._steps}: the {name} prediction",
+                self.model,
+            )
+            for name, branch in self._branches.items()
         }
+
+
+class _Branch:
+    """What of one branch's condition the transformer takes, moved to the device once for all steps."""
+
+    def __init__(
+        self,
+        condition: Condition,
+        latent_size: tuple[int, int],
+        mean: torch.Tensor,
+        std: torch.Tensor,
+        model: QwenImageTransformer,
+        spec: ComponentSpec,
+    ):
+        device, compute = spec.device, spec.math
+        padded = [pad_to_patches(cross(raw, device)) for raw in condition.reference_latents]
+        sizes = [latent_size, *(raw.shape[-2:] for raw in padded)]
+        grids = [(height // PATCH, width // PATCH) for height, width in sizes]
+        self._references = [pack(normalize(raw, mean, std)).to(compute) for raw in padded]
+        self._text = cross(condition.prompt_embeds, device).to(compute)
+        self._mask = None if condition.mask is None else condition.mask.to(device)
+        self._rotary = rotary_embedding(model.config, grids, self._text.shape[1], device)
+
+    def predict(
+        self, model: QwenImageTransformer, latents: torch.Tensor, modulation: StepModulation
+    ) -> torch.Tensor:
+        image = torch.cat([latents, *self._references], dim=1)
+        targets = latents.shape[1]
+        return model(image, self._text, modulation, self._rotary, targets, self._mask).float()

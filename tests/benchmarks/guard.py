@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from engine import loading
-from engine.conditioning import Condition
+from engine.conditioning import POSITIVE, Condition
 from engine.denoise import denoise
 from engine.guard import OFF, STOP, WARN
 from engine.schedule import Schedule
-from engine.workers import POSITIVE, LocalWorker
+from engine.workers import LocalWorker
 from precision import DEVICE, SIZE, TEXT_TOKENS, spec_for, timed
 
 SCHEDULE = Schedule(torch.tensor([1.0, 0.0]), torch.tensor([1.0]))
@@ -23,20 +23,22 @@ if __name__ == "__main__":
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for precision, math in (("int8", "fp32"), ("bf16", "bf16"), ("fp16", "auto")):
         spec = spec_for(Path(sys.argv[1]), "transformer", precision, math)
-        model = loading.load(spec)
+        transformer = loading.load(spec)
         references = (torch.randn(1, 16, 1, SIZE, SIZE),)
         conditions = {POSITIVE: Condition(torch.randn(1, TEXT_TOKENS, 3584), None, references)}
-        worker = LocalWorker(model, spec, SCHEDULE, (SIZE, SIZE), conditions)
         latents = torch.randn(1, (SIZE // 2) ** 2, 64, device=DEVICE)
 
-        def run(level: str, spec=spec, worker=worker, latents=latents) -> None:
-            denoise(worker, spec, latents, SCHEDULE, None, guard=level)
+        def run(
+            level: str, spec=spec, transformer=transformer, conditions=conditions, latents=latents
+        ) -> None:
+            worker = LocalWorker(transformer, spec, SCHEDULE, (SIZE, SIZE), conditions, level)
+            denoise(worker.predict, latents, SCHEDULE, 1.0)
 
         watched = STOP if precision != "fp16" else WARN
         times = {}
         for level in (OFF, watched):
             times[level] = min(timed(lambda level=level: run(level), 5) for _ in range(3))
         share = times[watched] / times[OFF] - 1
-        blocks = len(model.transformer_blocks)
+        blocks = len(transformer.model.transformer_blocks)
         print(f"{spec}, {blocks} blocks: {times[OFF]:.4f} s a forward, guard {share:+.3%}")
-        del model, worker
+        del transformer, run

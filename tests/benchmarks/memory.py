@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from engine import loading, vae
 from engine.components import GIB, ComponentSpec
-from engine.conditioning import Condition
+from engine.conditioning import POSITIVE, Condition
 from engine.latents import LATENT_CHANNELS, PATCH
 from engine.schedule import Schedule
-from engine.workers import POSITIVE, LocalWorker
+from engine.workers import LocalWorker
 from PIL import Image
 from precision import spec_for
 
@@ -55,7 +55,7 @@ def transformer(folder: Path) -> None:
             measure(
                 f"transformer {precision} {math} {tokens} tokens",
                 spec,
-                lambda worker=worker, latents=latents: worker.predict(latents, 0, POSITIVE),
+                lambda worker=worker, latents=latents: worker.predict(latents, 0),
             )
         del model, worker
 

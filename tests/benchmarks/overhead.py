@@ -20,8 +20,7 @@ from conftest import spec_for
 from diffusers import QwenImageEditPlusPipeline
 from engine import loading, sampling, vae
 from engine.checkpoint import open_checkpoint
-from engine.conditioning import from_conditioning, to_conditioning
-from engine.workers import NEGATIVE, POSITIVE
+from engine.conditioning import NEGATIVE, POSITIVE, from_conditioning, to_conditioning
 from PIL import Image
 from prompts import ENCODE, SAMPLE, changed, edit_prompt
 

@@ -24,11 +24,11 @@ import torch
 from engine import components, loading
 from engine.cache import DiskCache
 from engine.checkpoint import open_checkpoint
-from engine.conditioning import Condition
+from engine.conditioning import NEGATIVE, POSITIVE, Condition
 from engine.formats import FORMATS
 from engine.precision import ROLE_PRECISIONS, Card
 from engine.sampling import plan_sampling
-from engine.workers import NEGATIVE, POSITIVE, LocalWorker
+from engine.workers import LocalWorker
 
 GIB = 2**30
 SIZE, TEXT_TOKENS, CAP_GIB = 128, 250, 24
@@ -89,7 +89,7 @@ def step(folder: Path, cache: DiskCache, precision: str, math: str, capped: bool
     outputs = []
 
     def both() -> None:
-        outputs[:] = [worker.predict(latents, 1, branch) for branch in (POSITIVE, NEGATIVE)]
+        outputs[:] = worker.predict(latents, 1).values()
 
     seconds = timed(both)
     torch.save(outputs[0].cpu(), cache.folder / f"out-{precision}-{math}.pt")
@@ -158,7 +158,7 @@ def load(folder: Path, cache: DiskCache, precision: str) -> dict[str, Any]:
     idle, started = host_peak(), time.perf_counter()
     transformer = loading.load(spec, cache=cache)
     torch.cuda.synchronize()
-    total = sum(tensor.double().sum().item() for _, tensor in sorted(transformer.state_dict().items()))
+    total = sum(tensor.double().sum().item() for _, tensor in sorted(transformer.model.state_dict().items()))
     return {
         "load_s": round(time.perf_counter() - started, 1),
         "host_gib": round((host_peak() - idle) / GIB, 2),
