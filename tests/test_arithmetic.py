@@ -61,7 +61,7 @@ def decode_latents(tiny: Checkpoint, watch: Callable[[torch.nn.Module], None]) -
 
 def sample_latents(tiny: Checkpoint, watch: Callable[[torch.nn.Module], None]) -> None:
     transformer = loading.load(spec_for(tiny, "transformer", "int8"))
-    watch(transformer.transformer_blocks[0])
+    watch(transformer.model.transformer_blocks[0])
     sample(transformer, plan(tiny, steps=1))
 
 

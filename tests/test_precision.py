@@ -25,12 +25,13 @@ from engine.components import (
     working_bytes,
 )
 from engine.conditioning import POSITIVE
+from engine.config import TransformerConfig
 from engine.errors import FireRedError, InputError, NonFiniteError
 from engine.formats import FORMATS, bitsandbytes, int8_paths
 from engine.formats.int8_math import dequantize, quantize_rows, quantize_tokens, rotate
 from engine.formats.int8_paths import choose_path, integer_paths
 from engine.guard import require_finite, require_finite_input
-from engine.modulation import Modulation
+from engine.modulation import Modulation, Table, is_folded
 from engine.precision import PRECISIONS, ROLE_PRECISIONS, Card, resolve
 from engine.schedule import Schedule
 from engine.transformer import Transformer, rotary_embedding
@@ -218,6 +219,11 @@ def test_every_format_multiplies_within_its_error(name: str) -> None:
 # Folded modulation
 
 
+def modulation_of(spec: ComponentSpec, cache: DiskCache | None = None) -> Modulation:
+    config = TransformerConfig.of(spec.checkpoint.component("transformer").config())
+    return Modulation(spec, config, cache)
+
+
 def test_folding_leaves_out_a_third_of_the_weights(tiny: Checkpoint) -> None:
     names = loading.load(spec_for(tiny, "transformer")).model.state_dict()
     assert names and not [name for name in names if "_mod." in name or "time_text_embed" in name]
@@ -240,69 +246,71 @@ def test_a_broken_table_is_never_kept(
     timesteps, cache, computed = torch.tensor([0.5, 0.25]), DiskCache(tmp_path, 10**9), []
     compute = Modulation._compute_table
 
-    def broken_once(*args: Any) -> torch.Tensor:
+    def broken_once(*args: Any) -> Table:
         table = compute(*args)
-        table[1, 0, 0, 0] = float("nan") if not computed else table[1, 0, 0, 0]
+        if not computed:
+            table["blocks"][1, 0, 0, 0] = float("nan")
         computed.append(1)
         return table
 
     monkeypatch.setattr(Modulation, "_compute_table", broken_once)
-    modulation = Modulation(spec_for(tiny, "transformer"), cache)
-    modulation.use(timesteps)
+    modulation = modulation_of(spec_for(tiny, "transformer"), cache)
+    modulation.of(timesteps)
     assert list(tmp_path.iterdir()) == []
-    modulation.use(timesteps)
-    modulation.use(timesteps)
-    assert len(computed) == 2 and bool(modulation._table.isfinite().all())
+    modulation.of(timesteps)
+    good = modulation.of(timesteps).at(1)
+    assert len(computed) == 2 and all(bool(part.isfinite().all()) for part in good)
     (kept,) = tmp_path.iterdir()
-    good = load_file(kept)["modulation"].clone()
+    tables = {name: rows.clone() for name, rows in load_file(kept).items()}
     for damage in ("nan", "truncated"):
         if damage == "nan":
-            bad = good.clone()
-            bad[0, 1] = float("inf")
-            save_file({"modulation": bad}, kept)
+            tables["blocks"][0, 1] = float("inf")
+            save_file(tables, kept)
         else:
             kept.write_bytes(kept.read_bytes()[:-4096])
-        again = Modulation(spec_for(tiny, "transformer"), cache)
-        again.use(timesteps)
-        assert torch.equal(again._table, good) and torch.equal(load_file(kept)["modulation"], good)
+        again = modulation_of(spec_for(tiny, "transformer"), cache).of(timesteps).at(1)
+        assert all(map(torch.equal, again, good))
+        assert all(bool(rows.isfinite().all()) for rows in load_file(kept).values())
     assert len(computed) == 4
 
 
 def test_a_table_in_memory_is_its_file_and_outlives_it(tiny: Checkpoint, tmp_path: Path) -> None:
     cache, timesteps = DiskCache(tmp_path, 10**9), torch.tensor([0.5, 0.25])
-    modulation = Modulation(spec_for(tiny, "transformer"), cache)
-    modulation.use(timesteps)
+    modulation = modulation_of(spec_for(tiny, "transformer"), cache)
+    modulation.of(timesteps)
     (kept,) = tmp_path.iterdir()
     os.utime(kept, ns=(1, 1))
-    modulation.use(timesteps)
+    schedule = modulation.of(timesteps)
     assert kept.stat().st_mtime_ns > 1  # in daily use, so not the first to go
     if sys.platform == "linux":
         assert str(kept) in Path("/proc/self/maps").read_text()
-    before = modulation._table.clone()
+    first = schedule.at(0)
     kept.unlink()
-    assert torch.equal(modulation._table, before)
+    assert not torch.equal(schedule.at(1).blocks, first.blocks)
+    assert torch.equal(schedule.at(0).blocks, first.blocks)
 
 
 def test_a_table_is_found_by_all_its_bits_depend_on(tiny: Checkpoint, tmp_path: Path) -> None:
     spec, timesteps = spec_for(tiny, "transformer"), torch.tensor([0.5])
     other_card = replace(spec, card=replace(spec.card, name="another"))
-    names = [Modulation(one, None)._name(timesteps) for one in (spec, other_card)]
-    names.append(Modulation(spec, None)._name(torch.tensor([0.25])))
-    torch.set_float32_matmul_precision("high")
+    names = [modulation_of(one)._name(timesteps) for one in (spec, other_card)]
+    names.append(modulation_of(spec)._name(torch.tensor([0.25])))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
     try:
-        names.append(Modulation(spec, None)._name(timesteps))
+        names.append(modulation_of(spec)._name(timesteps))
     finally:
-        torch.set_float32_matmul_precision("highest")
-    assert len(set(names)) == 4 and Modulation(spec, None)._name(timesteps) == names[0]
+        torch.set_num_threads(threads)
+    assert len(set(names)) == 4 and modulation_of(spec)._name(timesteps) == names[0]
 
 
 def test_folding_says_what_it_reads(tiny: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
     seen: list[tuple[int, int]] = []
     with caplog.at_level("INFO"):
-        modulation = Modulation(spec_for(tiny, "transformer"), None)
-        modulation.use(torch.tensor([0.5, 0.25]), lambda *progress: seen.append(progress))
+        modulation = modulation_of(spec_for(tiny, "transformer"))
+        modulation.of(torch.tensor([0.5, 0.25]), lambda *progress: seen.append(progress))
     stored = tiny.component("transformer").stored().items()
-    weights = sum(stored_bytes(info) for name, info in stored if "_mod." in name)
+    weights = sum(stored_bytes(info) for name, info in stored if is_folded(name))
     assert seen[-1] == (weights, weights) and [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert "computing modulation for 2 steps: reading" in caplog.text
     assert re.search(r"modulation computed in [\d.]+ s \([\d.]+ GB/s\)", caplog.text)

@@ -20,7 +20,8 @@ import tiny_checkpoint
 import torch
 from engine.checkpoint import Checkpoint, open_checkpoint, read_header, stored_bytes
 from engine.components import describe
-from engine.modulation import TIME_EMBEDDER, Modulation, is_modulation
+from engine.config import TransformerConfig
+from engine.modulation import Modulation, is_folded
 from engine.precision import PRECISIONS, Card
 from full_checkpoint import write_tensors
 
@@ -58,7 +59,9 @@ def fold(checkpoint: Checkpoint, steps: int) -> int:
     card = Card("cpu", "cpu", native_bf16=False, memory=2**40, is_gpu=False)
     spec = describe("transformer", checkpoint, PRECISIONS["fp32"], DEVICE, card)
     read: list[int] = []
-    Modulation(spec, None).use(torch.linspace(1, 0.02, steps), lambda done, total: read.append(done))
+    config = TransformerConfig.of(checkpoint.component("transformer").config())
+    modulation = Modulation(spec, config, None)
+    modulation.of(torch.linspace(1, 0.02, steps), lambda done, total: read.append(done))
     return read[-1]
 
 
@@ -79,7 +82,7 @@ def pieces(checkpoint: Checkpoint) -> Iterator[tuple[Path, int, int]]:
     for shard in checkpoint.component("transformer").shards():
         with shard.open("rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
-        stored = [info for name, info in read_header(shard).items() if is_modulation(name)]
+        stored = [info for name, info in read_header(shard).items() if is_folded(name)]
         for info in sorted(stored, key=lambda info: info["data_offsets"]):
             yield shard, start + info["data_offsets"][0], stored_bytes(info)
 
@@ -100,11 +103,7 @@ def write(folder: Path, layers: int) -> str:
     tiny_checkpoint.write_rest(folder)
     model = real_checkpoint.transformer_on_meta(layers)
     model.save_config(folder / "transformer")
-    needed = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if is_modulation(name) or name.startswith(TIME_EMBEDDER)
-    }
+    needed = {name: parameter for name, parameter in model.named_parameters() if is_folded(name)}
     write_tensors(needed, folder / "transformer" / "diffusion_pytorch_model.safetensors")
     return str(folder)
 
