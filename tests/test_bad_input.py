@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import other_versions
 import pytest
 from comfyui import Client, PromptRejected, Server, environment
 from prompts import (
@@ -281,6 +282,7 @@ def test_a_stored_dtype_that_is_not_read_is_told_by_its_own_loader_alone(
 def test_a_missing_file_is_named_by_the_loader_that_needs_it_and_by_the_plan(
     client: Client, damaged: Path, work: Path, file: str, node_type: str
 ) -> None:
+    other_versions.rewrite_as_transformers_5(damaged)  # whose tokenizer is in one file alone
     (damaged / file).unlink()
     error = fail(client, edit_prompt("damaged"))
     assert error["node_type"] == node_type and Path(file).name in error["exception_message"]

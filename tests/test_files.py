@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import older_checkpoint
+import other_versions
 import pytest
 import torch
 from conftest import spec_for
@@ -27,6 +27,7 @@ from engine.placement import ROLES, place
 from engine.precision import Card
 from engine.recall import embedding_name
 from engine.schedule import make_schedule
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = {
@@ -35,6 +36,9 @@ WEIGHTS = {
     "vae": "vae/diffusion_pytorch_model.safetensors",
 }
 BOM = b"\xef\xbb\xbf"
+
+
+PROCESSOR_5 = "processor_config.json"
 
 
 def change_json(path: Path, **values: Any) -> None:
@@ -67,27 +71,36 @@ def cpu_machine() -> Machine:
 # Configs
 
 
-@pytest.mark.parametrize("spelling", ["transformers 4", "flat", "without model_type", "without any class"])
-def test_a_text_encoder_stored_by_another_version_embeds_alike(
-    tiny: Checkpoint, tiny_copy: Path, spelling: str
+def without_model_type(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name != "model_type"}
+
+
+def without_any_class(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in without_model_type(config).items() if name != "architectures"}
+
+
+SPELLINGS = (other_versions.nest_architectures, other_versions.flatten, without_model_type, without_any_class)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_text_encoder_whose_config_is_spelt_otherwise_embeds_alike(
+    tiny: Checkpoint, tiny_copy: Path, spelling: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:
-    config = tiny_copy / "text_encoder" / "config.json"
-    if spelling == "transformers 4":
-        older_checkpoint.rewrite_as_transformers_4(tiny_copy)
-        assert "architectures" not in json.loads(config.read_text())
-    elif spelling == "flat":
-        older_checkpoint.write_json(
-            config, older_checkpoint.flat_text_encoder_config(json.loads(config.read_text()))
-        )
-    else:
-        change_json(config, model_type=None)
-        if spelling == "without any class":
-            change_json(config, architectures=None)
-    ours, older = (
-        loading.load(spec_for(checkpoint, "text_encoder")).encode("Add a red hat", [])
-        for checkpoint in (tiny, Checkpoint(tiny_copy))
-    )
-    assert torch.equal(ours, older)
+    path = tiny_copy / "text_encoder" / "config.json"
+    other_versions.write_json(path, spelling(other_versions.read(path)))
+    assert embeds_alike(tiny, Checkpoint(tiny_copy))
+
+
+def test_a_folder_saved_by_transformers_5_embeds_alike(tiny: Checkpoint, tiny_copy: Path) -> None:
+    other_versions.rewrite_as_transformers_5(tiny_copy)
+    assert embeds_alike(tiny, Checkpoint(tiny_copy))
+
+
+def embeds_alike(*checkpoints: Checkpoint) -> bool:
+    pictures = [Image.new("RGB", (64, 64), "red")]
+    encoders = (loading.load(spec_for(checkpoint, "text_encoder")) for checkpoint in checkpoints)
+    first, *others = (encoder.encode("Add a red hat", pictures) for encoder in encoders)
+    return all(torch.equal(first, other) for other in others)
 
 
 def test_a_text_encoder_without_its_head_loads(tiny: Checkpoint, tiny_copy: Path) -> None:
@@ -293,36 +306,36 @@ def no_merges(folder: Path) -> None:
 
 
 def other_patches(folder: Path) -> None:
-    path = folder / "processor_config.json"
+    path = folder / PROCESSOR_5
     path.write_text(path.read_text(encoding="utf-8").replace('"patch_size": 14', '"patch_size": 16'))
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without("tokenizer.json"), r"\('Describe' has 0\) is 3, not 64"),
+        (without("tokenizer.json"), r"tokenizer\.json|\('Describe' has 0\) is 3, not 64"),
         (other_numbers, r"the number of the token <\|image_pad\|> is 7, not 6"),
         (no_merges, "tokens before the prompt .* not 64"),
         (other_patches, "the image processor's patch_size is 16, not 14"),
-        (without("processor_config.json"), "processor cannot be read"),
+        (without(PROCESSOR_5), "processor cannot be read"),
     ],
 )
 def test_a_processor_of_another_model_or_without_its_words_is_named(
     tiny_copy: Path, damage: Callable[[Path], None], message: str
 ) -> None:
+    other_versions.rewrite_as_transformers_5(tiny_copy)  # each of its files holds what no other does
     damage(tiny_copy / "processor")
     with pytest.raises(CheckpointError, match=message) as caught:
         loading.load(spec_for(Checkpoint(tiny_copy), "text_encoder"))
     assert str(tiny_copy / "processor") in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "processor_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("name", ["tokenizer.json", PROCESSOR_5, "tokenizer_config.json"])
 def test_a_processor_with_byte_order_marks_is_read(tiny: Checkpoint, tiny_copy: Path, name: str) -> None:
+    other_versions.rewrite_as_transformers_5(tiny_copy)
     file = tiny_copy / "processor" / name
     file.write_bytes(BOM + file.read_bytes())
-    marked = loading.load(spec_for(Checkpoint(tiny_copy), "text_encoder"))
-    plain = loading.load(spec_for(tiny, "text_encoder"))
-    assert torch.equal(marked.encode("Add a red hat", []), plain.encode("Add a red hat", []))
+    assert embeds_alike(tiny, Checkpoint(tiny_copy))
 
 
 # Dtypes, weights and JSON
@@ -381,8 +394,8 @@ def test_a_variant_alone_is_used(tiny: Checkpoint, tiny_copy: Path, sharded: boo
         index.write_bytes(BOM + json.dumps({"weight_map": weight_map}).encode())
     else:
         save_file(tensors, folder / f"{stem}.fp16.safetensors")
-    found = loading.load(spec_for(Checkpoint(tiny_copy), "transformer")).state_dict()
-    whole = loading.load(spec_for(tiny, "transformer")).state_dict()
+    found = loading.load(spec_for(Checkpoint(tiny_copy), "transformer")).model.state_dict()
+    whole = loading.load(spec_for(tiny, "transformer")).model.state_dict()
     assert all(torch.equal(whole[name], found[name]) for name in whole)
     if not sharded:
         shutil.copy(folder / f"{stem}.fp16.safetensors", folder / f"{stem}.ema.safetensors")
@@ -428,6 +441,7 @@ def test_json_as_windows_editors_save_it_is_read(tiny_copy: Path, encoding: str,
     ],
 )
 def test_the_plan_names_the_file_that_is_missing(tiny_copy: Path, file: str, role: str) -> None:
+    other_versions.rewrite_as_transformers_5(tiny_copy)
     (tiny_copy / file).unlink()
     placed = place(cpu_machine(), Checkpoint(tiny_copy))
     assert file.partition("/")[2] in placed.problems[role] and placed.problems[role] in str(placed)

@@ -21,7 +21,6 @@ from comfyui import (
     server_command,
 )
 from conftest import SERVER_ARGUMENTS
-from engine import cache
 from engine.errors import FireRedError
 from engine.libraries import require_libraries, startup_warning
 from prompts import edit_prompt, fail
@@ -160,7 +159,7 @@ def test_a_torch_without_the_fp16_accumulation_switch_will_do(monkeypatch: pytes
         return known(self, name)
 
     monkeypatch.setattr(switches, "__getattr__", without)
-    assert cache.computing_environment("torch")
+    assert computing_environment(torch.device("cpu"), "diffusers")
 
 
 def test_the_checkpoints_we_write_load_in_transformers_4_and_5(tiny_folder: Path) -> None:

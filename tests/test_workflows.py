@@ -57,7 +57,9 @@ def test_a_workflow_opens_with_every_node_widget_and_link_in_place(page: Page, p
     nodes = {node["id"]: node for node in opened["nodes"]}
     for node in shipped["nodes"]:
         assert nodes[node["id"]]["type"] == node["type"]
-        assert (nodes[node["id"]].get("widgets_values") or []) == (node.get("widgets_values") or [])
+        values, kept = (entry.get("widgets_values") or [] for entry in (node, nodes[node["id"]]))
+        # core's own nodes get more widgets from one version to the next
+        assert kept == values if node["type"].startswith("FireRed") else kept[: len(values)] == values
         assert used_slots(nodes[node["id"]]) == used_slots(node)
     unknown = page.evaluate(
         "() => window.app.graph.nodes.filter(node => node.has_errors).map(node => node.type)"

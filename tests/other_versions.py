@@ -1,0 +1,60 @@
+"""A tiny checkpoint's files rewritten as other versions of transformers store them.
+
+tiny_checkpoint writes what transformers 4 and 5 both read: `rope_scaling` with `rope_theta` beside it, and a
+processor in many files.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def rewrite_as_transformers_5(folder: Path) -> None:
+    """Rewrite text_encoder/config.json, processor/ and tokenizer/ as 5.24's save_pretrained does."""
+    config = folder / "text_encoder" / "config.json"
+    stored = read(config)
+    text = stored["text_config"]
+    text["rope_parameters"] = text.pop("rope_scaling") | {"rope_theta": text.pop("rope_theta")}
+    write_json(config, stored)
+    for name in ("processor", "tokenizer"):
+        _rewrite_tokenizer(folder / name)
+    processor = {"processor_class": "Qwen2VLProcessor"}
+    for part, name in (("image_processor", "preprocessor"), ("video_processor", "video_preprocessor")):
+        path = folder / "processor" / f"{name}_config.json"
+        processor[part] = read(path)
+        path.unlink()
+    write_json(folder / "processor" / "processor_config.json", processor)
+
+
+def _rewrite_tokenizer(folder: Path) -> None:
+    """One file instead of three, and special tokens under another name."""
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
+    stored = read(folder / "tokenizer_config.json")
+    del stored["added_tokens_decoder"]
+    stored |= {"extra_special_tokens": stored.pop("additional_special_tokens"), "backend": "tokenizers"}
+    write_json(folder / "tokenizer_config.json", stored)
+
+
+def nest_architectures(config: dict[str, Any]) -> dict[str, Any]:
+    """As transformers 4.57 writes the config of a model built from such a config."""
+    text = config["text_config"] | {"architectures": config["architectures"]}
+    vision = config["vision_config"] | {"model_type": "qwen2_5_vl"}
+    rest = {name: value for name, value in config.items() if name != "architectures"}
+    return rest | {"text_config": text, "vision_config": vision, "transformers_version": "4.57.6"}
+
+
+def flatten(config: dict[str, Any]) -> dict[str, Any]:
+    """As Qwen's own first upload has it: what text_config holds lies at the top."""
+    rest = {name: value for name, value in config.items() if name != "text_config"}
+    return config["text_config"] | rest
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
