@@ -21,6 +21,7 @@ from comfyui import (
     server_command,
 )
 from conftest import SERVER_ARGUMENTS
+from engine.arithmetic import computing_environment
 from engine.errors import FireRedError
 from engine.libraries import require_libraries, startup_warning
 from prompts import edit_prompt, fail
