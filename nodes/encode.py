@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,11 +14,10 @@ from .engine.components import working_bytes
 from .engine.conditioning import to_conditioning
 from .engine.errors import InputError
 from .engine.estimates import Edit
-from .engine.guard import GUARD, STOP, require_finite
+from .engine.guard import GUARD, STOP
 from .engine.images import require_image, to_pil, warn_of_many_pictures
 from .engine.limits import MAX_PICTURES, REFERENCE_MEGAPIXELS, require_text
 from .engine.recall import embedding_name, recall, reference_name
-from .engine.trace import find_culprit
 from .engine.transfer import cross
 from .load import CATEGORY, VAE, TextEncoder, guard_input
 
@@ -147,10 +145,7 @@ def _encode_prompts(
         with host.borrow(text_encoder, working) as encoder:
             for index in missing:
                 what = ("The prompt", "The negative prompt")[index]
-                encode_one = functools.partial(encoder.encode, prompts[index], pictures, what)
-                trace = functools.partial(find_culprit, encoder.model, encode_one)
-                what = f"The {('positive', 'negative')[index]} prompt's embedding"
-                yield cross(require_finite(encode_one(), what, text_encoder.spec, trace, guard), CPU)
+                yield cross(encoder.encode(prompts[index], pictures, what, guard), CPU)
 
     names = [embedding_name(text_encoder.spec, prompt, pictures) for prompt in prompts]
     return recall(host.disk_cache(), names, encode)

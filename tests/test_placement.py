@@ -34,6 +34,7 @@ from test_precision import run_transformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+P40_CARD = Card("gpu:0", "Tesla P40", native_bf16=False, memory=24 * GIB)
 BF16_CARD = Card("gpu:0", "H100", native_bf16=True, memory=80 * GIB)
 P40 = ASSUMED["Tesla P40"]
 CFG = ("none", "cfg")
@@ -67,26 +68,30 @@ def test_peaks_of_memory_are_the_measured_ones(
 
 
 @pytest.mark.parametrize(
-    ("math", "measured"),
+    ("name", "card", "measured"),
     [
-        (torch.float32, {5370: 0.905, 8442: 1.430, 13562: 2.315, 16634: 2.844}),
-        (torch.bfloat16, {5370: 0.457, 8442: 0.719, 13562: 1.164, 16634: 1.430}),
+        ("fp32", P40_CARD, {5370: 0.652, 8442: 1.040, 13562: 1.685, 16634: 2.073}),
+        ("int8", P40_CARD, {8442: 1.039, 13562: 1.685, 16634: 2.073}),
+        ("int8-fast", P40_CARD, {5370: 0.667, 8442: 1.064, 13562: 1.724, 16634: 2.121}),
+        ("bf16", BF16_CARD, {5370: 0.327, 8442: 0.521, 13562: 0.846, 16634: 1.037}),
+        ("int8-fast", BF16_CARD, {8442: 0.74}),
     ],
 )
 def test_the_transformers_workspace_is_the_measured_one(
-    real_size: Checkpoint, math: torch.dtype, measured: dict[int, float]
+    real_size: Checkpoint, name: str, card: Card, measured: dict[int, float]
 ) -> None:
+    precision = resolve(PRECISIONS[name], card)
     for tokens, gib in measured.items():
-        assert transformer_bytes(real_size, math, tokens) / GIB == pytest.approx(gib, rel=0.03)
+        assert transformer_bytes(real_size, precision, tokens) / GIB == pytest.approx(gib, rel=0.03)
 
 
 def test_scores_that_no_kernel_avoids_are_counted(real_size: Checkpoint) -> None:
-    """Measured in FP32: 14.5 GiB at 8442 tokens, where a fused kernel takes 1.4."""
-    gib = transformer_bytes(real_size, torch.float32, 8442, fused=False) / GIB
-    assert gib == pytest.approx(14.5, rel=0.01)
-    bf16 = transformer_bytes(real_size, torch.bfloat16, 8442, fused=False) / GIB
-    assert bf16 == pytest.approx(14.5 - 0.72, rel=0.01)  # torch computes 16-bit scores in FP32
-    needs = functools.partial(workspace_bytes, checkpoint=real_size, math=torch.float32)
+    """13.5 GiB at 8442 tokens beside what a fused kernel takes; torch computes 16-bit scores in FP32."""
+    fp32 = resolve(PRECISIONS["fp32"], P40_CARD)
+    for precision in (fp32, resolve(PRECISIONS["bf16"], BF16_CARD)):
+        fused, unfused = (transformer_bytes(real_size, precision, 8442, fused=way) for way in (True, False))
+        assert (unfused - fused) / GIB == pytest.approx(13.5, rel=0.01)
+    needs = functools.partial(workspace_bytes, checkpoint=real_size, precision=fp32)
     large = Edit(2048, 2048, references=10)
     for role, factor in (("text_encoder", 1.2), ("vae", 3)):
         assert needs(role, edit=large, fused=False) > factor * needs(role, edit=large)
@@ -169,8 +174,10 @@ def test_guidance_over_two_cards_takes_the_slower_ones_forward(real_size: Checkp
 
 
 def test_workspace_grows_with_tokens_and_pixels(real_size: Checkpoint) -> None:
+    fp32 = resolve(PRECISIONS["fp32"], P40_CARD)
+
     def gib(role: str, edit: Edit, **options: bool) -> float:
-        return workspace_bytes(role, real_size, torch.float32, edit, **options) / GIB
+        return workspace_bytes(role, real_size, fp32, edit, **options) / GIB
 
     assert gib("transformer", Edit(references=3)) / gib("transformer", Edit()) == pytest.approx(17026 / 8442)
     assert gib("vae", Edit(2048, 2048)) == pytest.approx(4 * gib("vae", Edit()))

@@ -75,8 +75,7 @@ class ComponentSpec:
     @property
     def math(self) -> torch.dtype:
         """The dtype of its arithmetic."""
-        assert self.precision.compute is not None
-        return self.precision.compute
+        return self.precision.math
 
     @property
     def fused(self) -> bool:
@@ -203,7 +202,7 @@ def is_big_matrix(role: str, name: str) -> bool:
 def working_bytes(spec: ComponentSpec, edit: Edit = Edit()) -> int:  # noqa: B008 - it is frozen
     """What the component needs at least beside its weights, the driver's share included."""
     reserved = RESERVED_BYTES if spec.card.is_gpu else 0
-    needed = workspace_bytes(spec.role, spec.checkpoint, spec.math, edit, tiled=True, fused=spec.fused)
+    needed = workspace_bytes(spec.role, spec.checkpoint, spec.precision, edit, tiled=True, fused=spec.fused)
     return needed + reserved
 
 

@@ -20,12 +20,12 @@ GIB = 2**30
 RESERVED_BYTES = GIB // 2
 
 # Memory beside the weights, measured on an H200 (tests/benchmarks/memory.py) and linear from there.
-# Vectors of the model's width that live at once for each token: 1.43 GiB in FP32 and 0.72 in BF16 at 8442
-# tokens of 3072, within 1 % of that a token from 5370 to 16634.
-TRANSFORMER_VECTORS = 15
+# Numbers that live at once for each token and channel of the model's width, within 2 % of what an H100 needed
+# from 5370 to 16634 tokens: 1.04 GiB in FP32 and 0.52 in BF16 at 8442 tokens of 3072.
+TRANSFORMER_VECTORS = 10.9
 # Where no fused attention kernel runs, torch holds the scores of all heads, before and after the softmax, and
-# copies of what it multiplies, all in FP32: 14.5 GiB instead of 1.4 at 8442 tokens, measured in FP32.
-SCORE_COPIES, SCORE_VECTORS = 2, 3
+# copies of what it multiplies, all in FP32: 14.5 GiB instead of 1.0 at 8442 tokens, measured in FP32.
+SCORE_COPIES, SCORE_VECTORS = 2, 7
 # What the encoder needs for a short prompt (in FP32, matrices upcast as they are used), and what each token
 # adds: three vectors of the MLP's width and a few of the model's. 9.3 - 8.4 GiB in FP32, 14.6 - 14.4 in BF16.
 TEXT_ENCODER_BYTES = {torch.float32: 0.86 * GIB, torch.bfloat16: 0.13 * GIB}
@@ -117,17 +117,19 @@ class Shape:
 def workspace_bytes(
     role: str,
     checkpoint: Checkpoint,
-    math: torch.dtype,
+    precision: Precision,
     edit: Edit,
     tiled: bool = False,
     fused: bool = True,
 ) -> int:
-    """Bytes a component needs beside its weights while it works, in arithmetic of dtype `math`.
+    """Bytes a component needs beside its weights while it works.
 
-    tiled: whether the VAE decodes in tiles. fused: whether attention runs without holding its scores.
+    precision: resolved for its card. tiled: whether the VAE decodes in tiles. fused: whether attention runs
+    without holding its scores.
     """
+    math = precision.math
     if role == "transformer":
-        return transformer_bytes(checkpoint, math, edit.tokens, fused)
+        return transformer_bytes(checkpoint, precision, edit.tokens, fused)
     if role == "text_encoder":
         fixed = TEXT_ENCODER_BYTES.get(math, TEXT_ENCODER_BYTES[torch.float32])
         beside = int(fixed) + TEXT_ENCODER_TOKEN_VALUES * edit.text_tokens * math.itemsize
@@ -143,11 +145,12 @@ def workspace_bytes(
     return int(max(decoding, encoding, scores))
 
 
-def transformer_bytes(checkpoint: Checkpoint, math: torch.dtype, tokens: int, fused: bool = True) -> int:
-    """Bytes a forward over so many tokens needs beside the weights."""
+def transformer_bytes(checkpoint: Checkpoint, precision: Precision, tokens: int, fused: bool = True) -> int:
+    """Bytes a forward over so many tokens needs beside the weights. precision: resolved for its card."""
     shape = Shape.of(checkpoint)
     scores = 0 if fused else score_bytes(shape.heads, shape.width, tokens)
-    return TRANSFORMER_VECTORS * shape.width * tokens * math.itemsize + scores
+    channel = max(TRANSFORMER_VECTORS * precision.math.itemsize, precision.product_bytes)
+    return int(channel * shape.width * tokens) + scores
 
 
 def score_bytes(heads: int, width: int, tokens: int) -> int:

@@ -87,7 +87,7 @@ def load_text_encoder(spec: ComponentSpec, on_progress: OnProgress, cache: DiskC
     with _described_by(component), init_empty_weights():
         model = transformers.Qwen2_5_VLModel(config)
     _fill(model, spec, on_progress, cache)
-    return TextEncoder(model.eval(), processor, spec.device)
+    return TextEncoder(model.eval(), processor, spec)
 
 
 def _text_encoder_config(component: Component) -> transformers.Qwen2_5_VLConfig:

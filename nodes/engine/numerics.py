@@ -75,7 +75,7 @@ def measure_text_encoder(
     encoder: TextEncoder, prompt: str, pictures: Sequence[Image.Image]
 ) -> dict[str, list[BlockRange]]:
     """The ranges of the vision tower (if there are pictures) and of the language model, by their names."""
-    blocks = measure(encoder.model, lambda: encoder.encode(prompt, pictures))
+    blocks = measure(encoder.model, lambda: encoder.encode(prompt, pictures, guard=OFF))
     return {
         label: tower
         for prefix, label in TOWERS.items()

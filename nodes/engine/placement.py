@@ -169,7 +169,7 @@ class _Planner:
             self.sizes[role, precision] = spec.nbytes()
         assert precision.compute is not None
         fused = (role, precision.compute) not in device.card.unfused
-        needs = functools.partial(workspace_bytes, role, self.checkpoint, precision.compute, self.edit)
+        needs = functools.partial(workspace_bytes, role, self.checkpoint, precision, self.edit)
         workspace = needs(fused=fused)
         whole = Place(role, device, precision, self.sizes[role, precision], workspace, fused=fused)
         if whole.fits or role != "vae":

@@ -20,7 +20,7 @@ class Precision:
     activations, of every product, and of small parameters (norms, biases); None is BF16 where the card has
     it, else FP32.
     format: the class in formats/ that stores the big matrices another way, and weight_bytes what that takes a
-    weight.
+    weight. product_bytes: what its products take at least for each token and channel of the model's width.
     """
 
     name: str
@@ -28,11 +28,21 @@ class Precision:
     compute: torch.dtype | None
     format: str | None = None
     weight_bytes: float = 0.0
+    product_bytes: float = 0.0
     needs_bitsandbytes: bool = False
     fp16_inside: bool = False  # whatever `compute` says
 
+    @property
+    def math(self) -> torch.dtype:
+        """The dtype of its arithmetic, once it is resolved for a card."""
+        assert self.compute is not None
+        return self.compute
+
 
 _INT8_BYTES = 1 + 4 / 3072  # a byte each and an FP32 scale a row
+# INT32 sums of the MLP, four times as wide as the model, and what lives beside them: 0.74 GiB in BF16 at 8442
+# tokens of 3072 on an H100.
+_INT32_BYTES = 30.6
 _NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # half a byte each, and double-quantised scales of blocks of 64
 
 PRECISIONS = {
@@ -41,7 +51,7 @@ PRECISIONS = {
         Precision("bf16", torch.bfloat16, torch.bfloat16),
         Precision("fp32", None, torch.float32),
         Precision("int8", None, None, "int8", _INT8_BYTES),
-        Precision("int8-fast", None, None, "int8-fast", _INT8_BYTES),
+        Precision("int8-fast", None, None, "int8-fast", _INT8_BYTES, _INT32_BYTES),
         Precision("nf4", None, None, "nf4", _NF4_BYTES, needs_bitsandbytes=True),
         Precision("int8-bnb", None, None, "int8-bnb", _INT8_BYTES, needs_bitsandbytes=True, fp16_inside=True),
         Precision("fp16", torch.float16, torch.float16),

@@ -81,7 +81,7 @@ class SamplingPlan:
         """What the transformer needs beside its weights."""
         height, width = self.padded_size
         tokens = height * width // PATCH**2 + max(condition.tokens for condition in self.conditions.values())
-        return transformer_bytes(self.spec.checkpoint, self.spec.math, tokens, self.spec.fused)
+        return transformer_bytes(self.spec.checkpoint, self.spec.precision, tokens, self.spec.fused)
 
     def require_room(self, room: float) -> None:
         """Raise DoesNotFitError where the run does not go into `room` bytes, all that its device can give."""

@@ -10,7 +10,9 @@ import transformers
 from PIL import Image
 
 from .arithmetic import exact_fp32
+from .components import ComponentSpec
 from .errors import InputError
+from .guard import STOP, Guard
 from .latents import dimensions_for_area
 from .limits import require_text
 
@@ -35,17 +37,23 @@ class TextEncoder:
 
     model: transformers.Qwen2_5_VLModel
     processor: transformers.Qwen2VLProcessor
-    device: torch.device
+    spec: ComponentSpec
 
     @torch.inference_mode()
     @exact_fp32()
-    def encode(self, prompt: str, pictures: Sequence[Image.Image], what: str = "The prompt") -> torch.Tensor:
-        """Embed `prompt` about `pictures`: (1, L, width) FP32 on the encoder's device, the template's part
-        cut
-        off.
+    def encode(
+        self,
+        prompt: str,
+        pictures: Sequence[Image.Image],
+        what: str = "The prompt",
+        guard: str = STOP,
+    ) -> torch.Tensor:
+        """Embed `prompt` about `pictures`: (1, L, width) FP32 on the encoder's device, without the template's
+        part.
 
-        what: the prompt in words, for errors. Raises InputError for a prompt longer than the model was made
-        for, or with signs that it keeps for itself.
+        what: the prompt in words, for errors. guard: what to do about NaN and infinity, one of guard.GUARDS.
+        Raises InputError for a prompt longer than the model was made for, or with signs that it keeps for
+        itself, and NonFiniteError.
         """
         self._require_prompt(prompt, what)
         resized = [_resize(picture) for picture in pictures]
@@ -58,9 +66,13 @@ class TextEncoder:
             images=resized or None,
             padding=True,
             return_tensors="pt",
-        ).to(self.device)
-        hidden_states = self.model(**inputs, use_cache=False).last_hidden_state
-        return hidden_states[:, PROMPT_TEMPLATE_TOKENS:].float()
+        ).to(self.spec.device)
+
+        def embed() -> torch.Tensor:
+            hidden_states = self.model(**inputs, use_cache=False).last_hidden_state
+            return hidden_states[:, PROMPT_TEMPLATE_TOKENS:].float()
+
+        return Guard(self.spec, guard).run(embed, f"{what}'s embedding", self.model)
 
     def _require_prompt(self, prompt: str, what: str) -> None:
         tokenizer = self.processor.tokenizer
