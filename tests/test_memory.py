@@ -55,7 +55,7 @@ def wait_until_empty(client: Client, work: Path) -> dict[str, int]:
 def test_a_transformer_that_ran_leaves_nothing_behind(tiny: Checkpoint) -> None:
     transformer = loading.load(spec_for(tiny, "transformer", "int8"))
     sampling.sample(transformer, plan(tiny))
-    parts = [weakref.ref(module) for module in transformer.modules()]
+    parts = [weakref.ref(module) for module in transformer.model.modules()]
     del transformer
     gc.collect()
     assert [part for part in parts if part() is not None] == []

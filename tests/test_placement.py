@@ -214,7 +214,7 @@ def test_four_p40_say_what_was_not_chosen_and_why(real_size: Checkpoint) -> None
     plan = place(MACHINES["four P40"], real_size)
     assert plan.rejected[:2] == (
         "transformer bf16: no native BF16 on gpu:0 (Tesla P40)",
-        "transformer fp32 on gpu:0: 25.4 GiB + 1.4 GiB to work with do not fit 23.4 GiB",
+        "transformer fp32 on gpu:0: 25.3 GiB + 1.0 GiB to work with do not fit 23.4 GiB",
     )
     assert plan.rejected[2].startswith("cfg over gpu:0 and gpu:3: ")
     assert plan.rejected[2].endswith(f"s a step instead of {plan.step_seconds:.3g}, but not available yet")
