@@ -46,13 +46,12 @@ CFG = ("none", "cfg")
 @pytest.mark.parametrize(
     ("role", "precision", "math", "peak_gib"),
     [
-        ("transformer", "fp32", "fp32", 26.9),
-        ("transformer", "int8", "fp32", 14.3),
-        ("transformer", "int8-fast", "fp32", 14.3),
-        ("transformer", "nf4", "fp32", 8.1),
-        ("transformer", "bf16", "bf16", 26.2),
-        ("transformer", "int8", "bf16", 13.5),
-        ("transformer", "int8-fast", "bf16", 13.7),
+        ("transformer", "fp32", "fp32", 26.45),
+        ("transformer", "int8", "fp32", 13.80),
+        ("transformer", "int8-fast", "fp32", 13.83),
+        ("transformer", "bf16", "bf16", 25.92),
+        ("transformer", "int8", "bf16", 13.27),
+        ("transformer", "int8-fast", "bf16", 13.48),
         ("text_encoder", "int8", "fp32", 9.3),
         ("text_encoder", "bf16", "bf16", 14.6),
         ("vae", "fp32", "fp32", 2.54),
@@ -64,7 +63,9 @@ def test_peaks_of_memory_are_the_measured_ones(
 ) -> None:
     machine = MACHINES["one 80 GB card"]
     there = place(machine, real_size, fixed={role: Fixed(precision=precision, math=math)}).place(role)
-    assert (there.weights + there.workspace) / GIB == pytest.approx(peak_gib, rel=0.04)
+    assert (there.weights + there.workspace) / GIB == pytest.approx(
+        peak_gib, rel=0.01 if role == "transformer" else 0.04
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,6 +76,7 @@ def test_peaks_of_memory_are_the_measured_ones(
         ("int8-fast", P40_CARD, {5370: 0.667, 8442: 1.064, 13562: 1.724, 16634: 2.121}),
         ("bf16", BF16_CARD, {5370: 0.327, 8442: 0.521, 13562: 0.846, 16634: 1.037}),
         ("int8-fast", BF16_CARD, {8442: 0.74}),
+        ("nf4", P40_CARD, {8442: 1.04}),
     ],
 )
 def test_the_transformers_workspace_is_the_measured_one(
@@ -214,7 +216,7 @@ def test_four_p40_say_what_was_not_chosen_and_why(real_size: Checkpoint) -> None
     plan = place(MACHINES["four P40"], real_size)
     assert plan.rejected[:2] == (
         "transformer bf16: no native BF16 on gpu:0 (Tesla P40)",
-        "transformer fp32 on gpu:0: 25.3 GiB + 1.0 GiB to work with do not fit 23.4 GiB",
+        "transformer fp32 on gpu:0: 25.3 GiB + 1.1 GiB to work with do not fit 23.4 GiB",
     )
     assert plan.rejected[2].startswith("cfg over gpu:0 and gpu:3: ")
     assert plan.rejected[2].endswith(f"s a step instead of {plan.step_seconds:.3g}, but not available yet")
