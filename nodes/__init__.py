@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from .decode import FireRedDecode
 from .encode import FireRedEncodePrompt
-from .engine.libraries import startup_warning
+from .engine.cards.libraries import startup_warning
 from .examine import FireRedNumerics
 from .load import FireRedLoadTextEncoder, FireRedLoadTransformer, FireRedLoadVAE
 from .plan import FireRedHardwarePlan

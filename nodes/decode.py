@@ -7,9 +7,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import host
-from .engine.guard import GUARD, STOP
 from .engine.latents import latent_samples, require_latents
 from .engine.limits import TILING
+from .engine.models.guard import GUARD, STOP
 from .load import CATEGORY, VAE, guard_input
 
 
@@ -40,7 +40,7 @@ class FireRedDecode(io.ComfyNode):
     def execute(
         cls, vae: host.Handle, latent: dict[str, Any], tiling: str = "auto", guard: str = STOP
     ) -> io.NodeOutput:
-        from .engine.vae import decode, decoding_bytes, require_room_to_decode
+        from .engine.models.vae import decode, decoding_bytes, require_room_to_decode
 
         tiling, guard = TILING.require(tiling), GUARD.require(guard)
         host.require_handle(vae, "vae")

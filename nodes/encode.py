@@ -10,15 +10,15 @@ from comfy_api.latest import io
 from PIL import Image
 
 from . import host
-from .engine.components import working_bytes
-from .engine.conditioning import to_conditioning
+from .engine.cards.transfer import cross
 from .engine.errors import InputError
-from .engine.estimates import Edit
-from .engine.guard import GUARD, STOP
 from .engine.images import require_image, to_pil, warn_of_many_pictures
 from .engine.limits import MAX_PICTURES, REFERENCE_MEGAPIXELS, require_text
-from .engine.recall import embedding_name, recall, reference_name
-from .engine.transfer import cross
+from .engine.models.guard import GUARD, STOP
+from .engine.sampling.conditioning import to_conditioning
+from .engine.sampling.recall import embedding_name, recall, reference_name
+from .engine.weights.components import working_bytes
+from .engine.weights.estimates import Edit
 from .load import CATEGORY, VAE, TextEncoder, guard_input
 
 CPU = torch.device("cpu")
@@ -126,7 +126,7 @@ def _pictures(images: Any) -> list[Image.Image]:
 
 def _encode_references(vae: host.Handle, pictures: list, megapixels: float, guard: str) -> list[torch.Tensor]:
     def encode(missing: list[int]) -> Iterator[torch.Tensor]:
-        from .engine.vae import encode_reference
+        from .engine.models.vae import encode_reference
 
         working = working_bytes(vae.spec, Edit(reference_megapixels=megapixels))
         with host.borrow(vae, working) as autoencoder:

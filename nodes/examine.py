@@ -9,12 +9,12 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from . import host
-from .engine.charts import draw_ranges
-from .engine.components import ComponentSpec
 from .engine.images import require_image, to_image, to_pil
 from .engine.latents import TOKEN_PIXELS, WIDTH, LatentInput, read_latent
 from .engine.limits import SEED, STEPS, require_text
-from .engine.ranges import Ranges, report
+from .engine.numerics.charts import draw_ranges
+from .engine.numerics.ranges import Ranges, report
+from .engine.weights.components import ComponentSpec
 from .load import CATEGORY, TextEncoder, Transformer
 
 
@@ -109,9 +109,9 @@ def _measure_transformer(
     size: tuple[int, int],
     seed: int,
 ) -> tuple[ComponentSpec, Ranges]:
-    from .engine.conditioning import POSITIVE
-    from .engine.numerics import measure_transformer, parse_steps
-    from .engine.sampling import plan_sampling, read_conditions
+    from .engine.numerics.measure import measure_transformer, parse_steps
+    from .engine.sampling.conditioning import POSITIVE
+    from .engine.sampling.sampling import plan_sampling, read_conditions
 
     spec = transformer.spec
     looked_at, (width, height) = parse_steps(look_at, steps), size
@@ -135,7 +135,7 @@ def _measure_transformer(
 def _measure_text_encoder(
     text_encoder: host.Handle, prompt: str, pictures: list[Image.Image]
 ) -> tuple[ComponentSpec, Ranges]:
-    from .engine.numerics import measure_text_encoder
+    from .engine.numerics.measure import measure_text_encoder
 
     with host.borrow(text_encoder) as encoder:
         return text_encoder.spec, measure_text_encoder(encoder, prompt, pictures)

@@ -27,10 +27,21 @@ import torch
 from comfy.cli_args import args
 from comfy_execution.utils import get_executing_context
 
-from .engine.cache import DiskCache
-from .engine.checkpoint import Checkpoint, download_hint, find_checkpoints, open_checkpoint
-from .engine.components import (
-    GIB,
+from .engine.cards.heartbeat import heartbeat_where_compiled
+from .engine.cards.kernels import require_kernels
+from .engine.cards.libraries import require_libraries
+from .engine.cards.preflight import preflight, unfused_attention
+from .engine.errors import CheckpointError, FireRedError, InputError
+from .engine.files.cache import DiskCache
+from .engine.files.checkpoint import Checkpoint, download_hint, find_checkpoints, open_checkpoint
+from .engine.limits import shown
+from .engine.planning.machine import Device, Machine, unusable
+from .engine.planning.placement import Fixed, place
+from .engine.planning.places import Placement
+from .engine.progress import StepTimer, before_each_block
+from .engine.sampling.resume import SavedRun, is_run_name
+from .engine.units import GIB
+from .engine.weights.components import (
     ComponentSpec,
     fingerprint,
     identities,
@@ -38,19 +49,8 @@ from .engine.components import (
     require_room,
     working_bytes,
 )
-from .engine.errors import CheckpointError, FireRedError, InputError
-from .engine.estimates import RESERVED_BYTES, Edit
-from .engine.heartbeat import heartbeat_where_compiled
-from .engine.kernels import require_kernels
-from .engine.libraries import require_libraries
-from .engine.limits import shown
-from .engine.machine import Device, Machine, unusable
-from .engine.placement import Fixed, place
-from .engine.places import Placement
-from .engine.precision import MATH, ROLE_PRECISIONS, Card, Precision
-from .engine.preflight import preflight, unfused_attention
-from .engine.progress import StepTimer, before_each_block
-from .engine.resume import SavedRun, is_run_name
+from .engine.weights.estimates import RESERVED_BYTES, Edit
+from .engine.weights.precision import MATH, ROLE_PRECISIONS, Card, Precision
 
 log = logging.getLogger("FireRed")
 
@@ -399,7 +399,7 @@ def _with_flags(role: str, wish: Fixed) -> Fixed:
 def _require_library(precision: Precision, card: Card) -> None:
     """Raise FireRedError where what the precision needs is not installed or does not work on the card."""
     if precision.needs_bitsandbytes:
-        from .engine.formats.bitsandbytes import require_bitsandbytes
+        from .engine.weights.formats.bitsandbytes import require_bitsandbytes
 
         require_bitsandbytes(precision, card, _torch_device(card))
 
@@ -433,7 +433,7 @@ class Resident(torch.nn.Module):
     def load(self, nbytes: int) -> None:
         import comfy.model_management as mm
 
-        from .engine import loading
+        from .engine.models import loading
 
         started = time.monotonic()
         with mm.cuda_device_context(self.spec.device):  # layers test kernels on the current device
@@ -482,7 +482,7 @@ def borrow(handle: Handle, working: float | None = None) -> Iterator[Any]:
     """
     import comfy.model_management as mm
 
-    from .engine import loading
+    from .engine.models import loading
 
     spec, patcher = handle.spec, handle.patcher
     if working is None:

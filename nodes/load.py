@@ -7,8 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import host
-from .engine.guard import GUARDS, STOP
-from .engine.precision import MATH, ROLE_PRECISIONS
+from .engine.models.guard import GUARDS, STOP
+from .engine.weights.precision import MATH, ROLE_PRECISIONS
 
 CATEGORY = "FireRed"
 Transformer = io.Custom("FIRERED_TRANSFORMER")

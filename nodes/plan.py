@@ -8,14 +8,14 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import host
-from .engine.checkpoint import Checkpoint
-from .engine.estimates import Edit
+from .engine.files.checkpoint import Checkpoint
 from .engine.images import to_image
 from .engine.latents import MAX_SIZE, MIN_SIZE, TOKEN_PIXELS
 from .engine.limits import REFERENCES, STEPS, Whole
-from .engine.memory_map import draw_memory_map
-from .engine.placement import ROLES
-from .engine.places import Placement
+from .engine.planning.memory_map import draw_memory_map
+from .engine.planning.placement import ROLES
+from .engine.planning.places import Placement
+from .engine.weights.estimates import Edit
 from .load import CATEGORY
 
 WIDTH, HEIGHT = (Whole(side, MIN_SIZE, MAX_SIZE) for side in ("width", "height"))

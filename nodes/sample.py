@@ -8,9 +8,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import host
-from .engine.guard import GUARD, STOP
 from .engine.latents import TOKEN_PIXELS, WIDTH, kept_keys, read_latent
 from .engine.limits import RESUME, SEED, STEPS, TRUE_CFG_SCALE
+from .engine.models.guard import GUARD, STOP
 from .engine.notices import first_time
 from .load import CATEGORY, Transformer, guard_input
 
@@ -90,8 +90,8 @@ class FireRedSampler(io.ComfyNode):
         resume: str = "on",
         guard: str = STOP,
     ) -> io.NodeOutput:
-        from .engine.conditioning import NEGATIVE, POSITIVE
-        from .engine.sampling import plan_sampling, read_conditions, sample
+        from .engine.sampling.conditioning import NEGATIVE, POSITIVE
+        from .engine.sampling.sampling import plan_sampling, read_conditions, sample
 
         guard, resume = GUARD.require(guard), RESUME.require(resume)
         spec = host.require_handle(transformer, "transformer").spec

@@ -13,9 +13,9 @@ import pytest
 import real_checkpoint
 import tiny_checkpoint
 import torch
-from engine.checkpoint import Checkpoint, open_checkpoint
-from engine.components import ComponentSpec, describe
-from engine.precision import ROLE_PRECISIONS, Card
+from engine.files.checkpoint import Checkpoint, open_checkpoint
+from engine.weights.components import ComponentSpec, describe
+from engine.weights.precision import ROLE_PRECISIONS, Card
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 SERVER_ARGUMENTS = (

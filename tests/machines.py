@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from engine.estimates import GIB
-from engine.machine import Device, Machine
-from engine.precision import Card
-from engine.speeds import ASSUMED, Speeds
+from engine.cards.speeds import ASSUMED, Speeds
+from engine.planning.machine import Device, Machine
+from engine.units import GIB
+from engine.weights.precision import Card
 
 # One H100 80GB, 8442 tokens: TFLOPS from the seconds of products and attention in each mode's forward.
 LINEAR_TFLOP, ATTENTION_TFLOP = 114.7, 52.6

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import spec_for
-from engine import loading
 from engine.arithmetic import computing_environment, exact_fp32
-from engine.checkpoint import Checkpoint
-from engine.sampling import sample
-from engine.vae import decode, encode_reference
+from engine.files.checkpoint import Checkpoint
+from engine.models import loading
+from engine.models.vae import decode, encode_reference
+from engine.sampling.sampling import sample
 from PIL import Image
 from test_sampling import plan
 

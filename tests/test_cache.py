@@ -12,10 +12,10 @@ import pytest
 import torch
 from comfyui import ROOT
 from conftest import spec_for
-from engine import loading
-from engine.cache import SUFFIX, CacheWriter, DiskCache
-from engine.checkpoint import Checkpoint, read_tensors
-from engine.recall import embedding_name, recall, reference_name
+from engine.files.cache import SUFFIX, CacheWriter, DiskCache
+from engine.files.checkpoint import Checkpoint, read_tensors
+from engine.models import loading
+from engine.sampling.recall import embedding_name, recall, reference_name
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -90,7 +90,7 @@ def test_the_second_start_does_not_read_the_checkpoint(
     def unread(*_: object, **__: object) -> None:
         raise AssertionError("the checkpoint's weights were read")
 
-    monkeypatch.setattr("engine.checkpoint.Component.tensors", unread)
+    monkeypatch.setattr("engine.files.checkpoint.Component.tensors", unread)
     loading.load(spec_for(tiny, "transformer", "int8"), cache=cache).modulation.of(torch.tensor([0.5]))
 
 
@@ -193,7 +193,9 @@ def state(component) -> dict[str, torch.Tensor]:
 
 def test_two_processes_of_one_number_do_not_write_one_file(tmp_path: Path) -> None:
     """In containers that share a folder, process ids repeat."""
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from engine.cache import PROCESS; print(PROCESS)"
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from engine.files.cache import PROCESS; print(PROCESS)"
+    )
     command = [sys.executable, "-c", code, str(ROOT / "nodes")]
     names = {subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)}
     assert len(names) == 2
@@ -229,7 +231,7 @@ def test_reading_a_file_holds_it_once(tmp_path: Path) -> None:
     code = """if True:
         import resource, sys
         from pathlib import Path
-        from engine.cache import DiskCache
+        from engine.files.cache import DiskCache
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
         cache, before = DiskCache(Path(sys.argv[1]), 10**9), peak()
         kept = cache.read("x")

@@ -10,9 +10,9 @@ import pytest
 import tiny_checkpoint
 import torch
 from conftest import spec_for
-from engine import loading
-from engine.checkpoint import Checkpoint, find_checkpoints, open_checkpoint
 from engine.errors import CheckpointError
+from engine.files.checkpoint import Checkpoint, find_checkpoints, open_checkpoint
+from engine.models import loading
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from comfyui import ROOT, Client, Server
-from engine.libraries import OLDEST
+from engine.cards.libraries import OLDEST
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -113,6 +113,22 @@ def test_the_engine_knows_nothing_of_comfyui_and_host_is_the_one_door() -> None:
             module.split(".")[0] for level, module in imported_modules(path) if not level
         } & COMFYUI_MODULES
         assert path.name == "host.py" or core <= {"comfy_api"}, f"{path.name} goes around host.py: {core}"
+
+
+ROOMS = ("cards", "files", "weights", "models", "sampling", "numerics", "planning")
+
+
+def test_the_engines_rooms_stand_on_those_before_them() -> None:
+    engine = ROOT / "nodes" / "engine"
+    packages = {path.parent.name for path in engine.glob("*/__init__.py")}
+    assert packages == set(ROOMS)
+    for path in engine.rglob("*.py"):
+        *folders, _ = path.relative_to(engine).parts
+        may_use = ROOMS[: ROOMS.index(folders[0]) + 1] if folders else ()
+        for level, module in imported_modules(path):
+            if level == len(folders) + 1:  # from the engine itself
+                room = module.split(".")[0]
+                assert room not in ROOMS or room in may_use, f"{path}: {module}"
 
 
 def imported_modules(path: Path) -> list[tuple[int, str]]:

@@ -16,17 +16,17 @@ import other_versions
 import pytest
 import torch
 from conftest import spec_for
-from engine import loading
-from engine.cache import DiskCache
-from engine.checkpoint import DEFAULTS, Checkpoint, find_checkpoints, open_checkpoint
-from engine.components import fingerprint
 from engine.errors import CheckpointError
-from engine.machine import Device, Machine
-from engine.memory_map import draw_memory_map
-from engine.placement import ROLES, place
-from engine.precision import Card
-from engine.recall import embedding_name
-from engine.schedule import make_schedule
+from engine.files.cache import DiskCache
+from engine.files.checkpoint import DEFAULTS, Checkpoint, find_checkpoints, open_checkpoint
+from engine.models import loading
+from engine.planning.machine import Device, Machine
+from engine.planning.memory_map import draw_memory_map
+from engine.planning.placement import ROLES, place
+from engine.sampling.recall import embedding_name
+from engine.sampling.schedule import make_schedule
+from engine.weights.components import fingerprint
+from engine.weights.precision import Card
 from PIL import Image
 from safetensors.torch import load_file, save_file
 

@@ -11,17 +11,17 @@ import tiny_checkpoint
 import torch
 from comfyui import Client, Server
 from conftest import spec_for
-from engine import loading, vae
-from engine.checkpoint import Checkpoint, open_checkpoint
-from engine.components import describe
-from engine.conditioning import NEGATIVE, POSITIVE
-from engine.denoise import denoise
 from engine.errors import NonFiniteError
-from engine.guard import GUARDS, OFF, STOP, WARN, Guard, require_finite
-from engine.precision import PRECISIONS, ROLE_PRECISIONS, Card
-from engine.schedule import Schedule
-from engine.trace import FP16_MAX, Culprit, find_culprit
-from engine.workers import LocalWorker
+from engine.files.checkpoint import Checkpoint, open_checkpoint
+from engine.models import loading, vae
+from engine.models.guard import GUARDS, OFF, STOP, WARN, Guard, require_finite
+from engine.models.trace import FP16_MAX, Culprit, find_culprit
+from engine.sampling.conditioning import NEGATIVE, POSITIVE
+from engine.sampling.denoise import denoise
+from engine.sampling.schedule import Schedule
+from engine.sampling.workers import LocalWorker
+from engine.weights.components import describe
+from engine.weights.precision import PRECISIONS, ROLE_PRECISIONS, Card
 from PIL import Image
 from prompts import SAMPLE, changed, edit_prompt, fail, succeed
 from safetensors.torch import load_file, save_file

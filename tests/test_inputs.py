@@ -12,14 +12,14 @@ import torch
 from comfyui import Client, Prompt, Server
 from conftest import spec_for
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
-from engine import loading
-from engine.checkpoint import Checkpoint
-from engine.conditioning import NEGATIVE, POSITIVE, Condition, ReferenceMethod, from_conditioning
 from engine.errors import InputError
+from engine.files.checkpoint import Checkpoint
 from engine.images import to_pil
 from engine.latents import draw_noise, empty_as_qwen, make_noise, read_latent
 from engine.limits import SEED, STEPS, TRUE_CFG_SCALE, Choice, Real, Whole, require_text
-from engine.sampling import ROTARY_POSITIONS, plan_sampling, sample
+from engine.models import loading
+from engine.sampling.conditioning import NEGATIVE, POSITIVE, Condition, ReferenceMethod, from_conditioning
+from engine.sampling.sampling import ROTARY_POSITIONS, plan_sampling, sample
 from prompts import (
     DECODE,
     ENCODE,

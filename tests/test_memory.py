@@ -14,11 +14,12 @@ import pytest
 import torch
 from comfyui import Client, Server, environment
 from conftest import SERVER_ARGUMENTS, spec_for
-from engine import loading, sampling
-from engine.cache import DiskCache
-from engine.checkpoint import Checkpoint
-from engine.estimates import ENCODE_BYTES, TRANSFORMER_VECTORS, Edit
+from engine.files.cache import DiskCache
+from engine.files.checkpoint import Checkpoint
 from engine.latents import MEGAPIXEL
+from engine.models import loading
+from engine.sampling import sampling
+from engine.weights.estimates import ENCODE_BYTES, TRANSFORMER_VECTORS, Edit
 from prompts import (
     DECODE,
     ENCODE,

@@ -11,14 +11,14 @@ import tiny_checkpoint
 import torch
 from comfyui import Client
 from conftest import spec_for
-from engine import loading
-from engine.charts import BIG_PANEL, COLOURS, DANGER, HEIGHT, WIDTH, draw_ranges
-from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.errors import InputError, NonFiniteError
+from engine.files.checkpoint import Checkpoint, open_checkpoint
 from engine.images import to_image
-from engine.numerics import measure, measure_text_encoder, measure_transformer, parse_steps
-from engine.precision import PRECISIONS
-from engine.ranges import BlockRange, judge, report
+from engine.models import loading
+from engine.numerics.charts import BIG_PANEL, COLOURS, DANGER, HEIGHT, WIDTH, draw_ranges
+from engine.numerics.measure import measure, measure_text_encoder, measure_transformer, parse_steps
+from engine.numerics.ranges import BlockRange, judge, report
+from engine.weights.precision import PRECISIONS
 from PIL import Image, ImageColor
 from prompts import ENCODE, PHOTO, SAMPLE, edit_prompt, keep_tensor, kept_tensor, succeed, with_node
 from test_sampling import plan

@@ -12,10 +12,11 @@ import torch
 from conftest import spec_for
 from diffusers import QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as reference
-from engine import loading, sampling, vae
-from engine.checkpoint import Checkpoint, open_checkpoint
-from engine.conditioning import NEGATIVE, POSITIVE, from_conditioning, to_conditioning
+from engine.files.checkpoint import Checkpoint, open_checkpoint
 from engine.latents import MEGAPIXEL, unpack
+from engine.models import loading, vae
+from engine.sampling import sampling
+from engine.sampling.conditioning import NEGATIVE, POSITIVE, from_conditioning, to_conditioning
 from PIL import Image
 
 TOLERANCE = 1e-5

@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import spec_for
 from diffusers import AutoencoderKLQwenImage
-from engine import loading, vae
-from engine.checkpoint import Checkpoint
-from engine.components import DoesNotFitError
 from engine.errors import InputError, NonFiniteError
-from engine.estimates import decode_bytes
+from engine.files.checkpoint import Checkpoint
 from engine.images import to_pil
+from engine.models import loading, vae
+from engine.weights.components import DoesNotFitError
+from engine.weights.estimates import decode_bytes
 from PIL import Image
 
 

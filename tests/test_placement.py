@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import spec_for
-from engine import loading
-from engine.checkpoint import Checkpoint, open_checkpoint
+from engine.cards.speeds import ASSUMED, Speeds
 from engine.errors import CheckpointError, InputError
-from engine.estimates import (
-    GIB,
+from engine.files.checkpoint import Checkpoint, open_checkpoint
+from engine.models import loading
+from engine.planning.machine import unusable
+from engine.planning.memory_map import COLOURS, WIDTH, draw_memory_map
+from engine.planning.placement import ROLES, Fixed, place
+from engine.units import GIB
+from engine.weights.estimates import (
     Edit,
     Shape,
     decode_bytes,
@@ -23,11 +27,7 @@ from engine.estimates import (
     transformer_bytes,
     workspace_bytes,
 )
-from engine.machine import unusable
-from engine.memory_map import COLOURS, WIDTH, draw_memory_map
-from engine.placement import ROLES, Fixed, place
-from engine.precision import PRECISIONS, ROLE_PRECISIONS, Card, Precision, resolve
-from engine.speeds import ASSUMED, Speeds
+from engine.weights.precision import PRECISIONS, ROLE_PRECISIONS, Card, Precision, resolve
 from machines import H100, MACHINES, gpu, machine_of, p40s
 from PIL import ImageColor
 from test_precision import run_transformer

@@ -12,11 +12,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import spec_for
-from engine import loading
-from engine.cache import DiskCache
-from engine.checkpoint import Checkpoint, stored_bytes
-from engine.components import (
-    GIB,
+from engine.errors import FireRedError, InputError, NonFiniteError
+from engine.files.cache import DiskCache
+from engine.files.checkpoint import Checkpoint, stored_bytes
+from engine.models import loading
+from engine.models.config import TransformerConfig
+from engine.models.guard import require_finite, require_finite_input
+from engine.models.modulation import Modulation, Table, is_folded
+from engine.models.transformer import Transformer, rotary_embedding
+from engine.sampling.conditioning import POSITIVE
+from engine.sampling.schedule import Schedule
+from engine.sampling.workers import LocalWorker
+from engine.units import GIB
+from engine.weights.components import (
     ComponentSpec,
     DoesNotFitError,
     describe,
@@ -24,18 +32,10 @@ from engine.components import (
     require_fit,
     working_bytes,
 )
-from engine.conditioning import POSITIVE
-from engine.config import TransformerConfig
-from engine.errors import FireRedError, InputError, NonFiniteError
-from engine.formats import FORMATS, bitsandbytes, int8_paths
-from engine.formats.int8_math import dequantize, quantize_rows, quantize_tokens, rotate
-from engine.formats.int8_paths import choose_path, integer_paths
-from engine.guard import require_finite, require_finite_input
-from engine.modulation import Modulation, Table, is_folded
-from engine.precision import PRECISIONS, ROLE_PRECISIONS, Card, resolve
-from engine.schedule import Schedule
-from engine.transformer import Transformer, rotary_embedding
-from engine.workers import LocalWorker
+from engine.weights.formats import FORMATS, bitsandbytes, int8_paths
+from engine.weights.formats.int8_math import dequantize, quantize_rows, quantize_tokens, rotate
+from engine.weights.formats.int8_paths import choose_path, integer_paths
+from engine.weights.precision import PRECISIONS, ROLE_PRECISIONS, Card, resolve
 from safetensors.torch import load_file, save_file
 from test_sampling import condition
 

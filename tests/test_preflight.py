@@ -9,12 +9,16 @@ from collections.abc import Callable
 import psutil
 import pytest
 import torch
-from engine.errors import FireRedError
-from engine.heartbeat import NOTE, compile_note, heartbeat
-from engine.kernels import RELEASES, card_name, has_kernels, install_line, require_build, require_kernels
-from engine.machine import unusable
-from engine.placement import ROLES
-from engine.preflight import (
+from engine.cards.heartbeat import NOTE, compile_note, heartbeat
+from engine.cards.kernels import (
+    RELEASES,
+    card_name,
+    has_kernels,
+    install_line,
+    require_build,
+    require_kernels,
+)
+from engine.cards.preflight import (
     NATIVE,
     CardReport,
     Rate,
@@ -23,9 +27,12 @@ from engine.preflight import (
     rate_or_reason,
     unfused_attention,
 )
+from engine.cards.timing import measure_rate
+from engine.cards.transfer import cross, find_fault, needs_detour, through_host
+from engine.errors import FireRedError
+from engine.planning.machine import unusable
+from engine.planning.placement import ROLES
 from engine.progress import duration
-from engine.timing import measure_rate
-from engine.transfer import cross, find_fault, needs_detour, through_host
 
 CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

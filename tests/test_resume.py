@@ -15,12 +15,12 @@ import pytest
 import torch
 from comfyui import Client, Server, ServerError, environment
 from conftest import SERVER_ARGUMENTS, spec_for
-from engine import loading
-from engine.cache import PROCESS, SUFFIX, DiskCache
-from engine.checkpoint import Checkpoint
-from engine.guard import GUARDS
-from engine.resume import RunState, SavedRun
-from engine.sampling import SamplingPlan, sample
+from engine.files.cache import PROCESS, SUFFIX, DiskCache
+from engine.files.checkpoint import Checkpoint
+from engine.models import loading
+from engine.models.guard import GUARDS
+from engine.sampling.resume import RunState, SavedRun
+from engine.sampling.sampling import SamplingPlan, sample
 from prompts import (
     DECODE,
     SAMPLE,

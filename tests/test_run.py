@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 from comfyui import ROOT, environment
-from engine.kernels import RELEASES
+from engine.cards.kernels import RELEASES
 from prompts import edit_prompt
 
 # run.py sets up the environment that it is told to use: here the one that these tests run in.

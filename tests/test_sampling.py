@@ -9,12 +9,8 @@ import pytest
 import torch
 from conftest import spec_for
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPlusPipeline
-from engine import loading
-from engine.checkpoint import Checkpoint
-from engine.components import GIB, DoesNotFitError, describe
-from engine.conditioning import NEGATIVE, POSITIVE, Condition, from_conditioning
-from engine.denoise import denoise, true_cfg
 from engine.errors import InputError, NonFiniteError
+from engine.files.checkpoint import Checkpoint
 from engine.latents import (
     denormalize,
     make_noise,
@@ -25,10 +21,15 @@ from engine.latents import (
     require_latents,
     unpack,
 )
-from engine.precision import PRECISIONS, Card
+from engine.models import loading
 from engine.progress import StepTimer, before_each_block, blocks
-from engine.sampling import plan_sampling, sample
-from engine.schedule import Schedule, dynamic_shift, make_schedule
+from engine.sampling.conditioning import NEGATIVE, POSITIVE, Condition, from_conditioning
+from engine.sampling.denoise import denoise, true_cfg
+from engine.sampling.sampling import plan_sampling, sample
+from engine.sampling.schedule import Schedule, dynamic_shift, make_schedule
+from engine.units import GIB
+from engine.weights.components import DoesNotFitError, describe
+from engine.weights.precision import PRECISIONS, Card
 
 
 def condition(references: int = 0, size: tuple[int, int] = (4, 4), tokens: int = 5) -> Condition:

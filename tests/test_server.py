@@ -12,10 +12,11 @@ import pytest
 import torch
 from comfyui import ROOT, Client, Server
 from conftest import spec_for
-from engine import loading, sampling, vae
-from engine.checkpoint import open_checkpoint
-from engine.conditioning import NEGATIVE, POSITIVE, from_conditioning, to_conditioning
+from engine.files.checkpoint import open_checkpoint
 from engine.images import to_pil
+from engine.models import loading, vae
+from engine.sampling import sampling
+from engine.sampling.conditioning import NEGATIVE, POSITIVE, from_conditioning, to_conditioning
 from PIL import Image
 from prompts import (
     DECODE,

@@ -10,12 +10,12 @@ import tiny_checkpoint
 import torch
 from conftest import spec_for
 from diffusers import QwenImageTransformer2DModel
-from engine import loading
-from engine.checkpoint import Checkpoint, open_checkpoint
-from engine.config import TransformerConfig
-from engine.modulation import is_folded
-from engine.schedule import make_schedule
-from engine.transformer import QwenImageTransformer, attend, rotary_embedding
+from engine.files.checkpoint import Checkpoint, open_checkpoint
+from engine.models import loading
+from engine.models.config import TransformerConfig
+from engine.models.modulation import is_folded
+from engine.models.transformer import QwenImageTransformer, attend, rotary_embedding
+from engine.sampling.schedule import make_schedule
 
 CPU = torch.device("cpu")
 # Rows and columns of tokens: what is denoised, then references.

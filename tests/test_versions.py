@@ -22,8 +22,8 @@ from comfyui import (
 )
 from conftest import SERVER_ARGUMENTS
 from engine.arithmetic import computing_environment
+from engine.cards.libraries import require_libraries, startup_warning
 from engine.errors import FireRedError
-from engine.libraries import require_libraries, startup_warning
 from prompts import edit_prompt, fail
 
 PIP = f"{sys.executable} -m pip install"
@@ -55,7 +55,7 @@ def add_package(site: Path, name: str, version: str, source: str = "") -> None:
 def ask(site: Path, *expressions: str) -> list[str]:
     """What expressions of the engine's libraries module are, or raise, where only `site` is installed."""
     code = (
-        "import sys\nfrom engine.errors import FireRedError\nfrom engine.libraries import *\n"
+        "import sys\nfrom engine.errors import FireRedError\nfrom engine.cards.libraries import *\n"
         "for expression in sys.argv[1:]:\n"
         "    try: print(eval(expression))\n"
         "    except FireRedError as error: print(error)"

@@ -17,7 +17,7 @@ import tiny_checkpoint
 import torch
 from comfyui import link_folder
 from diffusers import AutoencoderKLQwenImage
-from engine.cache import CacheWriter
+from engine.files.cache import CacheWriter
 
 SHARD_BYTES = 10e9
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import torch
-from engine import loading
-from engine.conditioning import POSITIVE, Condition
-from engine.denoise import denoise
-from engine.guard import OFF, STOP, WARN
-from engine.schedule import Schedule
-from engine.workers import LocalWorker
+from engine.models import loading
+from engine.models.guard import OFF, STOP, WARN
+from engine.sampling.conditioning import POSITIVE, Condition
+from engine.sampling.denoise import denoise
+from engine.sampling.schedule import Schedule
+from engine.sampling.workers import LocalWorker
 from precision import DEVICE, SIZE, TEXT_TOKENS, spec_for, timed
 
 SCHEDULE = Schedule(torch.tensor([1.0, 0.0]), torch.tensor([1.0]))

@@ -13,13 +13,13 @@ import sys
 from collections.abc import Sequence
 
 import torch
+from engine.cards.kernels import device_label
+from engine.cards.preflight import CardReport, Rate, host_memory, preflight
+from engine.cards.speeds import Speeds
+from engine.cards.transfer import links
 from engine.errors import FireRedError
-from engine.estimates import Edit, Shape, step_seconds
-from engine.kernels import device_label
-from engine.precision import PRECISIONS, Card, resolve
-from engine.preflight import CardReport, Rate, host_memory, preflight
-from engine.speeds import Speeds
-from engine.transfer import links
+from engine.weights.estimates import Edit, Shape, step_seconds
+from engine.weights.precision import PRECISIONS, Card, resolve
 
 SHAPE = Shape(layers=60, width=3072)  # FireRed's transformer
 PRECISIONS_SHOWN = ("fp32", "bf16", "int8", "int8-fast", "nf4")

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from engine import loading, vae
-from engine.components import GIB, ComponentSpec
-from engine.conditioning import POSITIVE, Condition
 from engine.latents import LATENT_CHANNELS, PATCH
-from engine.schedule import Schedule
-from engine.workers import LocalWorker
+from engine.models import loading, vae
+from engine.sampling.conditioning import POSITIVE, Condition
+from engine.sampling.schedule import Schedule
+from engine.sampling.workers import LocalWorker
+from engine.units import GIB
+from engine.weights.components import ComponentSpec
 from PIL import Image
 from precision import spec_for
 

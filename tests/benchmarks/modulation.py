@@ -18,11 +18,11 @@ from pathlib import Path
 import real_checkpoint
 import tiny_checkpoint
 import torch
-from engine.checkpoint import Checkpoint, open_checkpoint, read_header, stored_bytes
-from engine.components import describe
-from engine.config import TransformerConfig
-from engine.modulation import Modulation, is_folded
-from engine.precision import PRECISIONS, Card
+from engine.files.checkpoint import Checkpoint, open_checkpoint, read_header, stored_bytes
+from engine.models.config import TransformerConfig
+from engine.models.modulation import Modulation, is_folded
+from engine.weights.components import describe
+from engine.weights.precision import PRECISIONS, Card
 from full_checkpoint import write_tensors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

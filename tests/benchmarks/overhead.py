@@ -18,9 +18,10 @@ import tiny_checkpoint
 import torch
 from conftest import spec_for
 from diffusers import QwenImageEditPlusPipeline
-from engine import loading, sampling, vae
-from engine.checkpoint import open_checkpoint
-from engine.conditioning import NEGATIVE, POSITIVE, from_conditioning, to_conditioning
+from engine.files.checkpoint import open_checkpoint
+from engine.models import loading, vae
+from engine.sampling import sampling
+from engine.sampling.conditioning import NEGATIVE, POSITIVE, from_conditioning, to_conditioning
 from PIL import Image
 from prompts import ENCODE, SAMPLE, changed, edit_prompt
 

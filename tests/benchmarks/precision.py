@@ -21,14 +21,15 @@ from typing import Any
 
 import psutil
 import torch
-from engine import components, loading
-from engine.cache import DiskCache
-from engine.checkpoint import open_checkpoint
-from engine.conditioning import NEGATIVE, POSITIVE, Condition
-from engine.formats import FORMATS
-from engine.precision import ROLE_PRECISIONS, Card
-from engine.sampling import plan_sampling
-from engine.workers import LocalWorker
+from engine.files.cache import DiskCache
+from engine.files.checkpoint import open_checkpoint
+from engine.models import loading
+from engine.sampling.conditioning import NEGATIVE, POSITIVE, Condition
+from engine.sampling.sampling import plan_sampling
+from engine.sampling.workers import LocalWorker
+from engine.weights import components
+from engine.weights.formats import FORMATS
+from engine.weights.precision import ROLE_PRECISIONS, Card
 
 GIB = 2**30
 SIZE, TEXT_TOKENS, CAP_GIB = 128, 250, 24
@@ -220,8 +221,9 @@ def layers() -> None:
 
 def edit(folder: Path, cache: DiskCache, precision: str, math: str, text: str) -> dict[str, Any]:
     """Encode, sample two steps and decode under the cap, each component leaving before the next comes."""
-    from engine import sampling, vae
-    from engine.conditioning import from_conditioning, to_conditioning
+    from engine.models import vae
+    from engine.sampling import sampling
+    from engine.sampling.conditioning import from_conditioning, to_conditioning
     from PIL import Image
 
     cap()

@@ -1,0 +1,127 @@
+"""The libraries that the nodes stand on: whether they are here, new enough, and can be imported."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import re
+import sys
+
+import torch
+
+from ..errors import FireRedError
+from .kernels import install_line
+
+# The oldest releases that the test suite passes with (`run.py test --libraries oldest`). requirements.txt
+# says the same of all but torch: pip must not replace the torch that ComfyUI runs on.
+OLDEST = {
+    "torch": "2.6",
+    "diffusers": "0.37",
+    "transformers": "4.57",
+    "accelerate": "1.10",
+    "bitsandbytes": "0.46",
+}
+# What every component needs of them. transformers' processor for pictures uses torchvision.
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "torch": (),
+    "torchvision": (),
+    "diffusers": ("AutoencoderKLQwenImage", "FlowMatchEulerDiscreteScheduler", "QwenImageTransformer2DModel"),
+    "transformers": ("Qwen2_5_VLModel", "Qwen2VLProcessor"),
+    "accelerate": ("init_empty_weights",),
+}
+OPTIONAL = {"bitsandbytes": "nf4 and int8-bnb"}  # and the precisions that need it
+OF_TORCH = ("torch", "torchvision")  # to be installed together, from the same index
+
+
+def startup_warning() -> str | None:
+    """One line for ComfyUI's log on what is missing or too old, read without importing anything; None if
+    all is well."""
+    missing = {name: text for name in (*REQUIRED, *OPTIONAL) if (text := _shortcoming(name))}
+    for name, precisions in OPTIONAL.items():
+        if name in missing:
+            missing[name] += f" (only {precisions} use it)"
+    return f"{'; '.join(missing.values())}. {_install(*missing)}" if missing else None
+
+
+def require_libraries(*names: str) -> None:
+    """Import these libraries, or those that every component needs.
+
+    Raises FireRedError with what is needed, what is here and the command that installs it.
+    """
+    wanted = names or tuple(REQUIRED)
+    missing = {name: text for name in wanted if (text := _shortcoming(name))}
+    if missing:
+        raise FireRedError(f"{'; '.join(missing.values())}. {_install(*missing)}")
+    for name in wanted:
+        try:
+            library = importlib.import_module(name)
+            for used in REQUIRED.get(name, ()):
+                getattr(library, used)
+        except Exception as error:  # a broken build raises whatever it likes
+            cause = _first_cause(error)
+            said = f"{type(cause).__name__}: {(str(cause).strip() or 'no message').splitlines()[0]}"
+            raise FireRedError(
+                f"{name} {_version(name)} is here, but it cannot be imported ({said}). "
+                f"{_install(name, options=_repair(cause))}"
+            ) from error
+
+
+def _shortcoming(name: str) -> str | None:
+    """What is wrong with a library, as far as its version tells: it is not here, or too old."""
+    oldest, found = OLDEST.get(name), _version(name)
+    needed = f"{name} {oldest} or later is needed" if oldest else f"{name} is needed"
+    if found is None:
+        return f"{needed}, none is installed"
+    if oldest and _numbers(found) and _numbers(found) < _numbers(oldest):
+        return f"{needed}, {found} is here"
+    return None
+
+
+def _version(name: str) -> str | None:
+    """The version of the library that an import would find; None where there is none."""
+    loaded = getattr(sys.modules.get(name), "__version__", None)
+    if loaded:
+        return str(loaded)
+    try:
+        if importlib.util.find_spec(name) is None:
+            return None
+        return importlib.metadata.version(name) or "of an unknown version"
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return "of an unknown version"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """(2, 7) of "2.7.1+cu126": what minimums are compared by."""
+    return tuple(map(int, re.findall(r"\d+", version.partition("+")[0])[:2]))
+
+
+def _repair(cause: BaseException) -> str:
+    """What pip needs to be told beside the name of a library that cannot be imported."""
+    # An ImportError is about what the library stands on, which pip then installs in the version it wants.
+    return "" if isinstance(cause, ImportError) else "--force-reinstall --no-deps "
+
+
+def _install(*names: str, options: str = "") -> str:
+    """The command, for this Python, that installs the libraries."""
+    python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
+    commands = []
+    if set(names) & set(OF_TORCH):
+        commands.append(_install_torch(python))
+    if wanted := [f'"{name}>={OLDEST[name]}"' for name in names if name not in OF_TORCH]:
+        commands.append(f"{python} -m pip install {options}{' '.join(wanted)}")
+    return f"Install with: {' and then: '.join(commands)} and restart ComfyUI."
+
+
+def _install_torch(python: str) -> str:
+    """For the newest release that has kernels for every card an older one can have run on."""
+    if torch.version.hip or getattr(torch.version, "xpu", None):
+        return "the newest build for your card from https://pytorch.org/get-started/locally"
+    return f"{python} -m {install_line('sm_60')}"
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """diffusers and transformers wrap what went wrong in what they could not do then."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

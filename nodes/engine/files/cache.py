@@ -1,0 +1,220 @@
+"""Derived files kept on disk, from quantised weights to embeddings: safe to delete, never half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import struct
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from ..errors import CheckpointError
+from ..notices import first_time
+from .checkpoint import DTYPE_NAMES, Layout, read_header, read_tensors
+
+log = logging.getLogger("FireRed")
+
+SUFFIX = ".firered.safetensors"  # of every file that is ours to delete
+ABANDONED_SECONDS = 86_400  # after which a partial file is nobody's
+PROCESS = uuid.uuid4().hex[:12]  # process ids repeat in containers that share a folder
+
+
+@dataclass(frozen=True)
+class DiskCache:
+    """A folder of derived files, together under `limit` bytes; least recently used go first."""
+
+    folder: Path
+    limit: int
+
+    def find(self, name: str) -> Path | None:
+        """The file of that name, marked as just used, or None."""
+        path = self.path(name)
+        with contextlib.suppress(OSError):  # a folder we may only read is as good
+            os.utime(path)
+        return path if os.path.isfile(path) else None
+
+    def create(self, name: str, layout: Layout) -> CacheWriter | None:
+        """A writer for a new file of that name, room having been made; None where it cannot be (logged)."""
+        size = sum(_nbytes(dtype, shape) for dtype, shape in layout.values())
+        try:
+            self._make_room(size)
+            return CacheWriter(self.path(name), layout)
+        except OSError as error:
+            warn_not_kept(self.path(name), error)
+            return None
+
+    def read(self, name: str) -> dict[str, torch.Tensor] | None:
+        """The tensors of a small file, on the CPU, or None where it is missing or damaged."""
+        path = self.find(name)
+        try:
+            return dict(read_tensors(path)) if path else None
+        except (OSError, CheckpointError):
+            return None
+
+    def map(self, name: str) -> dict[str, torch.Tensor] | None:
+        """The tensors of a large file, which stay on disk and are read where they are used; else as read().
+
+        Deleting the file, by any process, leaves them whole. Nobody shortens a file of ours: it is replaced.
+        """
+        path = self.find(name)
+        try:
+            if path is None:
+                return None
+            read_header(path)  # that all bytes are there: a map of missing ones would end this process
+            return load_file(path)
+        except (OSError, SafetensorError, CheckpointError):
+            return None
+
+    def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep a few small tensors, whole or not at all. Raises OSError where the disk does not take them."""
+        content = save({key: tensor.contiguous().cpu() for key, tensor in tensors.items()})
+        self._make_room(len(content))
+        partial = _partial(self.path(name))
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self.path(name))
+        finally:
+            _delete(partial)
+
+    def remove(self, name: str) -> None:
+        """Delete a file if it is there and can be."""
+        _delete(self.path(name))
+
+    def path(self, name: str) -> Path:
+        """Where the file of that name is or would be."""
+        return self.folder / f"{name}{SUFFIX}"
+
+    def _make_room(self, size: int) -> None:
+        """Delete our own least recently used files until `size` more bytes stay under the limit."""
+        if size > self.limit:
+            raise OSError(f"the cache's limit is {self.limit / 2**30:.1f} GiB")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left_over, stat in self._files(f"*{SUFFIX}.*.partial"):
+            if time.time() - stat.st_mtime > ABANDONED_SECONDS:
+                _delete(left_over)
+        used = 0
+        for path, stat in sorted(self._files(f"*{SUFFIX}"), key=lambda file: -file[1].st_mtime):
+            used += stat.st_size
+            if used > self.limit - size:
+                _delete(path)
+
+    def _files(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
+        """What is there; another server may be deleting."""
+        for path in self.folder.glob(pattern):
+            with contextlib.suppress(OSError):
+                yield path, path.lstat()
+
+
+class CacheWriter:
+    """Writes one safetensors file tensor by tensor, so that it never needs to be in memory whole.
+
+    Nothing bears the final name until every tensor is there. A disk that fills up ends the writing, not the
+    run.
+    """
+
+    def __init__(self, path: Path, layout: Layout):
+        self._path, self._partial = path, _partial(path)
+        self._missing = set(layout)
+        self._places: dict[str, int] = {}
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, (dtype, shape) in layout.items():
+            end = offset + _nbytes(dtype, shape)
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            self._places[name] = offset
+            offset = end
+        encoded = json.dumps(header).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._start = 8 + len(encoded)
+        self._file = self._partial.open("wb")
+        try:
+            self._file.write(struct.pack("<Q", len(encoded)) + encoded)
+        except OSError:
+            self.abandon()
+            raise
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one of the layout's tensors, from any device."""
+        if self._file.closed:
+            return
+        try:
+            self._file.seek(self._start + self._places[name])
+            self._file.write(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+            self._missing.discard(name)
+        except OSError as error:
+            self._give_up(error)
+
+    def finish(self) -> None:
+        """Give the file its name if it is complete."""
+        if self._file.closed:
+            return
+        if self._missing:
+            self.abandon()
+            return
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._partial, self._path)
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        warn_not_kept(self._path, error)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Leave nothing behind."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        _delete(self._partial)
+
+
+def warn_not_kept(path: Path, error: OSError) -> None:
+    """Say that a file is not kept, once for a folder and a reason: there may be hundreds of files."""
+    reason = error.strerror or str(error)
+    if first_time("not kept", path.parent, reason):
+        log.warning(
+            "not caching %s: %s. Nothing is lost, the next start computes it again. Other files of this "
+            "folder may fare alike; that is not said again.",
+            path, reason,
+        )  # fmt: skip
+
+
+def digest(*parts: object) -> str:
+    """A name for something that depends on all these parts and nothing else: tensors and bytes by content."""
+    hashed = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            hashed.update(repr((part.dtype, part.shape)).encode())
+            part = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        content = part if isinstance(part, bytes) else repr(part).encode()
+        hashed.update(len(content).to_bytes(8, "little") + content)
+    return hashed.hexdigest()[:32]
+
+
+def _partial(path: Path) -> Path:
+    """Where a file is written before it gets its name: this process's own, on whichever machine."""
+    return path.with_name(f"{path.name}.{PROCESS}.partial")
+
+
+def _delete(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize

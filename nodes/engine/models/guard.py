@@ -1,0 +1,142 @@
+"""No NaN or infinity passes a component unnoticed: a black image always has a named cause."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..errors import NonFiniteError
+from ..limits import Choice
+from ..weights.components import ComponentSpec
+from ..weights.precision import ROLE_PRECISIONS
+from .trace import FP16_MAX, Culprit, find_culprit, magnitude, tensors_in, watch_outputs
+
+log = logging.getLogger("FireRed")
+
+STOP, WARN, OFF = GUARDS = ("stop", "warn", "off")
+GUARD = Choice("guard", GUARDS)
+Trace = Callable[[], Culprit | None]
+SAFE_PRECISIONS = ("fp32", "int8")  # FP32's range on every card
+
+
+class Guard:
+    """Watches what one component computes during one run.
+
+    level: `stop` raises NonFiniteError, `warn` logs the first trouble of the run in the same words and goes
+    on, `off` looks at nothing.
+    """
+
+    def __init__(self, spec: ComponentSpec, level: str = STOP):
+        self.spec, self._level = spec, GUARD.require(level)
+        self._largest = 0.0  # of what passed so far
+        self._warned = False
+
+    def check(
+        self,
+        tensor: torch.Tensor,
+        what: str,
+        trace: Trace | None = None,
+        peaks: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:
+        """Return `tensor` unchanged after one read of it and one copy of a few bytes to the host.
+
+        what: it in words, with the step if there is one. trace: repeats the forward to find the module, asked
+        on trouble only. peaks: as watch_clipping yields them.
+        """
+        if self._level == OFF:
+            return tensor
+        largest, *inside = torch.stack([magnitude(tensor), *(p.to(tensor.device) for p in peaks)]).tolist()
+        clipped = any(peak >= FP16_MAX for peak in inside)
+        if math.isfinite(largest) and not clipped:
+            self._largest = max(self._largest, largest)
+        elif not self._warned:
+            message = self._message(tensor, what, trace)
+            if self._level == STOP:
+                raise NonFiniteError(message)
+            self._warned = True
+            log.warning("%s", message)
+        return tensor
+
+    def run(self, forward: Callable[[], torch.Tensor], what: str, model: torch.nn.Module) -> torch.Tensor:
+        """What `forward` gives, checked. It calls `model`, and is repeated on trouble to find the module."""
+        with self.watch_clipping(model) as peaks:
+            result = forward()
+        return self.check(result, what, functools.partial(find_culprit, model, forward), peaks)
+
+    @contextmanager
+    def watch_clipping(self, transformer: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+        """Collect the largest magnitude (0-d) that each block gives inside the context; FP16 only.
+
+        diffusers clips a block's FP16 infinities to +-65504, and its predictions may be wrong but finite.
+        """
+        peaks: list[torch.Tensor] = []
+
+        def keep(name: str, block: torch.nn.Module, args: Any, output: Any) -> None:
+            peaks.extend(magnitude(tensor) for tensor in tensors_in(output))
+
+        blocks: Any = ()
+        if self._level != OFF and self.spec.math is torch.float16:
+            blocks = getattr(transformer, "transformer_blocks", ())
+        with watch_outputs({str(number): block for number, block in enumerate(blocks)}, keep):
+            yield peaks
+
+    def _message(self, tensor: torch.Tensor, what: str, trace: Trace | None) -> str:
+        finite = bool(tensor.isfinite().all())
+        wrong = f"{what} was clipped to FP16's limit of 65504 inside" if finite else _count(tensor, what)
+        said = [f"{wrong}, computed by the {self.spec}."]
+        if self._largest:
+            said.append(f"What it computed before stayed within {self._largest:.4g}.")
+        culprit = trace() if trace is not None else None
+        if culprit is not None:
+            said.append(f"First to break: {culprit}.")
+        said.append("The image would be wrong." if finite else "The image would be black.")
+        if trace is not None and culprit is None:
+            said.append(
+                "A traced repeat stayed finite, so this is not reproducible: suspect the card (memory, heat, "
+                "copies between cards). Run it again, or on another device."
+            )
+        else:
+            said.append(_remedy(self.spec, culprit))
+        return " ".join(said)
+
+
+def require_finite(
+    tensor: torch.Tensor, what: str, spec: ComponentSpec, trace: Trace | None = None, guard: str = STOP
+) -> torch.Tensor:
+    """Return what a component computed unchanged, or raise NonFiniteError.
+
+    what: the tensor in words. The error says how many bad values it holds, which component made them at which
+    precision on which card, which module broke if there is a `trace` to find it, and what to change.
+    """
+    return Guard(spec, guard).check(tensor, what, trace)
+
+
+def require_finite_input(tensor: torch.Tensor, what: str) -> torch.Tensor:
+    """Return what another node made unchanged, or raise NonFiniteError saying how many bad values it held."""
+    if bool(tensor.isfinite().all()):
+        return tensor
+    raise NonFiniteError(f"{_count(tensor, what)}. The image would be black: check the node that made it.")
+
+
+def _remedy(spec: ComponentSpec, culprit: Culprit | None) -> str:
+    fp16 = torch.float16 in (spec.math, spec.precision.storage) or spec.precision.fp16_inside
+    if culprit is not None and culprit.bad_parameters and not fp16:
+        names = " and ".join(culprit.bad_parameters)
+        return f"Its {names} holds NaN or infinity: the file is damaged. Download the {spec.role} again."
+    if spec.math is torch.float32 and not fp16:
+        return "Check the checkpoint: even FP32 arithmetic overflowed."
+    names = " or ".join(name for name in SAFE_PRECISIONS if name in ROLE_PRECISIONS[spec.role])
+    forced = ", and math to fp32" if spec.role == "transformer" else ""
+    return f"Set its precision to {names}{forced}: safe on every card."
+
+
+def _count(tensor: torch.Tensor, what: str) -> str:
+    bad = tensor[~tensor.isfinite()]
+    nans = int(bad.isnan().sum())
+    return f"{what} holds {nans} NaN and {bad.numel() - nans} infinite values of {tensor.numel()}"

@@ -1,0 +1,257 @@
+"""Qwen-Image's transformer: the forward is ours, its weights keep the names diffusers gives them.
+
+It computes what diffusers' QwenImageTransformer2DModel computes (the tests hold it equal). What depends on
+the timestep alone comes in as an argument, see modulation.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn import Linear, Module, ModuleList
+
+from ..latents import LATENT_CHANNELS, PATCH
+from .config import TransformerConfig
+from .modulation import Modulation, StepModulation
+
+EPS = 1e-6  # of every norm
+ROTARY_BASE = 10_000
+TOKEN_CHANNELS = LATENT_CHANNELS * PATCH**2
+FP16_MAX = torch.finfo(torch.float16).max
+IMAGE, TEXT = 0, 1  # the two streams, as the modulation orders them
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+# Query, key, value (1, heads, tokens, head size) and a mask (1, 1, 1, tokens) or None, to what is attended.
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention by torch's fastest kernel for the card."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def rotary_embedding(
+    config: TransformerConfig, grids: Sequence[tuple[int, int]], text_tokens: int, device: torch.device
+) -> Rotary:
+    """Rotations for the image's and the text's tokens, complex64, each (tokens, head size / 2).
+
+    grids: rows and columns of tokens of what is denoised and of each reference. Positions count from each
+    picture's middle; the text's come after the largest of them.
+    """
+    parts = []
+    for number, (rows, columns) in enumerate(grids):
+        row, column = (torch.arange(side) - (side - side // 2) for side in (rows, columns))
+        parts.append(torch.cartesian_prod(torch.tensor([number]), row, column))
+    start = max(max(rows // 2, columns // 2) for rows, columns in grids)
+    text = (start + torch.arange(text_tokens)).unsqueeze(1).expand(-1, len(config.axes))
+    return _rotations(torch.cat(parts), config.axes).to(device), _rotations(text, config.axes).to(device)
+
+
+def _rotations(positions: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
+    """positions (tokens, axes) to (tokens, half the sum of axes) complex64."""
+    angles = []
+    for axis, channels in enumerate(axes):
+        frequencies = 1.0 / torch.pow(ROTARY_BASE, torch.arange(0, channels, 2).float() / channels)
+        angles.append(torch.outer(positions[:, axis], frequencies))
+    angle = torch.cat(angles, dim=1)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+class RMSNorm(Module):
+    """Root mean square norm over the last dimension (https://huggingface.co/papers/1910.07467)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, EPS)
+
+
+class Attention(Module):
+    """Both streams attend over both."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        width, size = config.width, config.head_size
+        self.to_q, self.to_k, self.to_v = (Linear(width, width) for _ in range(3))
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (Linear(width, width) for _ in range(3))
+        self.norm_q, self.norm_k, self.norm_added_q, self.norm_added_k = (RMSNorm(size) for _ in range(4))
+        self.to_out = ModuleList([Linear(width, width)])
+        self.to_add_out = Linear(width, width)
+        self.head_size = size
+
+    def forward(
+        self,
+        image: torch.Tensor,
+        text: torch.Tensor,
+        rotary: Rotary,
+        mask: torch.Tensor | None,
+        attend: Attend,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """image (1, I, width), text (1, T, width), both normed and modulated, to what is added to each."""
+        text_tokens = text.shape[1]
+        # One after the other, so that no more than the joined three are held at once.
+        query = torch.cat(
+            [
+                _rotate(self.norm_added_q(self._heads(self.add_q_proj(text))), rotary[TEXT]),
+                _rotate(self.norm_q(self._heads(self.to_q(image))), rotary[IMAGE]),
+            ],
+            dim=1,
+        )
+        key = torch.cat(
+            [
+                _rotate(self.norm_added_k(self._heads(self.add_k_proj(text))), rotary[TEXT]),
+                _rotate(self.norm_k(self._heads(self.to_k(image))), rotary[IMAGE]),
+            ],
+            dim=1,
+        )
+        value = torch.cat([self._heads(self.add_v_proj(text)), self._heads(self.to_v(image))], dim=1)
+        attended = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask)
+        attended = attended.transpose(1, 2).flatten(2)
+        return self.to_out[0](attended[:, text_tokens:]), self.to_add_out(attended[:, :text_tokens])
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.head_size))
+
+
+class GELU(Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.proj = Linear(width, hidden)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(Module):
+    def __init__(self, width: int):
+        super().__init__()
+        # The middle one stands where diffusers has a dropout, so that names agree.
+        self.net = ModuleList([GELU(width, 4 * width), Module(), Linear(4 * width, width)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class Block(Module):
+    """Attention over both streams, then an MLP for each."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.attn = Attention(config)
+        self.img_mlp, self.txt_mlp = FeedForward(config.width), FeedForward(config.width)
+
+    def forward(
+        self,
+        image: torch.Tensor,
+        text: torch.Tensor,
+        modulation: torch.Tensor,
+        targets: int,
+        rotary: Rotary,
+        mask: torch.Tensor | None = None,
+        attend: Attend = attend,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """image (1, I, width) and text (1, T, width) after this block.
+
+        modulation: (rows, 2, 6 * width), as StepModulation.blocks. targets: how many of the image's tokens
+        are being denoised: they come first and take the first row, references the last.
+        """
+        of_image = _parts(modulation[:, IMAGE], targets)
+        of_text = _parts(modulation[:1, TEXT], text.shape[1])
+        attended = self.attn(_modulate(image, of_image, 0), _modulate(text, of_text, 0), rotary, mask, attend)
+        image, text = _add_gated(image, attended[0], of_image, 2), _add_gated(text, attended[1], of_text, 2)
+        del attended
+        image = _add_gated(image, self.img_mlp(_modulate(image, of_image, 3)), of_image, 5)
+        text = _add_gated(text, self.txt_mlp(_modulate(text, of_text, 3)), of_text, 5)
+        if image.dtype == torch.float16:  # as diffusers does; the guard counts it as trouble
+            image, text = image.clip(-FP16_MAX, FP16_MAX), text.clip(-FP16_MAX, FP16_MAX)
+        return image, text
+
+
+class QwenImageTransformer(Module):
+    """The whole model but for what the timestep alone decides, which a StepModulation brings."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.img_in, self.txt_in = (
+            Linear(TOKEN_CHANNELS, config.width),
+            Linear(config.text_width, config.width),
+        )
+        self.txt_norm = RMSNorm(config.text_width)
+        self.transformer_blocks = ModuleList(Block(config) for _ in range(config.layers))
+        self.proj_out = Linear(config.width, TOKEN_CHANNELS)
+
+    def forward(
+        self,
+        image: torch.Tensor,
+        text: torch.Tensor,
+        modulation: StepModulation,
+        rotary: Rotary,
+        targets: int,
+        mask: torch.Tensor | None = None,
+        attend: Attend = attend,
+    ) -> torch.Tensor:
+        """The velocity (1, targets, 64) predicted for the first `targets` tokens.
+
+        image: (1, I, 64), what is denoised followed by references. text: (1, T, text_width). rotary:
+        see rotary_embedding. mask: (1, T) bool, False for text tokens that do not count; None where all do.
+        """
+        image, text = self.img_in(image), self.txt_in(self.txt_norm(text))
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(1, image.shape[1])], dim=1)[:, None, None]
+        for number, block in enumerate(self.transformer_blocks):
+            image, text = block(image, text, modulation.blocks[:, number], targets, rotary, mask, attend)
+        scale, shift = modulation.out.chunk(2)
+        normed = F.layer_norm(image[:, :targets], (image.shape[-1],), eps=EPS)
+        return self.proj_out(torch.addcmul(shift, normed, 1 + scale))
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """A loaded transformer. arithmetic: the kernels its layers chose by a test on the card, in words."""
+
+    model: QwenImageTransformer
+    modulation: Modulation
+    arithmetic: str
+
+
+# Rows of a modulation (6, width), each with the tokens it is for.
+_Parts = list[tuple[slice, torch.Tensor]]
+
+
+def _parts(modulation: torch.Tensor, targets: int) -> _Parts:
+    """modulation: (1 or 2, 6 * width)."""
+    rows = modulation.unflatten(-1, (6, -1))
+    if len(rows) == 1:
+        return [(slice(None), rows[0])]
+    return [(slice(None, targets), rows[0]), (slice(targets, None), rows[1])]
+
+
+def _modulate(x: torch.Tensor, parts: _Parts, first: int) -> torch.Tensor:
+    """Layer norm, then shift and scale: rows `first` and `first + 1` of the modulation."""
+    normed = F.layer_norm(x, (x.shape[-1],), eps=EPS)
+    return _join_parts(
+        [torch.addcmul(rows[first], normed[:, tokens], 1 + rows[first + 1]) for tokens, rows in parts]
+    )
+
+
+def _add_gated(x: torch.Tensor, change: torch.Tensor, parts: _Parts, gate: int) -> torch.Tensor:
+    """x + gate * change."""
+    return _join_parts([torch.addcmul(x[:, tokens], rows[gate], change[:, tokens]) for tokens, rows in parts])
+
+
+def _join_parts(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _rotate(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
+    """x (1, tokens, heads, head size), its channels in pairs as complex numbers, times the rotations."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotations.unsqueeze(1)).flatten(-2).to(x.dtype)

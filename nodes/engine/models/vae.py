@@ -1,0 +1,188 @@
+"""Pictures to reference latents and latents to pictures, one frame at a time."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+
+from ..arithmetic import exact_fp32
+from ..cards.transfer import cross
+from ..images import from_pixels
+from ..latents import MEGAPIXEL, MIN_SIZE, TOKEN_PIXELS, VAE_SCALE, dimensions_for_area, require_latents
+from ..limits import REFERENCE_MEGAPIXELS, TILING
+from ..weights.components import ComponentSpec, require_room
+from ..weights.estimates import SMALLEST_TILE, decode_bytes
+from .guard import STOP, Guard, require_finite_input
+
+log = logging.getLogger("FireRed")
+
+# Latents around a tile that its pixels depend on. The decoder's part that is tiled sees 12.25: six 3x3
+# convolutions at each of the scales 1, 2, 4 and 8, one after each of the three upsamplings, and the last.
+HALO = 13
+TILES = (96, 64, SMALLEST_TILE)  # latents a side, halo included
+
+
+@torch.inference_mode()
+@exact_fp32()
+def encode_reference(
+    vae: diffusers.AutoencoderKLQwenImage,
+    spec: ComponentSpec,
+    picture: Image.Image,
+    megapixels: float,
+    guard: str = STOP,
+) -> torch.Tensor:
+    """The picture's raw latents (1, 16, 1, h, w), FP32 on the VAE's device, in multiples of 32 pixels."""
+    area = REFERENCE_MEGAPIXELS.require(megapixels) * MEGAPIXEL
+    width, height = dimensions_for_area(area, picture.width / picture.height)
+    width, height = max(width, MIN_SIZE), max(height, MIN_SIZE)
+    pixels = VaeImageProcessor(vae_scale_factor=TOKEN_PIXELS).preprocess(picture, height, width).unsqueeze(2)
+
+    def encode() -> torch.Tensor:
+        moments = vae.quant_conv(vae.encoder(pixels.to(spec.device, spec.math)))
+        return moments.chunk(2, dim=1)[0].float()  # the distribution's mode is its mean
+
+    return Guard(spec, guard).run(encode, f"The reference latent of a {width}x{height} picture", vae)
+
+
+@torch.inference_mode()
+@exact_fp32()
+def decode(
+    vae: diffusers.AutoencoderKLQwenImage,
+    spec: ComponentSpec,
+    samples: torch.Tensor,
+    tiling: str = "auto",
+    free: float = math.inf,
+    guard: str = STOP,
+) -> torch.Tensor:
+    """Decode raw latents (B, 16, 1, h, w) or (B, 16, h, w) into an IMAGE (B, 8h, 8w, 3), 0 to 1, FP32 on the
+    CPU.
+
+    tiling: `whole`, `tiled`, or `auto`: whole where that fits into `free` bytes, else in tiles. Should memory
+    run out all the same, the next smaller tiles are tried (not for `whole`). Tiles equal the whole but for
+    float rounding. guard: what to do about NaN and infinity, one of guard.GUARDS.
+    Raises InputError for latents of another shape and NonFiniteError for NaN in or out.
+    """
+    latents = require_latents(samples, "The latent to decode")
+    if guard == STOP:
+        require_finite_input(latents, "The latent to decode")
+    *_, height, width = latents.shape
+    tiles = _tiles(spec, height, width, tiling, free)
+    watched = Guard(spec, guard)
+    return torch.cat([from_pixels(_decode_one(vae, watched, raw, tiles)) for raw in latents.split(1)])
+
+
+def decoding_bytes(spec: ComponentSpec, height: int, width: int, tiling: str) -> int:
+    """What decoding latents of that size takes at least beside the weights."""
+    smallest = _tiles(spec, height, width, tiling, 0)[-1]
+    return decode_bytes(spec.checkpoint, spec.math, height, width, smallest, spec.fused)
+
+
+def require_room_to_decode(spec: ComponentSpec, height: int, width: int, tiling: str, room: float) -> None:
+    """Raise DoesNotFitError where latents of that size will not decode in `room` bytes, weights included."""
+    how = "whole" if tiling == "whole" else "even in tiles"
+    advice = "Set tiling to auto" if tiling == "whole" else "Choose another device for the VAE"
+    require_room(
+        spec,
+        decoding_bytes(spec, height, width, tiling),
+        room,
+        f"Decoding {width * VAE_SCALE}x{height * VAE_SCALE} {how}",
+        f"{advice}, or sample a smaller picture. What was sampled is kept.",
+    )
+
+
+def _tiles(spec: ComponentSpec, height: int, width: int, tiling: str, free: float) -> list[int]:
+    """The tile sizes to try, in turn."""
+    whole = max(height, width)
+    if TILING.require(tiling) == "whole":
+        return [whole]
+    smaller = [tile for tile in TILES if tile < whole] or [whole]
+    if tiling == "tiled":
+        return smaller
+    sizes = [whole, *smaller]
+    costs = [decode_bytes(spec.checkpoint, spec.math, height, width, size, spec.fused) for size in sizes]
+    fitting = [size for size, cost in zip(sizes, costs, strict=True) if cost <= free]
+    return fitting or sizes[-1:]
+
+
+def _decode_one(
+    vae: diffusers.AutoencoderKLQwenImage, guard: Guard, raw: torch.Tensor, tiles: list[int]
+) -> torch.Tensor:
+    """Pixels (1, 3, 1, 8h, 8w). Sizes for which memory runs out are taken off `tiles`, for all pictures."""
+    spec = guard.spec
+
+    def attend() -> torch.Tensor:
+        part = vae.post_quant_conv(cross(raw, spec.device).to(spec.math))
+        return vae.decoder.mid_block(vae.decoder.conv_in(part))
+
+    features = guard.run(attend, "The picture being decoded", vae)
+    while len(tiles) > 1:
+        try:
+            return _decode_features(vae, guard, features, tiles[0])
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            tile, smaller, *_ = (size * VAE_SCALE for size in tiles)
+            log.warning(
+                "%s is out of memory for tiles of %d pixels: decoding in tiles of %d",
+                spec.card,
+                tile,
+                smaller,
+            )
+        del tiles[0]
+    return _decode_features(vae, guard, features, tiles[0])
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Also where the device's allocator has no error type of its own."""
+    said = ("out of memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
+
+
+def _decode_features(
+    vae: diffusers.AutoencoderKLQwenImage, guard: Guard, features: torch.Tensor, tile: int
+) -> torch.Tensor:
+    """What is left after attention over the whole picture, tile by tile: pixels (1, 3, 1, 8h, 8w) on the CPU.
+
+    Only convolutions and norms of single pixels are left, so a tile with its halo gives the same pixels.
+    """
+    *_, height, width = features.shape
+    pixels = torch.empty(1, 3, 1, height * VAE_SCALE, width * VAE_SCALE)
+    for rows, needed_rows in _spans(height, tile):
+        for columns, needed_columns in _spans(width, tile):
+            upsample = functools.partial(_upsample, vae.decoder, features[..., needed_rows, needed_columns])
+            part = guard.run(upsample, "The decoded picture", vae)
+            inner = part[..., _inside(rows, needed_rows), _inside(columns, needed_columns)]
+            pixels[..., _in_pixels(rows), _in_pixels(columns)] = inner.clamp(-1, 1).cpu()
+    return pixels
+
+
+def _upsample(decoder: Any, features: torch.Tensor) -> torch.Tensor:
+    """The decoder's layers after its attention: (1, C, 1, h, w) to pixels (1, 3, 1, 8h, 8w) in FP32."""
+    for block in decoder.up_blocks:
+        features = block(features)
+    return decoder.conv_out(decoder.nonlinearity(decoder.norm_out(features))).float()
+
+
+def _spans(length: int, tile: int) -> Iterator[tuple[slice, slice]]:
+    """Cut a side of `length` latents into spans, each with what it needs around it: at most about a tile."""
+    count = 1 if length <= tile else math.ceil((length - 2 * HALO) / (tile - 2 * HALO))
+    edges = [HALO + round(number * (length - 2 * HALO) / count) for number in range(1, count)]
+    for start, end in itertools.pairwise([0, *edges, length]):
+        yield slice(start, end), slice(max(start - HALO, 0), min(end + HALO, length))
+
+
+def _inside(span: slice, needed: slice) -> slice:
+    return _in_pixels(slice(span.start - needed.start, span.stop - needed.start))
+
+
+def _in_pixels(latents: slice) -> slice:
+    return slice(latents.start * VAE_SCALE, latents.stop * VAE_SCALE)

@@ -1,0 +1,1 @@
+"""How large activations get inside a model, measured, judged and drawn."""

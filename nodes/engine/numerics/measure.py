@@ -1,0 +1,162 @@
+"""How large a model's activations get, block by block, measured in forwards it really runs."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..errors import InputError
+from ..latents import draw_noise, normalize, pack, pad_to_patches, require_latents
+from ..limits import STEPS, require_text
+from ..models.guard import OFF, require_finite_input
+from ..models.text import TextEncoder
+from ..models.trace import FP16_MAX, tensors_in, watch_outputs
+from ..models.transformer import Transformer
+from ..progress import OnProgress, untold
+from ..sampling.conditioning import POSITIVE
+from ..sampling.sampling import SamplingPlan
+from ..sampling.workers import LocalWorker
+from ..weights.components import ComponentSpec
+from .ranges import OUTLIER, BlockRange
+
+BLOCKS = re.compile(r"(transformer_blocks|visual\.blocks|language_model\.layers)\.(\d+)(\..*)?")
+MAX_STEPS = 6  # a forward and a line in the chart each
+TOWERS = {"visual.blocks": "vision tower", "language_model.layers": "language model"}
+
+
+def parse_steps(text: str, steps: int) -> list[int]:
+    """Step numbers from 1, as in "1, 20, 40"; those past the last mean the last. Raises InputError."""
+    steps, parts = STEPS.require(steps), require_text(text, "look_at").replace(",", " ").split()
+    try:
+        numbers = sorted({min(int(part), steps) for part in parts})
+    except ValueError:
+        numbers = []
+    if not 1 <= len(numbers) <= MAX_STEPS or numbers[0] < 1:
+        raise InputError(
+            f"look_at is {text!r}; write up to {MAX_STEPS} step numbers, 1 to {steps}, such as 1, {steps}."
+        )
+    return numbers
+
+
+def measure_transformer(
+    transformer: Transformer,
+    plan: SamplingPlan,
+    steps: Sequence[int],
+    samples: torch.Tensor | None = None,
+    on_progress: OnProgress = untold,
+) -> dict[str, list[BlockRange]]:
+    """The positive branch's ranges at `steps` (from 1), by a label for each.
+
+    samples: raw latents (B, 16, 1, h, w) of the plan's size whose first picture, noised to a step's level, is
+    the state looked at; without any, or with zeros, it is noise alone. Raises InputError and NonFiniteError.
+    """
+    looked_at = {POSITIVE: plan.conditions[POSITIVE]}
+    worker = LocalWorker(transformer, plan.spec, plan.schedule, plan.padded_size, looked_at, OFF)
+    noise = pack(next(draw_noise(plan.padded_size, plan.seed, plan.draws)))
+    picture = torch.zeros_like(noise)
+    if samples is not None and bool(samples.any()):
+        picture = _packed(plan.spec, samples)
+    ranges = {}
+    for done, step in enumerate(steps, start=1):
+        sigma = plan.schedule.sigmas[step - 1]
+        latents = ((1 - sigma) * picture + sigma * noise).to(plan.spec.device)
+        forward = functools.partial(worker.predict, latents, step - 1)
+        ranges[f"step {step}"] = measure(transformer.model, forward)
+        on_progress(done, len(steps))
+    return ranges
+
+
+def measure_text_encoder(
+    encoder: TextEncoder, prompt: str, pictures: Sequence[Image.Image]
+) -> dict[str, list[BlockRange]]:
+    """The ranges of the vision tower (if there are pictures) and of the language model, by their names."""
+    blocks = measure(encoder.model, lambda: encoder.encode(prompt, pictures, guard=OFF))
+    return {
+        label: tower
+        for prefix, label in TOWERS.items()
+        if (tower := [block for block in blocks if block.name.startswith(prefix)])
+    }
+
+
+@torch.inference_mode()
+def measure(model: torch.nn.Module, forward: Callable[[], object]) -> list[BlockRange]:
+    """Run `forward`, which calls `model`, and return the ranges of the blocks in the order they ran.
+
+    Adds a read of each activation and of each linear layer's input and, at the end, one copy to the host.
+    Leaves no hook behind.
+    """
+    tallies: dict[str, _Tally] = {}
+    inside = {name: module for name, module in model.named_modules() if BLOCKS.fullmatch(name)}
+
+    def watch(name: str, module: torch.nn.Module, args: Any, output: Any) -> None:
+        match = BLOCKS.fullmatch(name)
+        assert match is not None
+        tally = tallies.setdefault(f"{match[1]}.{match[2]}", _Tally())
+        for tensor in tensors_in(output):
+            tally.add_output(tensor)
+        if hasattr(module, "in_features"):
+            for tensor in tensors_in(args):
+                tally.add_column_input(tensor)
+
+    with watch_outputs(inside, watch):
+        forward()
+    if not tallies:
+        return []
+    totals = [tally.totals() for tally in tallies.values()]
+    rows = torch.stack([total.to(totals[0].device) for total in totals]).tolist()
+    return [
+        BlockRange(name, largest, outliers / max(tally.columns, 1), overflows / tally.channels)
+        for (name, tally), (largest, outliers, overflows) in zip(tallies.items(), rows, strict=True)
+    ]
+
+
+class _Tally:
+    """A block's counts while it runs, on its device: nothing waits for it before the end."""
+
+    def __init__(self) -> None:
+        self._peaks: list[torch.Tensor] = []
+        self._outliers: list[torch.Tensor] = []
+        self._overflows: list[torch.Tensor] = []
+        self.columns = self.channels = 0
+
+    def add_output(self, tensor: torch.Tensor) -> None:
+        """tensor: (..., channels)."""
+        peaks = _channel_peaks(tensor)
+        self._peaks.append(peaks.max())
+        self._overflows.append(_count_reaching(peaks, FP16_MAX))
+        self.channels += peaks.numel()
+
+    def add_column_input(self, tensor: torch.Tensor) -> None:
+        """tensor: what a linear layer is given, (..., columns)."""
+        peaks = _channel_peaks(tensor)
+        self._peaks.append(peaks.max())
+        self._outliers.append(_count_reaching(peaks, OUTLIER))
+        self.columns += peaks.numel()
+
+    def totals(self) -> torch.Tensor:
+        """(3) FP32: the largest magnitude, outlier columns, overflowing channels."""
+        largest = torch.stack(self._peaks).max()
+        outliers = torch.stack([*self._outliers, torch.zeros_like(largest)]).sum()
+        return torch.stack([largest, outliers, torch.stack(self._overflows).sum()])
+
+
+def _channel_peaks(tensor: torch.Tensor) -> torch.Tensor:
+    """Each channel's largest magnitude, (channels) FP32; NaN comes through."""
+    lowest, highest = tensor.reshape(-1, tensor.shape[-1]).aminmax(dim=0)
+    return torch.maximum(-lowest, highest).float()
+
+
+def _count_reaching(peaks: torch.Tensor, limit: float) -> torch.Tensor:
+    """How many are at or past the limit, NaN included, 0-d FP32."""
+    return torch.logical_not(peaks < limit).sum().float()
+
+
+def _packed(spec: ComponentSpec, samples: torch.Tensor) -> torch.Tensor:
+    """The first picture of a LATENT's raw latents, normalised and packed: (1, tokens, 64) FP32 on the CPU."""
+    raw = require_finite_input(require_latents(samples, "The latent")[:1], "The latent").cpu().float()
+    return pack(normalize(pad_to_patches(raw), *spec.checkpoint.latent_statistics()))

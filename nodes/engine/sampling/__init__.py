@@ -1,0 +1,1 @@
+"""From conditioning to latents: schedule, loop, workers, and what makes a run resume."""

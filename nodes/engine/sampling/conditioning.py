@@ -1,0 +1,249 @@
+"""ComfyUI's CONDITIONING to and from what the sampler needs of it.
+
+A CONDITIONING is [[embeds (1, L, width), {"attention_mask": (1, L)?, "reference_latents": [raw latents]?}]],
+as core's TextEncodeQwenImageEditPlus makes it. Ours also says "image_size": (width, height) of the first
+picture, which a reference latent only holds rounded.
+
+Every other key is in one of the lists below, or said in the log once: nothing that would change the picture
+in core's sampler is dropped without a word.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from ..images import require_picture_count
+from ..latents import PATCH, VAE_SCALE, is_all_ones, require_latents, require_tensor
+from ..limits import as_number, shown
+from ..models.guard import require_finite_input
+from ..notices import first_time
+
+log = logging.getLogger("FireRed")
+
+OBEYED = {"attention_mask", "reference_latents", "reference_latents_method", "image_size"}
+# What changes nothing in core either, for this model and one entry: core's text encoders set the first, the
+# rest only acts with what is refused below.
+WITHOUT_EFFECT = {
+    "pooled_output",
+    "default",
+    "mask_strength",
+    "set_area_to_bounds",
+    "control_apply_to_uncond",
+}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A key that core's sampler obeys for this model and ours does not.
+
+    setters: the nodes that set it. is_neutral: whether core computes the same with this value as without.
+    """
+
+    setters: str
+    is_neutral: Callable[[Any], bool] = lambda value: value is None
+
+
+def _is_number(value: Any, lowest: float, highest: float) -> bool:
+    number = as_number(value)
+    return number is not None and lowest <= number <= highest
+
+
+PROPERTIES = "ConditioningSetProperties and its relatives"
+TIMESTEPS = f"ConditioningSetTimestepRange, {PROPERTIES}"
+HOOKS = f"SetClipHooks, SetModelHooksOnCond, {PROPERTIES}"
+REFUSED = {
+    "start_percent": Refusal(TIMESTEPS, lambda value: _is_number(value, -math.inf, 0)),
+    "end_percent": Refusal(TIMESTEPS, lambda value: _is_number(value, 1, math.inf)),
+    "clip_start_percent": Refusal(HOOKS, lambda value: _is_number(value, -math.inf, 0)),
+    "clip_end_percent": Refusal(HOOKS, lambda value: _is_number(value, 1, math.inf)),
+    "area": Refusal(
+        "ConditioningSetArea, ConditioningSetAreaPercentage and ConditioningSetAreaPercentageVideo"
+    ),
+    "strength": Refusal(
+        "ConditioningSetAreaStrength and ConditioningSetArea", lambda value: _is_number(value, 1, 1)
+    ),
+    "mask": Refusal(f"ConditioningSetMask, {PROPERTIES}", is_all_ones),
+    "control": Refusal("ControlNetApply and ControlNetApplyAdvanced"),
+    "hooks": Refusal(HOOKS, lambda value: not getattr(value, "hooks", value)),
+    "gligen": Refusal("GLIGENTextBoxApply"),
+    "noise_concat": Refusal("a node for another model"),
+    "model_conds": Refusal("a node that changes what the model is given", lambda value: not value),
+}
+
+
+class ReferenceMethod(Enum):
+    """How a checkpoint's transformer was taught to tell reference latents apart, in core's words."""
+
+    INDEX = "index"
+    INDEX_TIMESTEP_ZERO = "index_timestep_zero"
+
+    @classmethod
+    def of(cls, transformer_config: Mapping[str, Any]) -> ReferenceMethod:
+        """What the transformer's config.json says: core reads it off a mark in the weights."""
+        return cls.INDEX_TIMESTEP_ZERO if transformer_config.get("zero_cond_t") else cls.INDEX
+
+
+POSITIVE, NEGATIVE = "positive", "negative"  # the branches of guidance
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What one branch of guidance is conditioned on.
+
+    prompt_embeds: (1, L, width). mask: (1, L) bool, or None when every token counts.
+    reference_latents: raw, (1, 16, 1, h, w) each, in the order of the pictures.
+    image_size: width and height in pixels of the first picture, as far as known.
+    """
+
+    prompt_embeds: torch.Tensor
+    mask: torch.Tensor | None
+    reference_latents: tuple[torch.Tensor, ...]
+    image_size: tuple[int, int] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """What it adds to what the transformer attends over."""
+        references = (latent.shape[-2] * latent.shape[-1] // PATCH**2 for latent in self.reference_latents)
+        return self.prompt_embeds.shape[1] + sum(references)
+
+
+def to_conditioning(
+    prompt_embeds: torch.Tensor, reference_latents: list[torch.Tensor], image_size: tuple[int, int]
+) -> list[list[Any]]:
+    """A CONDITIONING of one entry. image_size: width and height in pixels of the first picture."""
+    extras: dict[str, Any] = {"image_size": image_size}
+    if reference_latents:
+        extras["reference_latents"] = reference_latents
+    return [[prompt_embeds, extras]]
+
+
+def from_conditioning(
+    conditioning: Any, branch: str, width: int, method: ReferenceMethod = ReferenceMethod.INDEX
+) -> Condition:
+    """Read a CONDITIONING of one entry, ours or core's.
+
+    branch: its name in errors. width: what the transformer expects of embeddings. method: what it makes of
+    reference latents. Raises InputError for several entries, another shape or width, more pictures than an
+    edit takes, and what core's sampler would obey and ours does not; NonFiniteError for NaN.
+    """
+    embeds, extras = _only_entry(conditioning, branch)
+    if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[1] == 0:
+        raise InputError(
+            f"The {branch} conditioning has shape {tuple(embeds.shape)}; expected (1, tokens, {width})."
+        )
+    if embeds.shape[2] != width:
+        raise InputError(
+            f"The {branch} conditioning is {embeds.shape[2]} wide, this transformer takes {width}. "
+            "Use the text encoder of the same checkpoint."
+        )
+    _require_obeyed(extras, branch)
+    require_finite_input(embeds, f"The {branch} conditioning")
+    embeds, mask = _trim(embeds, extras.get("attention_mask"), branch)
+    references = _references(extras, branch)
+    asked = extras.get("reference_latents_method")
+    if references and asked is not None and asked != method.value:
+        raise InputError(
+            f"The {branch} conditioning asks for the reference method {shown(asked)}; this checkpoint was "
+            f"trained with {method.value!r} and knows no other. Set FluxKontextMultiReferenceLatentMethod "
+            f"(Edit Model Reference Method) to {method.value}, or take it out."
+        )
+    size = _image_size(extras.get("image_size"))
+    if size is None and references:
+        size = (references[0].shape[-1] * VAE_SCALE, references[0].shape[-2] * VAE_SCALE)
+    return Condition(embeds, mask, references, size)
+
+
+def _only_entry(conditioning: Any, branch: str) -> tuple[torch.Tensor, Mapping[str, Any]]:
+    """The embeddings and the other keys of a CONDITIONING of one entry."""
+    what = f"The {branch} conditioning"
+    if not isinstance(conditioning, list | tuple):
+        raise InputError(
+            f"{what} is {shown(conditioning)}. Connect FireRed Encode Prompt, or core's "
+            "TextEncodeQwenImageEditPlus."
+        )
+    if len(conditioning) != 1:
+        raise InputError(
+            f"{what} has {len(conditioning)} entries; this sampler takes exactly one. Do not combine."
+        )
+    (entry,) = conditioning
+    if not isinstance(entry, list | tuple) or len(entry) != 2 or not isinstance(entry[1], Mapping):
+        raise InputError(
+            f"{what} is damaged: its entry is {shown(entry)}, not a pair of embeddings and their settings. "
+            "Check the node that made it."
+        )
+    embeds, extras = entry
+    embeds = require_tensor(embeds, what)
+    return embeds if embeds.is_floating_point() and embeds.itemsize > 1 else embeds.float(), extras
+
+
+def _require_obeyed(extras: Mapping[str, Any], branch: str) -> None:
+    """Raise InputError for a key that core's sampler would obey; log those that nothing is done with."""
+    for key, value in extras.items():
+        refusal = REFUSED.get(key)
+        if refusal is not None and value is not None and not refusal.is_neutral(value):
+            said = f"{key} {value}" if as_number(value) is not None else key
+            raise InputError(
+                f"The {branch} conditioning has {said}, set by {refusal.setters}. This sampler does not obey "
+                "that: the whole prompt guides the whole picture in every step. Take that node out."
+            )
+        known = refusal is not None or key in OBEYED | WITHOUT_EFFECT
+        if not known and first_time("conditioning", key):
+            log.warning("%s in a conditioning is not used by this sampler: it changes nothing", key)
+
+
+def _references(extras: Mapping[str, Any], branch: str) -> tuple[torch.Tensor, ...]:
+    """The reference latents, raw (1, 16, 1, h, w) each."""
+    listed = extras.get("reference_latents")
+    if listed is None:
+        return ()
+    if not isinstance(listed, list | tuple):
+        raise InputError(
+            f"reference_latents of the {branch} conditioning is {shown(listed)}; it must be a list of "
+            "latents. Check the node that made it."
+        )
+    # A batch of pictures is several references, as it is several pictures to the text encoder.
+    batches = [
+        require_latents(raw, f"Reference latent {number} of the {branch} conditioning")
+        for number, raw in enumerate(listed, start=1)
+    ]
+    require_picture_count(sum(map(len, batches)), f"reference latents in the {branch} conditioning")
+    references: list[torch.Tensor] = []
+    for number, batch in enumerate(batches, start=1):
+        what = f"Reference latent {number} of the {branch} conditioning"
+        references += require_finite_input(batch, what).split(1)
+    return tuple(references)
+
+
+def _image_size(size: Any) -> tuple[int, int] | None:
+    """Width and height of the first picture, or None where another pack uses the key for something else."""
+    if isinstance(size, list | tuple) and len(size) == 2 and all(_is_number(s, 1, math.inf) for s in size):
+        return int(size[0]), int(size[1])
+    return None
+
+
+def _trim(embeds: torch.Tensor, given: Any, branch: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Cut padding off the end, and drop a mask that then keeps all: masked attention is slower."""
+    if given is None:
+        return embeds, None
+    mask = require_tensor(given, f"attention_mask of the {branch} conditioning")
+    if mask.shape != embeds.shape[:2] or not bool(mask.any()):
+        raise InputError(
+            f"attention_mask has shape {tuple(mask.shape)}; expected {tuple(embeds.shape[:2])}, not all 0."
+        )
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise InputError(
+            f"attention_mask of the {branch} conditioning weighs tokens; this sampler takes a token (1) or "
+            "leaves it (0). Take out the node that sets it, such as StyleModelApply."
+        )
+    kept = mask.bool()
+    length = int(kept[0].nonzero().max()) + 1
+    embeds, kept = embeds[:, :length], kept[:, :length]
+    return embeds, None if bool(kept.all()) else kept

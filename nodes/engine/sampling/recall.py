@@ -1,0 +1,65 @@
+"""Embeddings and reference latents kept on disk: the same prompt and pictures are encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from PIL import Image
+
+from ..arithmetic import computing_environment
+from ..files.cache import DiskCache, digest, warn_not_kept
+from ..weights.components import ComponentSpec
+
+RECIPE = 1  # raise it when text.py or vae.encode_reference compute something else
+KEY = "encoded"  # the one tensor's name in a file
+
+
+def embedding_name(spec: ComponentSpec, prompt: str, pictures: Sequence[Image.Image]) -> str:
+    """The file of a prompt's embedding about these pictures (8-bit RGB, in order)."""
+    computed = computing_environment(spec.device, "transformers", "bitsandbytes")
+    key = digest(RECIPE, *_identity(spec), computed, prompt, *_contents(pictures))
+    return f"{spec.checkpoint.name}-embedding-{key}"
+
+
+def reference_name(spec: ComponentSpec, picture: Image.Image, megapixels: float) -> str:
+    """The file of a picture's reference latent at that size."""
+    computed = computing_environment(spec.device, "diffusers")
+    key = digest(RECIPE, *_identity(spec), computed, float(megapixels), *_contents([picture]))
+    return f"{spec.checkpoint.name}-reference-{key}"
+
+
+def recall(
+    cache: DiskCache, names: Sequence[str], compute: Callable[[list[int]], Iterable[torch.Tensor]]
+) -> list[torch.Tensor]:
+    """The tensors of these names, read from the cache; those it lacks are computed, kept, and returned with
+    them.
+
+    compute: given the indices missing (never none), yields their tensors in turn. Equal names are computed
+    once.
+    """
+    found = {name: kept[KEY] for name in names if (kept := cache.read(name)) and KEY in kept}
+    missing = [index for index, name in enumerate(names) if name not in found and name not in names[:index]]
+    if missing:
+        for index, tensor in zip(missing, compute(missing), strict=True):
+            found[names[index]] = tensor
+            _keep(cache, names[index], tensor)
+    return [found[name] for name in names]
+
+
+def _keep(cache: DiskCache, name: str, tensor: torch.Tensor) -> None:
+    if not bool(tensor.isfinite().all()):
+        return  # let pass by the guard this time, to be looked at again the next
+    try:
+        cache.write(name, {KEY: tensor})
+    except OSError as error:
+        warn_not_kept(cache.path(name), error)
+
+
+def _identity(spec: ComponentSpec) -> tuple[object, ...]:
+    """What of an encoder decides what it computes."""
+    return spec.role, spec.identity, spec.processor, spec.precision
+
+
+def _contents(pictures: Sequence[Image.Image]) -> list[bytes | tuple[int, int]]:
+    return [part for picture in pictures for part in (picture.size, picture.tobytes())]

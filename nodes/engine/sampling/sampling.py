@@ -1,0 +1,291 @@
+"""One sampling run: all checked and decided before a weight is loaded, then the loop for each picture."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..cards.transfer import cross
+from ..errors import InputError
+from ..images import warn_of_many_pictures
+from ..latents import (
+    HEIGHT,
+    LATENT_CHANNELS,
+    MIN_SIZE,
+    PATCH,
+    TOKEN_PIXELS,
+    VAE_SCALE,
+    WIDTH,
+    denormalize,
+    draw_noise,
+    empty_as_qwen,
+    output_size,
+    pack,
+    require_latents,
+    require_size,
+    unpack,
+)
+from ..limits import SEED, STEPS, TRUE_CFG_SCALE
+from ..models.guard import STOP
+from ..models.transformer import Transformer
+from ..progress import OnProgress, untold
+from ..weights.components import ComponentSpec, has_room, require_room
+from ..weights.estimates import transformer_bytes
+from ..weights.precision import ROLE_PRECISIONS, resolve
+from .conditioning import NEGATIVE, POSITIVE, Condition, ReferenceMethod, from_conditioning
+from .denoise import StepState, denoise
+from .resume import RunState, SavedRun, run_name
+from .schedule import Schedule, make_schedule
+from .workers import LocalWorker
+
+log = logging.getLogger("FireRed")
+
+# done, total, denoised: steps done of all pictures' steps, and the current estimate (1, 16, 1, h, w),
+# normalised.
+OnStep = Callable[[int, int, torch.Tensor], None]
+ROTARY_POSITIONS = 4096  # each way from 0, in the transformer's table (diffusers' QwenEmbedRope)
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """A run that passed every check.
+
+    conditions: by branch; both where the run is guided. draws: for each picture which of the seed's draws is
+    its noise. height, width: of the latents asked for; the loop works on the next even size.
+    """
+
+    spec: ComponentSpec
+    conditions: Mapping[str, Condition]
+    schedule: Schedule
+    true_cfg_scale: float
+    seed: int
+    draws: tuple[int, ...]
+    height: int
+    width: int
+
+    @property
+    def batch(self) -> int:
+        """How many pictures to sample."""
+        return len(self.draws)
+
+    @property
+    def padded_size(self) -> tuple[int, int]:
+        return self.height + self.height % PATCH, self.width + self.width % PATCH
+
+    def working_bytes(self) -> int:
+        """What the transformer needs beside its weights."""
+        height, width = self.padded_size
+        tokens = height * width // PATCH**2 + max(condition.tokens for condition in self.conditions.values())
+        return transformer_bytes(self.spec.checkpoint, self.spec.precision, tokens, self.spec.fused)
+
+    def require_room(self, room: float) -> None:
+        """Raise DoesNotFitError where the run does not go into `room` bytes, all that its device can give."""
+        if has_room(self.spec, self.working_bytes(), room):
+            return
+        alternatives = (self._smaller(), self._with_fewer_references(), self._at_other_precisions())
+        fitting = [
+            words
+            for ways in alternatives
+            for words, plan in itertools.islice(
+                (way for way in ways if has_room(way[1].spec, way[1].working_bytes(), room)), 1
+            )
+        ]
+        remedy = f"What would fit: {', or '.join(fitting)}." if fitting else "Choose a bigger card, or cpu."
+        require_room(self.spec, self.working_bytes(), room, f"Sampling {self._task}", remedy)
+
+    @property
+    def _references(self) -> int:
+        return max(len(condition.reference_latents) for condition in self.conditions.values())
+
+    @property
+    def _task(self) -> str:
+        return f"{self.width * VAE_SCALE}x{self.height * VAE_SCALE} with {_pictures(self._references)}"
+
+    def _smaller(self) -> Iterator[tuple[str, SamplingPlan]]:
+        """This run at smaller sizes of its shape, the largest first."""
+        for percent in range(95, 0, -5):
+            height, width = (side * percent // 100 // PATCH * PATCH for side in (self.height, self.width))
+            if min(height, width) * VAE_SCALE < MIN_SIZE:
+                return
+            yield f"{width * VAE_SCALE}x{height * VAE_SCALE}", replace(self, height=height, width=width)
+
+    def _with_fewer_references(self) -> Iterator[tuple[str, SamplingPlan]]:
+        for count in reversed(range(self._references)):
+            conditions = {
+                branch: replace(condition, reference_latents=condition.reference_latents[:count])
+                for branch, condition in self.conditions.items()
+            }
+            yield _pictures(count), replace(self, conditions=conditions)
+
+    def _at_other_precisions(self) -> Iterator[tuple[str, SamplingPlan]]:
+        """At the other precisions that are safe, the largest first."""
+        spec = self.spec
+        rows = (row for name, row in ROLE_PRECISIONS[spec.role].items() if name != "fp16")
+        others = [replace(spec, precision=resolve(row, spec.card)) for row in rows]
+        for other in sorted(others, key=lambda other: -other.nbytes()):
+            yield f"precision {other.precision.name}", replace(self, spec=other)
+
+    def name(self, guard: str = STOP) -> str:
+        """Of this run and of no other: a digest of everything its result depends on.
+
+        guard: what it let pass, which a stricter one must not take over.
+        """
+        spec, schedule = self.spec, self.schedule
+        parts: list[object] = [guard, spec.identity, spec.precision, spec.card.name, self.padded_size]
+        parts += [schedule.sigmas, schedule.timesteps, self.true_cfg_scale, self.seed, self.draws]
+        parts += [self.height, self.width, *spec.checkpoint.latent_statistics()]
+        for branch, condition in self.conditions.items():
+            references = condition.reference_latents
+            parts += [branch, condition.prompt_embeds, condition.mask, len(references), *references]
+        return run_name(spec.device, *parts)
+
+
+def _pictures(count: int) -> str:
+    return f"{count or 'no'} reference picture{'s' * (count > 1)}"
+
+
+def read_conditions(spec: ComponentSpec, branches: Mapping[str, Any]) -> dict[str, Condition]:
+    """Each branch's CONDITIONING as this transformer takes it. Raises InputError and NonFiniteError."""
+    config = spec.checkpoint.component("transformer").config()
+    method = ReferenceMethod.of(config)
+    return {
+        branch: from_conditioning(given, branch, config["joint_attention_dim"], method)
+        for branch, given in branches.items()
+    }
+
+
+def plan_sampling(
+    spec: ComponentSpec,
+    conditions: Mapping[str, Condition],
+    *,
+    steps: int,
+    true_cfg_scale: float,
+    width: int,
+    height: int,
+    seed: int,
+    samples: torch.Tensor | None = None,
+    draws: Sequence[int] | None = None,
+) -> SamplingPlan:
+    """Check a run and decide its size and schedule.
+
+    conditions: POSITIVE and, for guidance above 1, NEGATIVE. width, height: pixels, 0 to follow the first
+    reference.
+    samples: a LATENT's tensor; it gives the size (over width and height) and how many pictures to sample.
+    draws: for each of them which of the seed's draws is its noise, if not in turn. Raises InputError for
+    every number out of bounds, and CheckpointError.
+    """
+    true_cfg_scale, seed = TRUE_CFG_SCALE.require(true_cfg_scale), SEED.require(seed)
+    steps, width, height = STEPS.require(steps), WIDTH.require(width), HEIGHT.require(height)
+    guided = true_cfg_scale > 1 and NEGATIVE in conditions
+    used = {name: conditions[name] for name in ((POSITIVE, NEGATIVE) if guided else (POSITIVE,))}
+    batch = 1
+    if samples is None:
+        width, height = output_size(width, height, conditions[POSITIVE].image_size)
+        height, width = height // VAE_SCALE, width // VAE_SCALE
+    else:
+        batch, _, _, height, width = require_latents(empty_as_qwen(samples), "The latent").shape
+        require_size(width * VAE_SCALE, height * VAE_SCALE, "Connect a latent of another size, or none.")
+    for branch, condition in used.items():
+        _require_positions(condition, branch, (height, width))
+    warn_of_many_pictures(max(len(condition.reference_latents) for condition in used.values()))
+    tokens = -(-height // PATCH) * -(-width // PATCH)
+    schedule = make_schedule(spec.checkpoint.component("scheduler").config(), steps, tokens)
+    scale = true_cfg_scale if guided else 1.0
+    return SamplingPlan(spec, used, schedule, scale, seed, tuple(draws or range(batch)), height, width)
+
+
+def _require_positions(condition: Condition, branch: str, size: tuple[int, int]) -> None:
+    """Raise InputError where a branch has positions past the end of the transformer's rotary table.
+
+    size: height and width of the latents to sample. Pictures lie around position 0; text follows on the
+    largest of them.
+    """
+    sizes = [size, *(latent.shape[-2:] for latent in condition.reference_latents)]
+    longest = max(-(-side // PATCH) for height_and_width in sizes for side in height_and_width)
+    tokens, room = condition.prompt_embeds.shape[1], ROTARY_POSITIONS - longest // 2
+    if longest - longest // 2 > ROTARY_POSITIONS:
+        raise InputError(
+            f"A reference latent of the {branch} conditioning is {longest * TOKEN_PIXELS} pixels long; this "
+            f"model takes {2 * ROTARY_POSITIONS * TOKEN_PIXELS}. Scale the picture down before it is encoded."
+        )
+    if tokens > room:
+        raise InputError(
+            f"The {branch} conditioning has {tokens} text tokens; beside pictures of this size the model "
+            f"takes {room}. Use a shorter prompt or fewer pictures, and do not join conditionings."
+        )
+
+
+def sample(
+    transformer: Transformer,
+    plan: SamplingPlan,
+    on_step: OnStep = lambda done, total, denoised: None,
+    on_fold: OnProgress = untold,
+    saved: SavedRun | None = None,
+    guard: str = STOP,
+) -> torch.Tensor:
+    """Run the plan: raw latents (B, 16, 1, h, w), FP32 on the CPU.
+
+    on_fold: told how far the schedule's modulation is, before the first step. What either callback raises
+    stops the run. saved: where the run is kept; one that was interrupted goes on at its last step, to the
+    same bits.
+    """
+    size, steps = plan.padded_size, plan.schedule.steps
+    mean, std = plan.spec.checkpoint.latent_statistics()
+    resumed = _resume(plan, transformer, saved)
+    results = list(resumed.finished) if resumed else []
+    if len(results) == plan.batch:
+        return torch.cat(results)
+    worker = LocalWorker(transformer, plan.spec, plan.schedule, size, plan.conditions, guard, on_fold)
+    noise = map(pack, draw_noise(size, plan.seed, plan.draws[len(results) :]))
+    first = next(noise)
+    state = resumed or RunState(0, first)
+    while len(results) < plan.batch:
+        done_before, finished = len(results) * steps, tuple(results)
+
+        def report(step: StepState, done_before: int = done_before, finished: Any = finished) -> None:
+            if saved is not None:
+                saved.update(RunState(step.step, step.latents, finished))
+            on_step(done_before + step.step, plan.batch * steps, unpack(step.denoised, *size))
+
+        try:
+            final = denoise(
+                worker.predict,
+                state.latents.to(plan.spec.device, torch.float32),
+                plan.schedule,
+                plan.true_cfg_scale,
+                report,
+                state.step,
+            )
+        except BaseException:
+            if saved is not None:
+                saved.flush()
+            raise
+        raw = denormalize(cross(unpack(final, *size), torch.device("cpu")), mean, std)
+        results.append(raw[..., : plan.height, : plan.width])
+        state = RunState(0, next(noise, first[:0]), tuple(results))
+        if saved is not None:
+            saved.update(state, now=len(results) == plan.batch)
+    return torch.cat(results)
+
+
+def _resume(plan: SamplingPlan, transformer: Transformer, saved: SavedRun | None) -> RunState | None:
+    """Where an interrupted run goes on, if there is one whose state is whole."""
+    state = saved.open(transformer.arithmetic) if saved is not None else None
+    if saved is None or state is None:
+        return None
+    if saved.finished(state, plan.batch) is not None:
+        return state
+    if len(state.finished) >= plan.batch or not 0 <= state.step <= plan.schedule.steps:
+        return None
+    height, width = plan.padded_size
+    tokens = (1, height * width // PATCH**2, LATENT_CHANNELS * PATCH**2)
+    if state.latents.shape != tokens or not bool(state.latents.isfinite().all()):
+        return None
+    picture = f" of picture {len(state.finished) + 1}" if plan.batch > 1 else ""
+    log.info("resuming the interrupted run at step %d/%d%s", state.step + 1, plan.schedule.steps, picture)
+    return state

@@ -1,0 +1,57 @@
+"""The noise levels a sampling run visits, from the checkpoint's own scheduler configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+
+from ..errors import CheckpointError
+from ..limits import STEPS
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Noise levels of a run.
+
+    sigmas: (steps + 1) FP32 on the CPU, from the first step's level down to 0.
+    timesteps: (steps) FP32 on the CPU, what the transformer is told, 0 to 1.
+    """
+
+    sigmas: torch.Tensor
+    timesteps: torch.Tensor
+
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps)
+
+
+def make_schedule(config: dict[str, Any], steps: int, image_tokens: int) -> Schedule:
+    """The flow-match schedule of `steps` steps for an image of `image_tokens` packed tokens.
+
+    config: the checkpoint's scheduler_config.json. Raises InputError for steps out of bounds, and
+    CheckpointError for a config that diffusers refuses.
+    """
+    steps = STEPS.require(steps)
+    if steps == 1:  # stretching a schedule that is only its first level to end elsewhere would be 0 / 0
+        config = config | {"shift_terminal": None}
+    try:
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+        sigmas, mu = np.linspace(1.0, 1 / steps, steps), dynamic_shift(config, image_tokens)
+        scheduler.set_timesteps(sigmas=sigmas, mu=mu)
+    except (ValueError, TypeError, ArithmeticError, ImportError) as error:
+        raise CheckpointError(
+            f"The checkpoint's scheduler_config.json cannot be used ({error}). Download this file again."
+        ) from error
+    return Schedule(scheduler.sigmas, scheduler.timesteps / scheduler.config.num_train_timesteps)
+
+
+def dynamic_shift(config: dict[str, Any], image_tokens: int) -> float:
+    """The resolution-dependent shift mu, linear in the token count (defaults as in diffusers' pipeline)."""
+    base_tokens, max_tokens = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+    return image_tokens * slope + base_shift - slope * base_tokens

@@ -1,0 +1,104 @@
+"""Who computes predictions: the loop asks a worker, which knows a model, its device and conditioning."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+
+from ..arithmetic import exact_fp32
+from ..cards.transfer import cross
+from ..latents import PATCH, normalize, pack, pad_to_patches
+from ..models.guard import STOP, Guard
+from ..models.modulation import StepModulation
+from ..models.transformer import QwenImageTransformer, Transformer, rotary_embedding
+from ..progress import OnProgress, untold
+from ..weights.components import ComponentSpec
+from .conditioning import Condition
+from .schedule import Schedule
+
+
+class Worker(Protocol):
+    """Computes predictions for the loop; which branches, and where each is computed, is its affair."""
+
+    def predict(self, latents: torch.Tensor, step: int) -> Mapping[str, torch.Tensor]:
+        """The velocity each branch predicts, by its name: (1, tokens, 64) FP32, for packed latents so shaped.
+
+        step: from 0.
+        """
+        ...
+
+
+class LocalWorker:
+    """One transformer on one device of this process: a branch after the other."""
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        spec: ComponentSpec,
+        schedule: Schedule,
+        latent_size: tuple[int, int],
+        conditions: Mapping[str, Condition],
+        guard: str = STOP,
+        on_fold: OnProgress = untold,
+    ):
+        """latent_size: height and width of the latents to sample, both even. conditions: by branch.
+
+        guard: what to do about NaN and infinity, one of guard.GUARDS. on_fold: told how far the schedule's
+        modulation is, which is made ready first.
+        """
+        self.model, self._steps = transformer.model, schedule.steps
+        self._device, self._compute = spec.device, spec.math
+        self._guard = Guard(spec, guard)
+        self._modulation = transformer.modulation.of(schedule.timesteps, on_fold)
+        mean, std = spec.checkpoint.latent_statistics()
+        self._branches = {
+            name: _Branch(condition, latent_size, mean, std, self.model, spec)
+            for name, condition in conditions.items()
+        }
+
+    @torch.inference_mode()
+    @exact_fp32()
+    def predict(self, latents: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+        """As Worker.predict, on the worker's device. Raises NonFiniteError at the branch that went wrong."""
+        latents = latents.to(self._device, self._compute)
+        modulation = self._modulation.at(step)
+        return {
+            name: self._guard.run(
+                functools.partial(branch.predict, self.model, latents, modulation),
+                f"Step {step + 1} of {self._steps}: the {name} prediction",
+                self.model,
+            )
+            for name, branch in self._branches.items()
+        }
+
+
+class _Branch:
+    """What of one branch's condition the transformer takes, moved to the device once for all steps."""
+
+    def __init__(
+        self,
+        condition: Condition,
+        latent_size: tuple[int, int],
+        mean: torch.Tensor,
+        std: torch.Tensor,
+        model: QwenImageTransformer,
+        spec: ComponentSpec,
+    ):
+        device, compute = spec.device, spec.math
+        padded = [pad_to_patches(cross(raw, device)) for raw in condition.reference_latents]
+        sizes = [latent_size, *(raw.shape[-2:] for raw in padded)]
+        grids = [(height // PATCH, width // PATCH) for height, width in sizes]
+        self._references = [pack(normalize(raw, mean, std)).to(compute) for raw in padded]
+        self._text = cross(condition.prompt_embeds, device).to(compute)
+        self._mask = None if condition.mask is None else condition.mask.to(device)
+        self._rotary = rotary_embedding(model.config, grids, self._text.shape[1], device)
+
+    def predict(
+        self, model: QwenImageTransformer, latents: torch.Tensor, modulation: StepModulation
+    ) -> torch.Tensor:
+        image = torch.cat([latents, *self._references], dim=1)
+        targets = latents.shape[1]
+        return model(image, self._text, modulation, self._rotary, targets, self._mask).float()
