@@ -18,12 +18,11 @@ import psutil
 import torch
 
 
-def pack_host():
-    """The pack's own nodes/host.py as the server imported it."""
-    (host,) = [
-        module for path, module in sys.modules.items() if path.endswith("firered-image-edit.nodes.host")
-    ]
-    return host
+def pack_host(part):
+    """A module of the pack's own nodes/host as the server imported it."""
+    name = f"firered-image-edit.nodes.host.{part}"
+    (module,) = [module for path, module in sys.modules.items() if path.endswith(name)]
+    return module
 
 
 class Probe:
@@ -149,7 +148,7 @@ class ProbeResidents(Probe):
         return float("nan")
 
     def execute(self, name):
-        host = pack_host()
+        host = pack_host("memory")
         ours = {patcher: str(spec) for spec, patcher in host._patchers.items()}
         core = {model.model: type(model.model.model).__name__ for model in mm.current_loaded_models}
         models = [
@@ -180,7 +179,7 @@ class ProbeEviction(Probe):
         return True
 
     def execute(self, one, other, name):
-        host = pack_host()
+        host = pack_host("memory")
         for handle in (one, other):
             spec = replace(handle.spec, card=replace(handle.spec.card, is_gpu=True, label="gpu:0"))
             with host.borrow(host.Handle(spec, host._make_patcher(spec))):
@@ -216,7 +215,7 @@ class ProbeBorrowed(Probe):
 
     def execute(self, one, name):
         patcher, device = one.patcher, one.spec.device
-        with pack_host().borrow(one) as component:
+        with pack_host("memory").borrow(one) as component:
             freed = patcher.partially_unload(device, 1e30)
             mm.free_memory(1, device)
             mm.free_memory(1e30, device)
@@ -247,7 +246,7 @@ class ProbeCopies(Probe):
         return True
 
     def execute(self, one, name):
-        host, found = pack_host(), []
+        host, found = pack_host("memory"), []
         places = {"cpu": "cpu", "gpu:0": "cuda:0", "gpu:1": "cuda:1"}
         for old, new, precision in (
             ("gpu:0", "gpu:1", one.spec.precision.name),
@@ -280,21 +279,21 @@ class ProbeBrokenCard(Probe):
         return {"required": {"checkpoint": ("STRING", {}), "name": ("STRING", {})}}
 
     def execute(self, checkpoint, name):
-        host = pack_host()
-        real, errors = host._accelerators, []
-        host._accelerators = lambda: [torch.device("cpu"), torch.device("cuda", 99)]
+        devices, components = pack_host("devices"), pack_host("components")
+        real, errors = devices.accelerators, []
+        devices.accelerators = lambda: [torch.device("cpu"), torch.device("cuda", 99)]
         try:
             chosen = [
-                host.open_component(role, checkpoint, "auto", "auto").spec.card.label
+                components.open_component(role, checkpoint, "auto", "auto").spec.card.label
                 for role in ("transformer", "text_encoder", "vae")
             ]
             for _ in range(2):
                 try:
-                    host.open_component("vae", checkpoint, "auto", "gpu:1")
+                    components.open_component("vae", checkpoint, "auto", "gpu:1")
                 except Exception as error:
                     errors.append([type(error).__name__, str(error)])
         finally:
-            host._accelerators = real
+            devices.accelerators = real
         found = {"chosen": chosen, "errors": errors}
         (Path(folder_paths.get_output_directory()) / f"{name}.json").write_text(json.dumps(found))
         return {}

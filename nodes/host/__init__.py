@@ -1,0 +1,37 @@
+"""The one door to ComfyUI: folders, devices, memory, progress, previews and cancelling.
+
+comfy.model_management touches the accelerator when it is imported, so what needs it is imported inside
+functions.
+"""
+
+from __future__ import annotations
+
+from .checkpoints import checkpoint_fingerprint, checkpoint_names, get_checkpoint, validate_checkpoint
+from .components import open_component, plan
+from .devices import device_labels, free_memory
+from .memory import Handle, borrow, require_handle, room
+from .progress import check_cancelled, progress_reporter, sampling_reporter
+from .storage import RUN_KEY, disk_cache, forget_run, forget_run_after_prompt, saved_run
+
+__all__ = [
+    "RUN_KEY",
+    "Handle",
+    "borrow",
+    "check_cancelled",
+    "checkpoint_fingerprint",
+    "checkpoint_names",
+    "device_labels",
+    "disk_cache",
+    "forget_run",
+    "forget_run_after_prompt",
+    "free_memory",
+    "get_checkpoint",
+    "open_component",
+    "plan",
+    "progress_reporter",
+    "require_handle",
+    "room",
+    "sampling_reporter",
+    "saved_run",
+    "validate_checkpoint",
+]

@@ -1,0 +1,140 @@
+"""Where and how a component runs here: what the loaders hand on, and the plan behind it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+from comfy.cli_args import args
+
+from ..engine.cards.kernels import require_kernels
+from ..engine.cards.libraries import require_libraries
+from ..engine.cards.preflight import preflight
+from ..engine.errors import FireRedError, InputError
+from ..engine.files.checkpoint import Checkpoint
+from ..engine.limits import shown
+from ..engine.planning.placement import Fixed, place
+from ..engine.planning.places import Placement
+from ..engine.units import GIB
+from ..engine.weights.components import ComponentSpec, identities, require_fit, working_bytes
+from ..engine.weights.estimates import Edit
+from ..engine.weights.precision import MATH, ROLE_PRECISIONS, Card, Precision
+from .checkpoints import get_checkpoint
+from .devices import DeviceLabels, device_labels, machine, torch_device
+from .memory import Handle, handle_for
+
+log = logging.getLogger("FireRed")
+
+PRECISION_FLAGS = {
+    "transformer": "unet",
+    "text_encoder": "text_enc",
+    "vae": "vae",
+}  # ComfyUI's --bf16-unet and so on
+
+
+def open_component(role: str, checkpoint: str, precision: str, device: str, math: str = "auto") -> Handle:
+    """Decide where and how a component runs here and log it in one line. Loads nothing.
+
+    Raises FireRedError where it cannot run or does not fit, or where a library is missing.
+    """
+    require_libraries()
+    spec, reason = _decide(role, checkpoint, precision, device, math)
+    log.info(
+        "%s, about %.1f GiB%s%s", spec, spec.nbytes() / GIB, f" ({reason})" if reason else "", _scores(spec)
+    )
+    require_kernels(spec.device)
+    require_fit(spec)
+    _require_library(spec.precision, spec.card)
+    if role == "transformer" and spec.math is torch.float16:
+        log.warning(
+            "fp16 arithmetic overflows in this transformer; the sampler will stop at the step where it does."
+        )
+    return handle_for(spec)
+
+
+def _scores(spec: ComponentSpec) -> str:
+    """What attention without a fused kernel costs a usual edit, for the log; nothing where there is one."""
+    if spec.fused:
+        return ""
+    working = working_bytes(spec) / GIB
+    return f", attention without a fused kernel: {working:.1f} GiB to work with for a usual edit"
+
+
+def _decide(role: str, checkpoint: str, precision: str, device: str, math: str) -> tuple[ComponentSpec, str]:
+    """A component as it will run here, and why so where somebody else than the user chose."""
+    _require_choice("device", device, DeviceLabels(["auto", "cpu", "gpu:0", "gpu:1 and so on"]))
+    _require_choice("precision", precision, ["auto", *ROLE_PRECISIONS[role]])
+    _require_choice("math", math, ["auto", *MATH])
+    found = get_checkpoint(checkpoint)
+    chosen = Fixed(_present(device, role), None if precision == "auto" else precision, math)
+    placed = plan(found, fixed={role: chosen}).place(role)
+    if placed.device.fault:
+        raise FireRedError(f"The {placed.name} cannot run on {placed.device.card}. {placed.device.fault}")
+    card = placed.device.card
+    spec = ComponentSpec(role, found, placed.precision, torch_device(card), card, *identities(role, found))
+    return spec, placed.reason
+
+
+def _require_choice(name: str, value: object, choices: list[str]) -> None:
+    """ComfyUI checks what a widget holds, but not what comes over a link."""
+    if value not in choices:
+        raise InputError(f"{name} is {shown(value)}; choose {', '.join(choices[:-1])} or {choices[-1]}.")
+
+
+def plan(
+    checkpoint: Checkpoint,
+    edit: Edit = Edit(),  # noqa: B008 - it is frozen
+    fixed: dict[str, Fixed] | None = None,
+    measure_cpu: bool = False,
+) -> Placement:
+    """Where everything of the checkpoint goes on this machine: the answer that all loaders share.
+
+    fixed: what the user chose; ComfyUI's command line fixes some of the rest. measure_cpu: also on a machine
+    without accelerators, where its speed decides nothing but tells the time.
+    """
+    here = machine()
+    if measure_cpu and not here.gpus:
+        speeds = preflight(torch.device("cpu")).speeds
+        here = replace(here, cpu=replace(here.cpu, speeds=speeds, measured=True))
+    wishes = {role: _with_flags(role, (fixed or {}).get(role, Fixed())) for role in PRECISION_FLAGS}
+    return place(here, checkpoint, edit, wishes, runs=_runs_here)
+
+
+def _present(label: str, role: str) -> str | None:
+    """The label of a device of this machine; None for `auto` and, logged, for one that is not here."""
+    if label == "auto" or label in list(device_labels()):
+        return None if label == "auto" else label
+    log.info("this machine has no %s for the %s: falling back to auto", label, role.replace("_", " "))
+    return None
+
+
+def _with_flags(role: str, wish: Fixed) -> Fixed:
+    """What ComfyUI's command line says of what the user left free."""
+    if role == "vae" and args.cpu_vae and wish.device is None:
+        wish = replace(wish, device="cpu", reason="--cpu-vae")
+    if args.force_fp32 and wish.math == "auto":
+        wish = replace(wish, math="fp32", reason="--force-fp32")
+    if wish.precision is not None:
+        return wish
+    for name in ("fp32", "bf16"):
+        flag = f"{name}_{PRECISION_FLAGS[role]}"
+        if getattr(args, flag, False):
+            return replace(wish, precision=name, reason=f"--{flag.replace('_', '-')}")
+    return wish
+
+
+def _require_library(precision: Precision, card: Card) -> None:
+    """Raise FireRedError where what the precision needs is not installed or does not work on the card."""
+    if precision.needs_bitsandbytes:
+        from ..engine.weights.formats.bitsandbytes import require_bitsandbytes
+
+        require_bitsandbytes(precision, card, torch_device(card))
+
+
+def _runs_here(role: str, precision: Precision, card: Card) -> bool:
+    try:
+        _require_library(precision, card)
+    except FireRedError:
+        return False
+    return True

@@ -1,0 +1,69 @@
+"""What we keep in ComfyUI's model folder: derived files, and runs that are not over."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy_execution.utils import get_executing_context
+
+from ..engine.errors import FireRedError
+from ..engine.files.cache import DiskCache
+from ..engine.sampling.resume import SavedRun, is_run_name
+
+DEFAULT_CACHE_GB = 100
+RUN_KEY = "firered_run"  # in a LATENT: the name of the run that made it
+QUEUE_SECONDS = 0.1  # between two looks at ComfyUI's queue
+RUNS_GB = 1  # of unfinished runs, 1 MB each for a picture of 1 megapixel
+
+
+def disk_cache() -> DiskCache:
+    """Where derived files are kept: models/firered_cache, unless the environment says otherwise."""
+    gigabytes = os.environ.get("FIRERED_CACHE_GB", DEFAULT_CACHE_GB)
+    try:
+        return DiskCache(_cache_folder(), int(float(gigabytes) * 1e9))
+    except (ValueError, OverflowError):
+        raise FireRedError(f"FIRERED_CACHE_GB is {gigabytes!r}; set it to a number of gigabytes.") from None
+
+
+def saved_run(name: str) -> SavedRun:
+    """The unfinished run of that name, which may be on disk or not yet."""
+    return SavedRun(DiskCache(_cache_folder() / "runs", int(RUNS_GB * 1e9)), name)
+
+
+def forget_run(latent: dict[str, Any]) -> None:
+    """The latent's picture is there: what would have resumed its run is not needed any more."""
+    name = latent.get(RUN_KEY)
+    if is_run_name(name):
+        saved_run(name).forget()
+
+
+def forget_run_after_prompt(run: SavedRun) -> None:
+    """Forget the run once the prompt that runs now has ended well, whatever node made its picture.
+
+    ComfyUI tells no node how a prompt ended, so a thread looks at its queue and history.
+    """
+    from server import PromptServer
+
+    queue = getattr(getattr(PromptServer, "instance", None), "prompt_queue", None)
+    context = get_executing_context()
+    if queue is None or context is None:
+        return
+    prompt_id = context.prompt_id
+
+    def watch() -> None:
+        while any(item[1] == prompt_id for item in queue.get_current_queue_volatile()[0]):
+            time.sleep(QUEUE_SECONDS)
+        ended = queue.get_history(prompt_id).get(prompt_id, {}).get("status") or {}
+        if ended.get("status_str") == "success":
+            run.forget()
+
+    threading.Thread(target=watch, name="FireRed: end of the prompt", daemon=True).start()
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("FIRERED_CACHE_DIR") or Path(folder_paths.models_dir) / "firered_cache")
