@@ -201,7 +201,7 @@ def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def pad_to_patches(latents: torch.Tensor) -> torch.Tensor:
-    """Make odd heights and widths even by repeating the far edge's opposite row or column, as core does."""
+    """Make odd heights and widths even as core does: the first row or column is repeated after the last."""
     *_, height, width = latents.shape
     if height % PATCH == 0 and width % PATCH == 0:
         return latents

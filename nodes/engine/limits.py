@@ -73,7 +73,7 @@ TILING = Choice("tiling", ("auto", "whole", "tiled"))
 
 
 def require_text(value: object, what: str) -> str:
-    """A prompt unchanged. what: it in words. Raises InputError for what is no text that can be written."""
+    """Return a prompt unchanged. what: its name for errors. Raises InputError for what is no valid text."""
     if not isinstance(value, str):
         raise InputError(f"{what} is {shown(value)}; it must be text.")
     try:

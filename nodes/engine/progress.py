@@ -1,4 +1,4 @@
-"""How a long computation tells whoever wants to know how far it is, and can be stopped on the way."""
+"""How a long computation reports its progress and can be stopped."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ LOG_SECONDS = 10.0  # between two lines about steps
 BLOCKS_AHEAD = 2  # that a GPU may be behind the program
 
 
-def untold(done: int, total: int) -> None:
-    """Nobody wants to know."""
+def ignore_progress(done: int, total: int) -> None:
+    """Default callback; does nothing."""
 
 
 @contextmanager

@@ -156,7 +156,7 @@ def _release_replaced(spec: ComponentSpec) -> None:
 
 
 def _forget_unloaded() -> None:
-    """Drop what ComfyUI evicted; not as it does: its list of models would shift under its feet."""
+    """Forget what ComfyUI has evicted. Never called while it evicts: it goes through that list."""
     for spec, patcher in list(_on_cards.items()):
         if not patcher.loaded_size():
             del _on_cards[spec]

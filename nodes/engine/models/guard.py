@@ -46,8 +46,8 @@ class Guard:
     ) -> torch.Tensor:
         """Return `tensor` unchanged after one read of it and one copy of a few bytes to the host.
 
-        what: it in words, with the step if there is one. trace: repeats the forward to find the module, asked
-        on trouble only. peaks: as watch_clipping yields them.
+        what: the tensor's name for errors, with the step if there is one. trace: repeats the forward to find
+        the module, asked on trouble only. peaks: as watch_clipping yields them.
         """
         if self._level == OFF:
             return tensor

@@ -24,7 +24,7 @@ from ..arithmetic import exact_fp32
 from ..errors import CheckpointError
 from ..files.cache import CacheWriter, DiskCache
 from ..files.checkpoint import DTYPES, Component, Layout, read_header, read_json, read_tensors, stored_bytes
-from ..progress import OnProgress, untold
+from ..progress import OnProgress, ignore_progress
 from ..weights.components import ComponentSpec, model_name
 from ..weights.formats import FORMATS, QuantizedLinear
 from ..weights.layers import is_stored, keep_single_frames, prepare_layers
@@ -40,7 +40,9 @@ KNOWN_WORD = "Describe"  # of the template: every tokenizer of this model has to
 
 
 @exact_fp32()
-def load(spec: ComponentSpec, on_progress: OnProgress = untold, cache: DiskCache | None = None) -> Any:
+def load(
+    spec: ComponentSpec, on_progress: OnProgress = ignore_progress, cache: DiskCache | None = None
+) -> Any:
     """Load the component that `spec` describes onto its device.
 
     Returns a Transformer, a TextEncoder or an AutoencoderKLQwenImage, in evaluation mode. cache: where

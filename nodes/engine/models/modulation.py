@@ -23,7 +23,7 @@ from ..arithmetic import computing_environment, exact_fp32
 from ..errors import CheckpointError
 from ..files.cache import DiskCache, digest
 from ..files.checkpoint import Layout, stored_bytes
-from ..progress import OnProgress, untold
+from ..progress import OnProgress, ignore_progress
 from ..weights.components import FOLDED, ComponentSpec
 from .config import TransformerConfig
 
@@ -84,7 +84,7 @@ class Modulation:
         self._tables: OrderedDict[str, Table] = OrderedDict()
 
     @exact_fp32()
-    def of(self, timesteps: torch.Tensor, on_progress: OnProgress = untold) -> ScheduleModulation:
+    def of(self, timesteps: torch.Tensor, on_progress: OnProgress = ignore_progress) -> ScheduleModulation:
         """The results for these timesteps (n,), FP32, 0 to 1.
 
         on_progress: told of the bytes of weights read, where they are.

@@ -17,7 +17,7 @@ from ..models.guard import OFF, require_finite_input
 from ..models.text import TextEncoder
 from ..models.trace import FP16_MAX, tensors_in, watch_outputs
 from ..models.transformer import Transformer
-from ..progress import OnProgress, untold
+from ..progress import OnProgress, ignore_progress
 from ..sampling.conditioning import POSITIVE
 from ..sampling.sampling import SamplingPlan
 from ..sampling.workers import LocalWorker
@@ -48,7 +48,7 @@ def measure_transformer(
     plan: SamplingPlan,
     steps: Sequence[int],
     samples: torch.Tensor | None = None,
-    on_progress: OnProgress = untold,
+    on_progress: OnProgress = ignore_progress,
 ) -> dict[str, list[BlockRange]]:
     """The positive branch's ranges at `steps` (from 1), by a label for each.
 

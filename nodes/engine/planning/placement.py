@@ -23,7 +23,7 @@ from .places import Place, Placement, names, take_turns
 
 ROLES = ("transformer", "text_encoder", "vae")  # in the order they choose a device
 LOSS = {"bf16": 0, "fp32": 0, "int8": 1, "nf4": 3}  # what storing it so costs the picture, in order
-TURNS = 2  # what sharing a card in turns costs beside one with room: a reload in each edit
+TURNS = 2  # the cost, in the same order, of taking turns on a card: a reload in each edit
 CLEARLY_FASTER = 0.8  # of the time, for rounding activations too to be worth it
 
 # Whether libraries and kernels let a role's component run at that precision on that card.

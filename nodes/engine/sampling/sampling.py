@@ -33,7 +33,7 @@ from ..latents import (
 from ..limits import SEED, STEPS, TRUE_CFG_SCALE
 from ..models.guard import STOP
 from ..models.transformer import Transformer
-from ..progress import OnProgress, untold
+from ..progress import OnProgress, ignore_progress
 from ..weights.components import ComponentSpec, has_room, require_room
 from ..weights.estimates import transformer_bytes
 from ..weights.precision import ROLE_PRECISIONS, resolve
@@ -131,7 +131,7 @@ class SamplingPlan:
             yield f"precision {other.precision.name}", replace(self, spec=other)
 
     def name(self, guard: str = STOP) -> str:
-        """Of this run and of no other: a digest of everything its result depends on.
+        """The run's name: a digest of everything its result depends on.
 
         guard: what it let pass, which a stricter one must not take over.
         """
@@ -224,7 +224,7 @@ def sample(
     transformer: Transformer,
     plan: SamplingPlan,
     on_step: OnStep = lambda done, total, denoised: None,
-    on_fold: OnProgress = untold,
+    on_fold: OnProgress = ignore_progress,
     saved: SavedRun | None = None,
     guard: str = STOP,
 ) -> torch.Tensor:

@@ -14,7 +14,7 @@ from ..latents import PATCH, normalize, pack, pad_to_patches
 from ..models.guard import STOP, Guard
 from ..models.modulation import StepModulation
 from ..models.transformer import QwenImageTransformer, Transformer, rotary_embedding
-from ..progress import OnProgress, untold
+from ..progress import OnProgress, ignore_progress
 from ..weights.components import ComponentSpec
 from .conditioning import Condition
 from .schedule import Schedule
@@ -42,7 +42,7 @@ class LocalWorker:
         latent_size: tuple[int, int],
         conditions: Mapping[str, Condition],
         guard: str = STOP,
-        on_fold: OnProgress = untold,
+        on_fold: OnProgress = ignore_progress,
     ):
         """latent_size: height and width of the latents to sample, both even. conditions: by branch.
 
