@@ -22,6 +22,7 @@ from .engine.weights.estimates import Edit
 from .load import CATEGORY, VAE, TextEncoder, guard_input
 
 CPU = torch.device("cpu")
+PROMPTS = ("The prompt", "The negative prompt")  # in errors
 
 
 class FireRedEncodePrompt(io.ComfyNode):
@@ -90,15 +91,15 @@ class FireRedEncodePrompt(io.ComfyNode):
         _require_known(unknown)
         host.require_handle(text_encoder, "text_encoder")
         megapixels = REFERENCE_MEGAPIXELS.require(reference_megapixels)
-        if not require_text(prompt, "The prompt").strip():
+        if not require_text(prompt, PROMPTS[0]).strip():
             raise InputError("The prompt is empty. Write what to change in the picture.")
-        prompts = prompt, require_text(negative_prompt, "The negative prompt")
+        prompts = prompt, require_text(negative_prompt, PROMPTS[1])
         pictures = _pictures(images)
-        references = []
+        guard = GUARD.require(guard)
         if vae is not None:
             host.require_handle(vae, "vae")
-            references = _encode_references(vae, pictures, megapixels, GUARD.require(guard))
-        embeds = _encode_prompts(text_encoder, prompts, pictures, GUARD.require(guard))
+        embeds = _encode_prompts(text_encoder, prompts, pictures, guard)  # first: it may refuse a prompt
+        references = [] if vae is None else _encode_references(vae, pictures, megapixels, guard)
         return io.NodeOutput(*(to_conditioning(encoded, references, pictures[0].size) for encoded in embeds))
 
 
@@ -144,8 +145,9 @@ def _encode_prompts(
         working = working_bytes(text_encoder.spec, Edit(references=len(pictures)))
         with host.borrow(text_encoder, working) as encoder:
             for index in missing:
-                what = ("The prompt", "The negative prompt")[index]
-                yield cross(encoder.encode(prompts[index], pictures, what, guard), CPU)
+                encoder.require_prompt(prompts[index], PROMPTS[index])
+            for index in missing:
+                yield cross(encoder.encode(prompts[index], pictures, PROMPTS[index], guard), CPU)
 
     names = [embedding_name(text_encoder.spec, prompt, pictures) for prompt in prompts]
     return recall(host.disk_cache(), names, encode)

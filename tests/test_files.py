@@ -338,6 +338,25 @@ def test_a_processor_with_byte_order_marks_is_read(tiny: Checkpoint, tiny_copy: 
     assert embeds_alike(tiny, Checkpoint(tiny_copy))
 
 
+def test_hidden_files_beside_a_checkpoints_own_are_not_its(tiny: Checkpoint, tiny_copy: Path) -> None:
+    """macOS leaves one beside every file on drives of other systems."""
+    for file in [*tiny_copy.rglob("*.json"), *tiny_copy.rglob("*.safetensors")]:
+        (file.parent / f"._{file.name}").write_bytes(b"\x00\x05\x16\x07")
+    index = tiny_copy / "transformer" / "._diffusion_pytorch_model.safetensors.index.json"
+    index.write_bytes(b"\x00\x05\x16\x07")
+    checkpoint = Checkpoint(tiny_copy)
+    assert embeds_alike(tiny, checkpoint) and not place(cpu_machine(), checkpoint).problems
+    loading.load(spec_for(checkpoint, "transformer"))
+
+
+@pytest.mark.parametrize("axes", [None, "x", [8, 12], [8, 12, 13], [8, 12, 14], [-8, 20, 20]])
+def test_rotary_axes_that_do_not_divide_a_head_are_named(tiny_copy: Path, axes: object) -> None:
+    path = tiny_copy / "transformer" / "config.json"
+    other_versions.write_json(path, other_versions.read(path) | {"axes_dims_rope": axes})
+    with pytest.raises(CheckpointError, match=r"transformer.config\.json: axes_dims_rope is .* add up to 32"):
+        Checkpoint(tiny_copy).component("transformer").config()
+
+
 # Dtypes, weights and JSON
 
 
@@ -465,6 +484,12 @@ def test_links_to_ancestors_list_each_real_folder_once(tmp_path: Path) -> None:
         (root / f"all-{number}").symlink_to(tmp_path)
         (root / "team" / f"up-{number}").symlink_to("..")
     assert list(find_checkpoints([root, root])) == ["team/model"]
+
+
+def test_an_entry_that_cannot_be_followed_hides_nothing_beside_it(tmp_path: Path, tiny_copy: Path) -> None:
+    (tiny_copy.parent / "loop").symlink_to("loop")
+    (tiny_copy.parent / "nowhere").symlink_to(tmp_path / "gone")
+    assert list(find_checkpoints([tiny_copy.parent])) == [tiny_copy.name]
 
 
 def test_a_checkpoint_that_is_a_link_is_listed_unless_it_is_there_itself(tmp_path: Path) -> None:

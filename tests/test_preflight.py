@@ -94,6 +94,23 @@ def test_a_card_that_computes_wrong_or_not_at_all_is_refused() -> None:
         require_kernels(CPU, no_image)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: all CUDA-capable devices are busy or unavailable",
+    ],
+)
+def test_a_card_without_room_is_not_told_to_update_its_driver(said: str) -> None:
+    def fail(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(said)
+
+    with pytest.raises(FireRedError, match=r"is full or held by another program.*choose another device") as e:
+        require_kernels(CPU, fail)
+    assert "driver" not in str(e.value)
+
+
 def test_a_card_that_does_not_answer_is_refused_in_words() -> None:
     """A number that no machine has; torch raises at every question about it."""
     for ask in (card_name, require_kernels, preflight):

@@ -22,7 +22,7 @@ from comfyui import (
 )
 from conftest import SERVER_ARGUMENTS
 from engine.arithmetic import computing_environment
-from engine.cards.libraries import require_libraries, startup_warning
+from engine.cards.libraries import _torchvision_for, require_libraries, startup_warning
 from engine.errors import FireRedError
 from prompts import edit_prompt, fail
 
@@ -161,6 +161,11 @@ def test_a_torch_without_the_fp16_accumulation_switch_will_do(monkeypatch: pytes
 
     monkeypatch.setattr(switches, "__getattr__", without)
     assert computing_environment(torch.device("cpu"), "diffusers")
+
+
+def test_a_missing_torchvision_is_not_answered_with_another_torch() -> None:
+    for torch_version, torchvision in (("2.11.0+cu130", "0.26"), ("2.7.1+cu126", "0.22"), ("2.6.0", "0.21")):
+        assert _torchvision_for(torch_version) == f'"torchvision=={torchvision}.*"'
 
 
 def test_the_checkpoints_we_write_load_in_transformers_4_and_5(tiny_folder: Path) -> None:

@@ -13,9 +13,19 @@ from typing import Any
 import torch
 
 # What changes the kernels that libraries choose, set outside of Python.
-ENVIRONMENT = ("DIFFUSERS_ATTN_BACKEND", "NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "MKL_CBWR")
+ENVIRONMENT = (
+    "NVIDIA_TF32_OVERRIDE",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "MKL_CBWR",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+)
 # Sums of products in 16 bits; older releases of torch lack some of these settings.
-REDUCED_SUMS = ("allow_fp16_accumulation", "allow_bf16_reduced_precision_reduction")
+REDUCED_SUMS = (
+    "allow_fp16_accumulation",
+    "allow_fp16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction",
+)
 
 
 @dataclass(frozen=True)
@@ -35,8 +45,7 @@ def exact_fp32() -> Iterator[None]:
     of 3e-6 over 12 convolutions), and other code may have allowed TF32 or BF16 in products too. The settings
     belong to the whole process, so they are put back.
     """
-    switches = (_products(), _convolutions(), *_on_cpu())
-    changed = [switch for switch in switches if switch.before != switch.exact]
+    changed = [switch for switch in _switches() if switch.before != switch.exact]
     for switch in changed:
         switch.set(switch.exact)
     try:
@@ -46,33 +55,19 @@ def exact_fp32() -> Iterator[None]:
             switch.set(switch.before)
 
 
-def _products() -> Switch:
-    """torch has an old and a new setting, and refuses to read the old one where only the new one was used."""
-    try:
-        return Switch(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision(), "highest")
-    except RuntimeError:
-        return _new_setting(torch.backends.cuda.matmul)
-
-
-def _convolutions() -> Switch:
-    cudnn: Any = torch.backends.cudnn
-    try:
-        return Switch(functools.partial(setattr, cudnn, "allow_tf32"), cudnn.allow_tf32, False)
-    except RuntimeError:
-        return _new_setting(cudnn.conv)
-
-
-def _on_cpu() -> Iterator[Switch]:
-    """oneDNN may use BF16 for FP32. torch 2.9 and later."""
-    for name in ("conv", "matmul"):
-        if (part := getattr(torch.backends.mkldnn, name, None)) is not None:
-            yield _new_setting(part)
-
-
-def _new_setting(owner: Any) -> Switch:
-    before = owner.fp32_precision
-    exact = before if before == "none" else "ieee"
-    return Switch(functools.partial(setattr, owner, "fp32_precision"), before, exact)
+def _switches() -> Iterator[Switch]:
+    """torch 2.9 has a setting for each part, beside older ones that it refuses to read in some states."""
+    backends: Any = torch.backends
+    if hasattr(backends.cuda.matmul, "fp32_precision"):
+        for part in (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv):
+            before = part.fp32_precision
+            exact = before if before == "none" else "ieee"
+            yield Switch(functools.partial(setattr, part, "fp32_precision"), before, exact)
+    else:
+        yield Switch(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision(), "highest")
+        yield Switch(
+            functools.partial(setattr, backends.cudnn, "allow_tf32"), backends.cudnn.allow_tf32, False
+        )
 
 
 def computing_environment(device: torch.device, *libraries: str) -> tuple[object, ...]:
@@ -86,6 +81,7 @@ def computing_environment(device: torch.device, *libraries: str) -> tuple[object
     settings += [cudnn.version(), cudnn.enabled, cudnn.benchmark, cudnn.deterministic]
     settings += [cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled()]
     settings += [cuda.math_sdp_enabled(), cuda.fp16_bf16_reduction_math_sdp_allowed()]
+    settings += [str(cuda.preferred_blas_library())]
     settings += [str(getattr(cuda.matmul, name, None)) for name in REDUCED_SUMS]
     if device.type == "cpu":
         settings += [torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()]

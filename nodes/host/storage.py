@@ -36,10 +36,10 @@ def saved_run(name: str) -> SavedRun:
 
 
 def forget_run(latent: dict[str, Any]) -> None:
-    """The latent's picture is there: what would have resumed its run is not needed any more."""
+    """The latent's picture is there: once this prompt has ended well, its run is not needed any more."""
     name = latent.get(RUN_KEY)
     if is_run_name(name):
-        saved_run(name).forget()
+        forget_run_after_prompt(saved_run(name))
 
 
 def forget_run_after_prompt(run: SavedRun) -> None:

@@ -118,11 +118,12 @@ def require_kernels(
     numbers = (torch.arange(64 * 64) % 7).float().reshape(64, 64)  # small: exact in any arithmetic
     try:
         product = multiply(numbers.to(device), numbers.to(device)).cpu()
-    except torch.OutOfMemoryError as error:
-        raise FireRedError(
-            f"{card} is full. Close other programs that use it, or choose another device."
-        ) from error
     except RuntimeError as error:
+        if is_out_of_memory(error) or "busy or unavailable" in str(error):
+            raise FireRedError(
+                f"{card} is full or held by another program ({first_line(error)}). Close what uses it, or "
+                "choose another device."
+            ) from error
         raise FireRedError(
             f"{card} cannot compute with this torch {torch.__version__}: {first_line(error)}. "
             "Update the driver and restart; if that does not help, install with ComfyUI's Python: "
@@ -133,6 +134,12 @@ def require_kernels(
             f"{card} multiplies small whole numbers wrong. Update its driver, undo any overclocking, or "
             "choose another device."
         )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Also where the device's allocator, or a library of its own, has no error type for it."""
+    said = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 def _parse(name: str) -> tuple[str, int, int, str] | None:

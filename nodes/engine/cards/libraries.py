@@ -106,8 +106,10 @@ def _install(*names: str, options: str = "") -> str:
     """The command, for this Python, that installs the libraries."""
     python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
     commands = []
-    if set(names) & set(OF_TORCH):
+    if "torch" in names:
         commands.append(_install_torch(python))
+    elif "torchvision" in names:
+        commands.append(f"{python} -m pip install {_torchvision_for(torch.__version__)}")
     if wanted := [f'"{name}>={OLDEST[name]}"' for name in names if name not in OF_TORCH]:
         commands.append(f"{python} -m pip install {options}{' '.join(wanted)}")
     return f"Install with: {' and then: '.join(commands)} and restart ComfyUI."
@@ -118,6 +120,12 @@ def _install_torch(python: str) -> str:
     if torch.version.hip or getattr(torch.version, "xpu", None):
         return "the newest build for your card from https://pytorch.org/get-started/locally"
     return f"{python} -m {install_line('sm_60')}"
+
+
+def _torchvision_for(version: str) -> str:
+    """The release of torchvision made for that torch: 0.26 for 2.11, and so on back to 0.15 for 2.0."""
+    major, minor = _numbers(version)
+    return f'"torchvision==0.{minor + 15}.*"' if major == 2 else "torchvision"
 
 
 def _first_cause(error: BaseException) -> BaseException:

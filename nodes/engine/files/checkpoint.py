@@ -147,6 +147,8 @@ class Component:
         config = DEFAULTS.get(self.name, {}) | config
         for name, default in DEFAULTS.get(self.name, {}).items():
             _require_number(path, name, config[name], whole=isinstance(default, int))
+        if "axes_dims_rope" in config:
+            _require_axes(path, config["axes_dims_rope"], config["attention_head_dim"])
         return config
 
     def shards(self) -> list[Path]:
@@ -183,7 +185,7 @@ class Component:
 
     def _file_names(self) -> list[str]:
         try:
-            return sorted(os.listdir(self.folder))
+            return sorted(name for name in os.listdir(self.folder) if not name.startswith("."))
         except OSError as error:
             raise CheckpointError(f"{self.folder} cannot be read ({error}). Check the disk.") from error
 
@@ -206,9 +208,14 @@ class Component:
         tell apart is a change inside big tensors that leaves their sampled blocks, the size and the times as
         they were. Each version of a file is read once in a process.
         """
-        files = {path.relative_to(self.folder).as_posix(): path for path in self.folder.rglob("*")}
-        shown = [name for name in sorted(files) if not name.startswith(".") and "/." not in name]
-        return _digest([(name, *file_identity(files[name])) for name in shown if files[name].is_file()])
+        try:
+            files = {path.relative_to(self.folder).as_posix(): path for path in self.folder.rglob("*")}
+            shown = [name for name in sorted(files) if not name.startswith(".") and "/." not in name]
+            return _digest([(name, *file_identity(files[name])) for name in shown if files[name].is_file()])
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder} cannot be read ({error}). Check the permissions."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -250,10 +257,24 @@ class Checkpoint:
         return torch.tensor(mean).view(1, -1, 1, 1, 1), torch.tensor(std).view(1, -1, 1, 1, 1)
 
 
+def _require_axes(path: Path, axes: object, head_size: int) -> None:
+    """Raise CheckpointError where a rotary embedding does not divide a head's channels into pairs."""
+    whole = isinstance(axes, list | tuple) and all(isinstance(axis, int) and axis > 0 for axis in axes)
+    if not whole or any(axis % 2 for axis in axes) or sum(axes) != head_size or len(axes) != 3:  # type: ignore
+        raise CheckpointError(
+            f"{path}: axes_dims_rope is {axes!r}; it must be three even numbers that add up to {head_size}. "
+            "Download this file again."
+        )
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Check that `folder` holds the edit pipeline. Raises CheckpointError saying what it holds instead."""
     index = folder / "model_index.json"
-    if not index.is_file():
+    try:
+        there = index.is_file()
+    except OSError as error:
+        raise CheckpointError(f"{index} cannot be read ({error}). Check the permissions.") from error
+    if not there:
         raise CheckpointError(
             f"{folder} has no model_index.json, so it is not a diffusers folder. {download_hint()}"
         )
@@ -303,7 +324,10 @@ def _pipeline_folders(roots: list[Path]) -> Iterator[tuple[Path, Path]]:
 
 
 def _is_searched(entry: os.DirEntry[str]) -> bool:
-    return not entry.name.startswith(".") and entry.name != NEVER_SEARCHED and entry.is_dir()
+    try:
+        return not entry.name.startswith(".") and entry.name != NEVER_SEARCHED and entry.is_dir()
+    except OSError:  # a link to itself, or into what is not ours to read
+        return False
 
 
 def download_hint() -> str:

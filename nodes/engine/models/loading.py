@@ -119,7 +119,7 @@ def _without_byte_order_marks(folder: Path) -> Iterator[Path]:
 
     Raises CheckpointError for a file that is not JSON.
     """
-    contents = {path: read_json(path) for path in sorted(folder.glob("*.json"))}
+    contents = {path: read_json(path) for path in sorted(folder.glob("[!.]*.json"))}
     marked = [path for path in contents if path.read_bytes()[:2] in (b"\xef\xbb", b"\xff\xfe", b"\xfe\xff")]
     if not marked:
         yield folder

@@ -153,7 +153,7 @@ class Modulation:
         component, device = self._spec.checkpoint.component("transformer"), self._spec.device
         total = sum(stored_bytes(info) for name, info in component.stored().items() if is_folded(name))
         log.info("computing modulation for %d steps: reading %.2f GB", len(timesteps), total / 1e9)
-        done, started = 0, time.monotonic()
+        done, started = 0, time.perf_counter()
         levels = torch.cat([timesteps.float().cpu(), torch.zeros(int(self._config.zero_cond_t))])
         embedded = F.silu(self._time_embedding(levels))
         table = self._empty(timesteps)
@@ -174,7 +174,7 @@ class Modulation:
                 f"{component.folder} lacks {len(missing)} modulation layers, the first being "
                 f"{next(iter(missing))}. Download the folder again."
             )
-        seconds = time.monotonic() - started
+        seconds = time.perf_counter() - started
         log.info("modulation computed in %.1f s (%.2f GB/s)", seconds, total / 1e9 / seconds)
         return table
 

@@ -55,7 +55,7 @@ class TextEncoder:
         Raises InputError for a prompt longer than the model was made for, or with signs that it keeps for
         itself, and NonFiniteError.
         """
-        self._require_prompt(prompt, what)
+        self.require_prompt(prompt, what)
         resized = [_resize(picture) for picture in pictures]
         numbered = "".join(PICTURE_TEMPLATE.format(number) for number in range(1, len(pictures) + 1))
         # The processor's whole answer goes on: with transformers 5 it holds the mm_token_type_ids without
@@ -74,7 +74,8 @@ class TextEncoder:
 
         return Guard(self.spec, guard).run(embed, f"{what}'s embedding", self.model)
 
-    def _require_prompt(self, prompt: str, what: str) -> None:
+    def require_prompt(self, prompt: str, what: str) -> None:
+        """Raise InputError, as encode does, for a prompt that it would not take."""
         tokenizer = self.processor.tokenizer
         reserved = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         used = [token for token in reserved if token in require_text(prompt, what)]

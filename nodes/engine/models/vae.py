@@ -15,6 +15,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from ..arithmetic import exact_fp32
+from ..cards.kernels import is_out_of_memory
 from ..cards.transfer import cross
 from ..images import from_pixels
 from ..latents import MEGAPIXEL, MIN_SIZE, TOKEN_PIXELS, VAE_SCALE, dimensions_for_area, require_latents
@@ -128,7 +129,7 @@ def _decode_one(
         try:
             return _decode_features(vae, guard, features, tiles[0])
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             tile, smaller, *_ = (size * VAE_SCALE for size in tiles)
             log.warning(
@@ -139,12 +140,6 @@ def _decode_one(
             )
         del tiles[0]
     return _decode_features(vae, guard, features, tiles[0])
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Also where the device's allocator has no error type of its own."""
-    said = ("out of memory", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 def _decode_features(

@@ -34,7 +34,6 @@ OBEYED = {"attention_mask", "reference_latents", "reference_latents_method", "im
 WITHOUT_EFFECT = {
     "pooled_output",
     "default",
-    "mask_strength",
     "set_area_to_bounds",
     "control_apply_to_uncond",
 }
@@ -62,6 +61,8 @@ HOOKS = f"SetClipHooks, SetModelHooksOnCond, {PROPERTIES}"
 REFUSED = {
     "start_percent": Refusal(TIMESTEPS, lambda value: _is_number(value, -math.inf, 0)),
     "end_percent": Refusal(TIMESTEPS, lambda value: _is_number(value, 1, math.inf)),
+    "timestep_start": Refusal("a node that sets it directly"),
+    "timestep_end": Refusal("a node that sets it directly"),
     "clip_start_percent": Refusal(HOOKS, lambda value: _is_number(value, -math.inf, 0)),
     "clip_end_percent": Refusal(HOOKS, lambda value: _is_number(value, 1, math.inf)),
     "area": Refusal(
@@ -71,6 +72,8 @@ REFUSED = {
         "ConditioningSetAreaStrength and ConditioningSetArea", lambda value: _is_number(value, 1, 1)
     ),
     "mask": Refusal(f"ConditioningSetMask, {PROPERTIES}", is_all_ones),
+    # Any strength above 0 cancels out where there is one entry.
+    "mask_strength": Refusal("ConditioningSetMask", lambda value: _is_number(value, 1e-6, math.inf)),
     "control": Refusal("ControlNetApply and ControlNetApplyAdvanced"),
     "hooks": Refusal(HOOKS, lambda value: not getattr(value, "hooks", value)),
     "gligen": Refusal("GLIGENTextBoxApply"),

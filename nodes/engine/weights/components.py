@@ -165,7 +165,7 @@ def require_beside(role: str, checkpoint: Checkpoint) -> None:
                 raise CheckpointError(
                     f"{folder} has no {' or '.join(names)}. Download this folder again; the others can stay."
                 )
-        for path in folder.glob("*config.json"):
+        for path in folder.glob("[!.]*config.json"):
             read_json(path)
 
 

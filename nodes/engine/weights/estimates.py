@@ -34,7 +34,6 @@ TEXT_ENCODER_TOKEN_VALUES = 75_000
 # channels decoding takes 2.27 GiB a megapixel in FP32 and 1.33 in BF16, encoding 1.89 and 1.14.
 DECODE_BYTES = {4: 24.3, 2: 14.2}
 ENCODE_BYTES = {4: 20.2, 2: 12.2}
-VAE_CHANNELS = 96  # base_dim, where a config leaves it out
 FEATURES = 4  # times base_dim, what attention over the whole picture leaves for each latent
 SMALLEST_TILE = 40  # latents a side; see vae.py
 
@@ -100,10 +99,9 @@ class Shape:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Shape:
-        """With diffusers' own defaults for what the config leaves out."""
         config = checkpoint.component("transformer").config()
-        heads, size = config.get("num_attention_heads", 24), config.get("attention_head_dim", 128)
-        return cls(config.get("num_layers", 60), heads * size, heads)
+        heads, size = config["num_attention_heads"], config["attention_head_dim"]
+        return cls(config["num_layers"], heads * size, heads)
 
     def linear_flops(self, tokens: int) -> float:
         """Of a forward: attention's four matrices are 4 width^2 weights a token and layer, the MLP's 8."""
@@ -180,7 +178,7 @@ def _text_encoder_heads(checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def _vae_channels(checkpoint: Checkpoint) -> int:
-    return checkpoint.component("vae").config().get("base_dim", VAE_CHANNELS)
+    return checkpoint.component("vae").config()["base_dim"]
 
 
 def forward_seconds(speeds: Speeds, shape: Shape, tokens: int, precision: Precision) -> float | None:
