@@ -280,6 +280,9 @@ def serve(environment: Environment, comfyui: Path, args: argparse.Namespace) -> 
 
 def test(environment: Environment, comfyui: Path, args: argparse.Namespace) -> int:
     os.environ["FIRERED_BROWSER"] = find_browser()
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # tiny tensors gain nothing from more, and servers run beside
     return run_python(environment, comfyui, "-m", "pytest", *(args.pytest_arguments or ["tests"]))
 
 

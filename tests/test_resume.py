@@ -242,7 +242,7 @@ def test_a_clock_that_jumps_loses_nothing(tiny: Checkpoint, store: DiskCache, mo
 
 
 VAE_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
-LONG, SIDE = 100, 320  # steps and pixels: long enough to interrupt
+LONG, SIDE = 80, 256  # steps and pixels: long enough to interrupt
 
 
 def long_prompt(**inputs: Any):
