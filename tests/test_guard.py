@@ -14,7 +14,7 @@ from conftest import spec_for
 from engine.errors import NonFiniteError
 from engine.files.checkpoint import Checkpoint, open_checkpoint
 from engine.models import loading, vae
-from engine.models.guard import GUARDS, OFF, STOP, WARN, Guard, require_finite
+from engine.models.guard import GUARDS, OFF, STOP, WARN, Guard
 from engine.models.trace import FP16_MAX, Culprit, find_culprit
 from engine.sampling.conditioning import NEGATIVE, POSITIVE
 from engine.sampling.denoise import denoise
@@ -252,7 +252,7 @@ def test_the_remedy_offers_what_the_component_has(tiny: Checkpoint) -> None:
     for role, remedy in (("vae", "to fp32:"), ("text_encoder", "to fp32 or int8:")):
         spec = spec_for(tiny, role, "bf16")
         with pytest.raises(NonFiniteError, match=f"Set its precision {remedy} safe on every card"):
-            require_finite(bad, "It", spec)
+            Guard(spec).check(bad, "It")
     assert set(ROLE_PRECISIONS["vae"]) == {"bf16", "fp32", "fp16"}
 
 

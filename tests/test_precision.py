@@ -17,7 +17,7 @@ from engine.files.cache import DiskCache
 from engine.files.checkpoint import Checkpoint, stored_bytes
 from engine.models import loading
 from engine.models.config import TransformerConfig
-from engine.models.guard import require_finite, require_finite_input
+from engine.models.guard import Guard, require_finite_input
 from engine.models.modulation import Modulation, Table, is_folded
 from engine.models.transformer import Transformer, rotary_embedding
 from engine.sampling.conditioning import POSITIVE
@@ -110,15 +110,15 @@ def test_the_guard_counts_names_and_advises(tiny: Checkpoint, precision: str, re
         NonFiniteError,
         match=rf"Step 3 of 40 holds 1 NaN and 2 infinite.*transformer {precision} on cpu.*{remedy}",
     ):
-        require_finite(bad, "Step 3 of 40", spec)
+        Guard(spec).check(bad, "Step 3 of 40")
     with pytest.raises(NonFiniteError, match=r"The latent holds 1 NaN .* check the node that made it"):
         require_finite_input(bad, "The latent")
     bnb = describe("transformer", tiny, PRECISIONS["int8-bnb"], CPU, P40)
     with pytest.raises(
         NonFiniteError, match=r"int8-bnb, fp32 and fp16 math,.*Set its precision to fp32 or int8"
     ):
-        require_finite(bad, "Step 3 of 40", bnb)
-    assert require_finite(good, "", spec) is good and require_finite_input(good, "") is good
+        Guard(bnb).check(bad, "Step 3 of 40")
+    assert Guard(spec).check(good, "") is good and require_finite_input(good, "") is good
 
 
 # INT8

@@ -13,7 +13,7 @@ from engine.errors import InputError, NonFiniteError
 from engine.files.checkpoint import Checkpoint
 from engine.latents import (
     denormalize,
-    make_noise,
+    draw_noise,
     normalize,
     output_size,
     pack,
@@ -79,7 +79,7 @@ def test_packing_is_diffusers_packing_and_comes_back() -> None:
 
 
 def test_noise_is_what_diffusers_draws() -> None:
-    noise = make_noise((2, 16, 6, 10), seed=42)
+    noise = torch.cat(list(draw_noise((6, 10), 42, range(2))))
     generator = torch.Generator("cpu").manual_seed(42)
     for picture in noise.split(1):
         assert torch.equal(picture, torch.randn((1, 1, 16, 6, 10), generator=generator).transpose(1, 2))

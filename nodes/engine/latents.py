@@ -157,21 +157,12 @@ def _draws(latent: Mapping[str, Any], samples: torch.Tensor) -> tuple[int, ...]:
     return tuple(DRAW.require(number) for number in listed)
 
 
-def make_noise(shape: tuple[int, int, int, int], seed: int) -> torch.Tensor:
-    """Raw-shaped noise (B, 16, 1, h, w), FP32 on the CPU: what diffusers draws for the same seed, picture by
-    picture.
-
-    shape: (B, channels, h, w). Picture k of a batch is the generator's k-th draw.
-    """
-    batch, _, height, width = shape
-    return torch.cat(list(draw_noise((height, width), seed, range(batch))))
-
-
 def draw_noise(size: tuple[int, int], seed: int, draws: Iterable[int]) -> Iterator[torch.Tensor]:
     """The seed's noise numbered `draws` (from 0, in any order), one after the other: (1, 16, 1, h, w) FP32 on
     the CPU.
 
-    size: height and width of the latents. Holds one draw, whatever the number; one before the last given
+    Picture k of a batch is what diffusers' generator draws k-th for that seed. size: height and width of the
+    latents. Holds one draw, whatever the number; one before the last given
     starts over from the seed.
     """
     noise, drawn = torch.empty(0), 0

@@ -106,17 +106,6 @@ class Guard:
         return " ".join(said)
 
 
-def require_finite(
-    tensor: torch.Tensor, what: str, spec: ComponentSpec, trace: Trace | None = None, guard: str = STOP
-) -> torch.Tensor:
-    """Return what a component computed unchanged, or raise NonFiniteError.
-
-    what: the tensor in words. The error says how many bad values it holds, which component made them at which
-    precision on which card, which module broke if there is a `trace` to find it, and what to change.
-    """
-    return Guard(spec, guard).check(tensor, what, trace)
-
-
 def require_finite_input(tensor: torch.Tensor, what: str) -> torch.Tensor:
     """Return what another node made unchanged, or raise NonFiniteError saying how many bad values it held."""
     if bool(tensor.isfinite().all()):

@@ -50,8 +50,8 @@ def make_schedule(config: dict[str, Any], steps: int, image_tokens: int) -> Sche
 
 
 def dynamic_shift(config: dict[str, Any], image_tokens: int) -> float:
-    """The resolution-dependent shift mu, linear in the token count (defaults as in diffusers' pipeline)."""
-    base_tokens, max_tokens = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    base_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    """The resolution-dependent shift mu, linear in the token count. config: as Component.config gives it."""
+    base_tokens, max_tokens = config["base_image_seq_len"], config["max_image_seq_len"]
+    base_shift, max_shift = config["base_shift"], config["max_shift"]
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)
     return image_tokens * slope + base_shift - slope * base_tokens
