@@ -91,15 +91,15 @@ class FireRedSampler(io.ComfyNode):
         guard: str = STOP,
     ) -> io.NodeOutput:
         from .engine.sampling.conditioning import NEGATIVE, POSITIVE
-        from .engine.sampling.sampling import plan_sampling, read_conditions, sample
+        from .engine.sampling.sampling import prepare_run, read_conditions, sample
 
         guard, resume = GUARD.require(guard), RESUME.require(resume)
-        spec = host.require_handle(transformer, "transformer").spec
+        replica = host.require_handle(transformer, "transformer").replica
         branches = {POSITIVE: positive} if negative is None else {POSITIVE: positive, NEGATIVE: negative}
         given = None if latent is None else read_latent(latent)
-        plan = plan_sampling(
-            spec,
-            read_conditions(spec, branches),
+        run = prepare_run(
+            replica,
+            read_conditions(replica, branches),
             steps=steps,
             true_cfg_scale=cfg,
             width=width,
@@ -116,13 +116,13 @@ class FireRedSampler(io.ComfyNode):
             log.info(
                 "only the size and the batch of a latent count, not what it shows: sampling starts from noise"
             )
-        saved = host.saved_run(plan.name(guard)) if resume == "on" else None
-        samples = saved.result(plan.batch) if saved else None
+        saved = host.saved_run(run.name(guard)) if resume == "on" else None
+        samples = saved.result(run.batch) if saved else None
         if samples is None:
-            plan.require_room(host.room(spec))
-            with host.borrow(transformer, plan.working_bytes()) as model:
-                reporters = host.sampling_reporter(spec.device), host.progress_reporter()
-                samples = sample(model, plan, *reporters, saved, guard)
+            run.require_room(host.room(replica))
+            with host.borrow(transformer, run.working_bytes()) as model:
+                reporters = host.sampling_reporter(replica.device), host.progress_reporter()
+                samples = sample(model, run, *reporters, saved, guard)
         if saved is not None:
             host.forget_run_after_prompt(saved)
         sampled = kept_keys(latent or {}) | {"samples": samples, host.RUN_KEY: saved.name if saved else None}
