@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import comfyui
 import core_vae
 import pytest
 import real_checkpoint
@@ -17,7 +16,12 @@ from engine.files.checkpoint import Checkpoint, open_checkpoint
 from engine.weights.components import ComponentSpec, describe
 from engine.weights.precision import ROLE_PRECISIONS, Card
 
+from launcher.client import Client
+from launcher.folders import ROOT, add_pack
+from launcher.server import Server
+
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+PROBE_NODES = ROOT / "tests" / "probe_nodes"
 SERVER_ARGUMENTS = (
     "--disable-api-nodes",
     "--database-url",
@@ -65,7 +69,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     tiny_checkpoint.build(models / "zero_cond_t", zero_cond_t=True)
     tiny_checkpoint.build(models / "wide", joint_attention_dim=3584)
     core_vae.write(folder, "tiny")
-    comfyui.add_probe_nodes(folder)
+    add_pack(folder, PROBE_NODES)
     return folder
 
 
@@ -74,19 +78,18 @@ def own_work(tmp_path: Path, tiny_folder: Path) -> Path:
     """A work folder, with `tiny` and the probe nodes, for a test that starts servers of its own."""
     folder = tmp_path / "comfyui"
     shutil.copytree(tiny_folder, folder / "models" / "diffusers" / "tiny")
-    comfyui.add_probe_nodes(folder)
+    add_pack(folder, PROBE_NODES)
     return folder
 
 
 @pytest.fixture(scope="session")
-def server(work: Path) -> Iterator[comfyui.Server]:
-    folder, _ = comfyui.environment()
-    with comfyui.Server(folder, work, SERVER_ARGUMENTS) as running:
+def server(work: Path) -> Iterator[Server]:
+    with Server(work, SERVER_ARGUMENTS) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def client(server: comfyui.Server) -> comfyui.Client:
+def client(server: Server) -> Client:
     return server.client
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comfyui import ROOT, Client, Prompt, Run
 from core_vae import CORE_VAE
+
+from launcher.client import Client, Prompt, Run
+from launcher.folders import ROOT
 
 LOADERS = {"1": "transformer", "2": "text_encoder", "3": "vae"}
 ENCODE, SAMPLE, DECODE, SAVE, PHOTO = "4", "5", "6", "7", "10"

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui import Client
 from core_vae import CORE_VAE
 from prompts import (
     DECODE,
@@ -19,6 +18,8 @@ from prompts import (
     succeed,
     with_node,
 )
+
+from launcher.client import Client
 
 
 def with_core_vae() -> dict:

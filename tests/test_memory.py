@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui import Client, Server, environment
 from conftest import SERVER_ARGUMENTS, spec_for
 from engine.files.cache import DiskCache
 from engine.files.checkpoint import Checkpoint
@@ -37,6 +36,9 @@ from prompts import (
     with_node,
 )
 from test_sampling import plan
+
+from launcher.client import Client
+from launcher.server import Server
 
 COMPONENTS = {"transformer", "text encoder", "vae"}
 
@@ -133,8 +135,7 @@ def test_our_graph_and_cores_in_turn_hold_the_same_bytes_every_time(client: Clie
     ],
 )
 def test_no_way_of_caching_ever_holds_a_component_twice(own_work: Path, flags: tuple[str, ...]) -> None:
-    folder, _ = environment()
-    with Server(folder, own_work, (*SERVER_ARGUMENTS, *flags)) as server:
+    with Server(own_work, (*SERVER_ARGUMENTS, *flags)) as server:
         client = server.client
         for seed, precision in enumerate(("fp32", "int8", "bf16")):
             prompt = changed(changed(edit_prompt(), "1", precision=precision), "2", precision="fp32")
@@ -165,9 +166,8 @@ def test_encoding_and_decoding_stop_within_a_block(client: Client, node: str) ->
 
 
 def test_a_new_seed_after_a_restart_encodes_nothing(own_work: Path) -> None:
-    folder, _ = environment()
     for seed in (1, 2):
-        with Server(folder, own_work, SERVER_ARGUMENTS) as server:
+        with Server(own_work, SERVER_ARGUMENTS) as server:
             succeed(server.client, changed(edit_prompt(), SAMPLE, seed=seed))
             loaded = roles(loaded_components(server.client, own_work))
             assert loaded == (COMPONENTS if seed == 1 else {"transformer", "vae"})

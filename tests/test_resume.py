@@ -13,7 +13,6 @@ from typing import Any
 import core_vae
 import pytest
 import torch
-from comfyui import Client, Server, ServerError, environment
 from conftest import SERVER_ARGUMENTS, spec_for
 from engine.files.cache import PROCESS, SUFFIX, DiskCache
 from engine.files.checkpoint import Checkpoint
@@ -35,6 +34,9 @@ from prompts import (
 )
 from safetensors.torch import load_file, save_file
 from test_sampling import plan
+
+from launcher.client import Client, ServerError
+from launcher.server import Server
 
 STEPS = 6
 
@@ -267,13 +269,12 @@ def at_step(step: int, act: Callable[[], object]) -> Callable[[str, dict], None]
 
 
 def test_after_kill_9_the_same_prompt_ends_in_the_same_bits(own_work: Path) -> None:
-    comfyui, _ = environment()
     runs = own_work / "models" / "firered_cache" / "runs"
-    with Server(comfyui, own_work, SERVER_ARGUMENTS) as server:
+    with Server(own_work, SERVER_ARGUMENTS) as server:
         with pytest.raises(ServerError, match="it ended while the prompt ran"):
             server.client.run(long_prompt(), at_step(10, server.process.kill))
         assert len(list(runs.glob(f"*{SUFFIX}"))) == 1
-    with Server(comfyui, own_work, SERVER_ARGUMENTS) as server:
+    with Server(own_work, SERVER_ARGUMENTS) as server:
         run = succeed(server.client, long_prompt())
         resumed = kept_tensor(own_work, "latent")["samples"]
         first_reported = min(value for value, total in run.progress(SAMPLE) if total == LONG)
@@ -331,7 +332,6 @@ def test_a_cancelled_prompt_goes_on_at_the_step_it_reached(client: Client, serve
 
 def test_latents_whose_decode_failed_are_there_after_a_restart(own_work: Path) -> None:
     """The decoder is damaged, the server ends, the file is repaired: only decoding is left to do."""
-    comfyui, _ = environment()
     models = own_work / "models" / "diffusers"
     weights = shutil.copytree(models / "tiny", models / "damaged") / VAE_WEIGHTS
     tensors = load_file(weights)
@@ -339,10 +339,10 @@ def test_latents_whose_decode_failed_are_there_after_a_restart(own_work: Path) -
     save_file(tensors, weights)
     prompt = with_node(edit_prompt(), "33", "FireRedLoadVAE", checkpoint="damaged")
     prompt = changed(prompt, DECODE, vae=["33", 0])
-    with Server(comfyui, own_work, SERVER_ARGUMENTS) as server:
+    with Server(own_work, SERVER_ARGUMENTS) as server:
         assert fail(server.client, prompt)["node_type"] == "FireRedDecode"
     shutil.copy(models / "tiny" / VAE_WEIGHTS, weights)
-    with Server(comfyui, own_work, SERVER_ARGUMENTS) as server:
+    with Server(own_work, SERVER_ARGUMENTS) as server:
         run = succeed(server.client, prompt)
         assert DECODE in run.executed
         assert "transformer" not in loads(server) and run.progress(SAMPLE) == []

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui import ROOT, Client, Server
 from conftest import spec_for
 from engine.files.checkpoint import open_checkpoint
 from engine.images import to_pil
@@ -32,6 +31,10 @@ from prompts import (
     succeed,
     with_node,
 )
+
+from launcher.client import Client
+from launcher.folders import ROOT
+from launcher.server import Server
 
 
 def test_an_edit_makes_a_picture_of_the_asked_size(client: Client) -> None:
