@@ -116,7 +116,7 @@ def test_a_scheduler_edited_under_the_server_makes_a_new_picture(
     """And its weights stay loaded, also where the checkpoint's name comes over a link."""
     folder = work / "models" / "diffusers" / "edited"
     shutil.copytree(tiny_folder, folder)
-    prompt = keep_tensor(edit_prompt("edited"), [SAMPLE, 0], "latent")
+    prompt = keep_tensor(changed(edit_prompt("edited"), SAMPLE, resume="off"), [SAMPLE, 0], "latent")
     linked = with_node(prompt, "choice", "ProbeValue", json='"edited"')
     try:
         config = folder / "scheduler" / "scheduler_config.json"
