@@ -62,21 +62,22 @@ def tiny_copy(tiny_folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     """The server's work folder: checkpoints `tiny`, `zero_cond_t`, `wide`, core's VAE, probe nodes."""
-    folder = tmp_path_factory.mktemp("comfyui")
+    folder = make_work_folder(tmp_path_factory.mktemp("comfyui"), tiny_folder)
     models = folder / "models" / "diffusers"
-    models.mkdir(parents=True)
-    shutil.copytree(tiny_folder, models / "tiny")
     tiny_checkpoint.build(models / "zero_cond_t", zero_cond_t=True)
     tiny_checkpoint.build(models / "wide", joint_attention_dim=3584)
     core_vae.write(folder, "tiny")
-    add_pack(folder, PROBE_NODES)
     return folder
 
 
 @pytest.fixture
 def own_work(tmp_path: Path, tiny_folder: Path) -> Path:
-    """A work folder, with `tiny` and the probe nodes, for a test that starts servers of its own."""
-    folder = tmp_path / "comfyui"
+    """A work folder for a test that starts a server of its own."""
+    return make_work_folder(tmp_path / "comfyui", tiny_folder)
+
+
+def make_work_folder(folder: Path, tiny_folder: Path) -> Path:
+    """A work folder with the checkpoint `tiny` and the probe nodes."""
     shutil.copytree(tiny_folder, folder / "models" / "diffusers" / "tiny")
     add_pack(folder, PROBE_NODES)
     return folder

@@ -69,7 +69,7 @@ def test_cores_empty_latents_give_size_and_batch(client: Client, work: Path, emp
 def test_cores_text_encode_feeds_our_sampler(client: Client, work: Path) -> None:
     """Core's own encoder classes at their real width, its node for this model, and its VAE.
 
-    Only the positive conditioning has a reference latent. Core makes it 1 megapixel, which takes seconds here.
+    Only the positive conditioning has a reference latent: core makes it 1 megapixel, which takes seconds.
     """
     prompt = with_node(edit_prompt("wide"), "30", "VAELoader", vae_name=CORE_VAE)
     prompt = with_node(prompt, "34", "ProbeCLIP")
