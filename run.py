@@ -269,13 +269,12 @@ def cache_folder() -> Path:
 def demo(environment: Environment, comfyui: Path, args: argparse.Namespace) -> int:
     options = {"--checkpoint": args.checkpoint, "--prompt": args.prompt}
     chosen = [part for option, value in options.items() if value for part in (option, value)]
-    return run_python(environment, comfyui, "tests/demo.py", *chosen)
+    return run_python(environment, comfyui, "-m", "launcher.demo", *chosen)
 
 
 def serve(environment: Environment, comfyui: Path, args: argparse.Namespace) -> int:
-    return run_python(
-        environment, comfyui, "tests/comfyui.py", "--port", str(args.port), *args.comfyui_arguments
-    )
+    options = ["--port", str(args.port), *args.comfyui_arguments]
+    return run_python(environment, comfyui, "-m", "launcher.serve", *options)
 
 
 def test(environment: Environment, comfyui: Path, args: argparse.Namespace) -> int:
@@ -319,7 +318,7 @@ def run_python(environment: Environment, comfyui: Path, *arguments: str) -> int:
     variables = os.environ | {
         "COMFYUI_PATH": str(comfyui),
         "FIRERED_WORK": str(work_folder()),
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "nodes")]),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "nodes"))),
     }
     return subprocess.run([environment.python, *arguments], cwd=ROOT, env=variables, check=False).returncode
 

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import comfyui
 import core_vae
 import pytest
 import real_checkpoint
@@ -19,7 +18,12 @@ from engine.weights.checks import require_usable
 from engine.weights.components import ComponentSpec, Replica
 from engine.weights.precision import ROLE_PRECISIONS, resolve
 
+from launcher.client import Client
+from launcher.folders import ROOT, add_pack
+from launcher.server import Server
+
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+PROBE_NODES = ROOT / "tests" / "probe_nodes"
 SERVER_ARGUMENTS = (
     "--disable-api-nodes",
     "--database-url",
@@ -60,35 +64,35 @@ def tiny_copy(tiny_folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     """The server's work folder: checkpoints `tiny`, `zero_cond_t`, `wide`, core's VAE, probe nodes."""
-    folder = tmp_path_factory.mktemp("comfyui")
+    folder = make_work_folder(tmp_path_factory.mktemp("comfyui"), tiny_folder)
     models = folder / "models" / "diffusers"
-    models.mkdir(parents=True)
-    shutil.copytree(tiny_folder, models / "tiny")
     tiny_checkpoint.build(models / "zero_cond_t", zero_cond_t=True)
     tiny_checkpoint.build(models / "wide", joint_attention_dim=3584)
     core_vae.write(folder, "tiny")
-    comfyui.add_probe_nodes(folder)
     return folder
 
 
 @pytest.fixture
 def own_work(tmp_path: Path, tiny_folder: Path) -> Path:
-    """A work folder, with `tiny` and the probe nodes, for a test that starts servers of its own."""
-    folder = tmp_path / "comfyui"
+    """A work folder for a test that starts a server of its own."""
+    return make_work_folder(tmp_path / "comfyui", tiny_folder)
+
+
+def make_work_folder(folder: Path, tiny_folder: Path) -> Path:
+    """A work folder with the checkpoint `tiny` and the probe nodes."""
     shutil.copytree(tiny_folder, folder / "models" / "diffusers" / "tiny")
-    comfyui.add_probe_nodes(folder)
+    add_pack(folder, PROBE_NODES)
     return folder
 
 
 @pytest.fixture(scope="session")
-def server(work: Path) -> Iterator[comfyui.Server]:
-    folder, _ = comfyui.environment()
-    with comfyui.Server(folder, work, SERVER_ARGUMENTS) as running:
+def server(work: Path) -> Iterator[Server]:
+    with Server(work, SERVER_ARGUMENTS) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def client(server: comfyui.Server) -> comfyui.Client:
+def client(server: Server) -> Client:
     return server.client
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from comfyui import ROOT, Client, Prompt, Run
 from core_vae import CORE_VAE
 
+from launcher.client import Client, Prompt, Run
+from launcher.folders import ROOT
+
 LOADERS = {"1": "transformer", "2": "text_encoder", "3": "vae"}
+COMPONENTS = {"transformer", "text encoder", "vae"}  # as their descriptions begin
 ENCODE, SAMPLE, DECODE, SAVE, PHOTO = "4", "5", "6", "7", "10"
 
 
@@ -77,6 +81,20 @@ def loaded_components(client: Client, work: Path) -> dict[str, int]:
     """The bytes each of our components has in memory, by its description; those without any are left out."""
     models = residents(client, work)["models"]
     return {name: size for name, _, size in models if size and " on " in name}
+
+
+def loaded_roles(client: Client, work: Path) -> set[str]:
+    """Which of our components are in memory."""
+    loaded = loaded_components(client, work)
+    return {role for role in COMPONENTS if any(name.startswith(role) for name in loaded)}
+
+
+def wait_until_empty(client: Client, work: Path) -> dict[str, int]:
+    """What is still loaded after ten seconds. ComfyUI carries out /free after the prompt that follows it."""
+    deadline = time.monotonic() + 10
+    while (loaded := loaded_components(client, work)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return loaded
 
 
 def core_prompt(number: int, side: int = 8) -> Prompt:

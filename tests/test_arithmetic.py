@@ -16,6 +16,7 @@ from engine.files.checkpoint import Checkpoint
 from engine.models import loading
 from engine.models.vae import decode, encode_reference
 from engine.sampling.sampling import sample
+from fp32_settings import are_exact, settings
 from PIL import Image
 from test_sampling import plan
 
@@ -33,19 +34,6 @@ def allowed_to_round() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision("highest")
-
-
-def settings() -> tuple[Any, ...]:
-    """How products and convolutions are computed, on cards and on the CPU."""
-    if not hasattr(products, "fp32_precision"):
-        return torch.get_float32_matmul_precision(), cudnn.allow_tf32, products.allow_tf32
-    onednn: Any = torch.backends.mkldnn
-    parts = (products, cudnn.conv, onednn.matmul, onednn.conv)
-    return tuple(part.fp32_precision for part in parts)
-
-
-def are_exact(found: tuple[Any, ...]) -> bool:
-    return not {"tf32", "bf16", "high", "medium", True} & set(found)
 
 
 def encode_text(tiny: Checkpoint, watch: Callable[[torch.nn.Module], None]) -> None:
@@ -115,9 +103,9 @@ def test_the_process_is_as_it_was_after_an_error_too(before: str) -> None:
 @newer_torch
 @pytest.mark.parametrize("owner", ["", "cudnn", "cuda.matmul", "cudnn.conv", "mkldnn", "mkldnn.conv"])
 def test_what_newer_settings_allow_is_off_and_back_too(owner: str) -> None:
-    """Each part of torch has one, and takes its parent's where it has none of its own. In a process alone."""
+    """Each part of torch has a setting, or takes its parent's. In a process alone, which then ends."""
     code = (
-        "import torch, sys\nfrom engine.arithmetic import exact_fp32\nfrom test_arithmetic import *\n"
+        "import torch\nfrom engine.arithmetic import exact_fp32\nfrom fp32_settings import *\n"
         f"torch.backends{'.' * bool(owner)}{owner}.fp32_precision = 'tf32'\n"
         "before = settings()\nassert not are_exact(before)\n"
         "with exact_fp32():\n    assert are_exact(settings()), settings()\n"

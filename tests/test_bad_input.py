@@ -11,7 +11,6 @@ from typing import Any
 
 import other_versions
 import pytest
-from comfyui import Client, PromptRejected, Server, environment
 from prompts import (
     DECODE,
     ENCODE,
@@ -26,6 +25,9 @@ from prompts import (
 )
 from safetensors.torch import load_file, save_file
 from test_files import rename_dtype
+
+from launcher.client import Client, PromptRejected
+from launcher.server import Server
 
 ODD = "20"
 
@@ -306,8 +308,7 @@ def test_weights_that_overflow_stop_at_the_step(client: Client, damaged: Path) -
 
 
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
-    comfyui, _ = environment()
-    with Server(comfyui, tmp_path, ("--disable-api-nodes", "--database-url", "sqlite:///:memory:")) as empty:
+    with Server(tmp_path, ("--disable-api-nodes", "--database-url", "sqlite:///:memory:")) as empty:
         loader = empty.client.get("/object_info/FireRedLoadVAE")["FireRedLoadVAE"]
         (choice,) = loader["input"]["required"]["checkpoint"][1]["options"]
         assert "put a FireRed folder into models/diffusers" in choice

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui import ROOT
 from conftest import replica_for
 from engine.files.cache import SUFFIX, CacheWriter, DiskCache
 from engine.files.checkpoint import Checkpoint
@@ -19,6 +18,8 @@ from engine.models import loading
 from engine.sampling.recall import embedding_name, recall, reference_name
 from PIL import Image
 from safetensors.torch import load_file
+
+from launcher.folders import ROOT
 
 LAYOUT = {"a": (torch.int8, (3, 4)), "b": (torch.float32, (2,)), "c": (torch.bfloat16, (5,))}
 TENSORS = {

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from comfyui import PACK_FOLDER, ROOT, Server, environment, link_folder
+from launcher.folders import PACK_FOLDER, ROOT, comfyui_folder, link_folder
+from launcher.server import Server
 
 LEVELS = ("SYNTAX", "INSTALL", "REGISTRATION", "INSTANTIATION", "VALIDATION")
 
@@ -32,9 +33,8 @@ def test_comfy_test_passes_through_its_validation_level(server: Server, tmp_path
 
 def install_pack(comfyui: Path) -> Path:
     """A copy of this pack where comfy-test wants it: in custom_nodes of a folder that else is ComfyUI."""
-    original, _ = environment()
     comfyui.mkdir()
-    for entry in original.iterdir():
+    for entry in comfyui_folder().iterdir():
         if entry.is_file():
             shutil.copy(entry, comfyui)
         elif entry.name != "custom_nodes":

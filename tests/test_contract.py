@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from comfyui import ROOT, Client, Server
 from engine.cards.libraries import OLDEST
+
+from launcher.client import Client
+from launcher.folders import ROOT
+from launcher.server import Server
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -84,8 +87,10 @@ def test_the_registrys_archive_holds_what_its_files_start() -> None:
     ignored = (ROOT / ".comfyignore").read_text(encoding="utf-8").split()
     packed = {path for path in tracked.splitlines() if not any(path.startswith(entry) for entry in ignored)}
     assert {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"} <= packed
-    started = set(re.findall(r"tests/\w+\.py", (ROOT / "run.py").read_text(encoding="utf-8")))
-    assert started and ("run.py" not in packed or started <= packed)
+    script = (ROOT / "run.py").read_text(encoding="utf-8")
+    started = {f"launcher/{name}.py" for name in re.findall(r'"launcher\.(\w+)"', script)}
+    assert started == {"launcher/demo.py", "launcher/serve.py"} <= set(tracked.splitlines())
+    assert "run.py" not in packed or started <= packed
 
 
 def test_the_version_is_the_changelogs_and_the_workflows() -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import tiny_checkpoint
 import torch
-from comfyui import Client, Server
 from conftest import replica_for, replica_on
 from engine.cards.card import Card
 from engine.errors import NonFiniteError
@@ -27,6 +26,9 @@ from prompts import SAMPLE, changed, edit_prompt, fail, succeed
 from safetensors.torch import load_file, save_file
 from test_sampling import condition
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from launcher.client import Client
+from launcher.server import Server
 
 SCHEDULE = Schedule(torch.tensor([1.0, 0.5, 0.0]), torch.tensor([1.0, 0.5]))
 OVERFLOWING = "transformer_blocks.1.img_mlp.net.2"

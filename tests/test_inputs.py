@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from comfyui import Client, Prompt, Server
 from conftest import replica_for
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 from engine.errors import InputError
@@ -34,6 +33,9 @@ from prompts import (
     succeed,
     with_node,
 )
+
+from launcher.client import Client, Prompt
+from launcher.server import Server
 
 EMPTY, BEFORE, LINKED, NUMERICS, PLAN = "21", "22", "23", "24", "25"
 

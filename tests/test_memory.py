@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui import Client, Server, environment
-from conftest import SERVER_ARGUMENTS, replica_for
+from conftest import replica_for
 from engine.files.cache import DiskCache
 from engine.files.checkpoint import Checkpoint
 from engine.latents import MEGAPIXEL
@@ -23,7 +22,6 @@ from engine.weights.estimates import ENCODE_BYTES, TRANSFORMER_VECTORS, Edit
 from prompts import (
     DECODE,
     ENCODE,
-    PHOTO,
     SAMPLE,
     SAVE,
     changed,
@@ -32,25 +30,16 @@ from prompts import (
     fail,
     keep_tensor,
     loaded_components,
+    loaded_roles,
     residents,
     succeed,
+    wait_until_empty,
     with_node,
 )
 from test_sampling import plan
 
-COMPONENTS = {"transformer", "text encoder", "vae"}
-
-
-def roles(loaded: dict[str, int]) -> set[str]:
-    return {role for role in COMPONENTS if any(name.startswith(role) for name in loaded)}
-
-
-def wait_until_empty(client: Client, work: Path) -> dict[str, int]:
-    """What is still loaded once /free had its time: it is carried out after the prompt that follows."""
-    deadline = time.monotonic() + 10
-    while (loaded := loaded_components(client, work)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return loaded
+from launcher.client import Client
+from launcher.server import Server
 
 
 def test_a_transformer_that_ran_leaves_nothing_behind(tiny: Checkpoint) -> None:
@@ -101,7 +90,7 @@ def test_free_unloads_and_the_next_prompt_loads_again(
     client.post("/free", json=what)
     assert wait_until_empty(client, work) == {}
     succeed(client, changed(edit_prompt(), SAMPLE, seed=31 + len(what)))
-    assert "transformer" in roles(loaded_components(client, work))
+    assert "transformer" in loaded_roles(client, work)
 
 
 def test_comfyui_evicts_what_its_cache_forgot(client: Client, work: Path) -> None:
@@ -123,30 +112,6 @@ def test_our_graph_and_cores_in_turn_hold_the_same_bytes_every_time(client: Clie
     assert len({name for name, _ in counted[-1]}) == len(counted[-1])  # nothing is there twice
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--cache-none",),
-        ("--cache-classic", "--disable-smart-memory"),
-        ("--cache-lru", "10"),
-        ("--cache-ram", "2", "1"),
-    ],
-)
-def test_no_way_of_caching_ever_holds_a_component_twice(own_work: Path, flags: tuple[str, ...]) -> None:
-    folder, _ = environment()
-    with Server(folder, own_work, (*SERVER_ARGUMENTS, *flags)) as server:
-        client = server.client
-        for seed, precision in enumerate(("fp32", "int8", "bf16")):
-            prompt = changed(changed(edit_prompt(), "1", precision=precision), "2", precision="fp32")
-            succeed(client, changed(prompt, SAMPLE, seed=seed))
-            loaded = list(loaded_components(client, own_work))
-            for role in COMPONENTS:
-                assert len([name for name in loaded if name.startswith(role)]) <= 1, loaded
-            assert not loaded or any(name.startswith(f"transformer {precision}") for name in loaded)
-        client.post("/free", json={"unload_models": True, "free_memory": True})
-        assert wait_until_empty(client, own_work) == {}
-
-
 @pytest.mark.parametrize("node", [ENCODE, DECODE])
 def test_encoding_and_decoding_stop_within_a_block(client: Client, node: str) -> None:
     """At 1 megapixel either takes seconds here; the interrupt comes as it starts."""
@@ -162,19 +127,6 @@ def test_encoding_and_decoding_stop_within_a_block(client: Client, node: str) ->
     assert client.run(prompt, interrupt).status == "interrupted"
     assert time.monotonic() - stopped[0] < 5
     succeed(client, changed(edit_prompt(), SAMPLE, seed=51))
-
-
-def test_a_new_seed_after_a_restart_encodes_nothing(own_work: Path) -> None:
-    folder, _ = environment()
-    for seed in (1, 2):
-        with Server(folder, own_work, SERVER_ARGUMENTS) as server:
-            succeed(server.client, changed(edit_prompt(), SAMPLE, seed=seed))
-            loaded = roles(loaded_components(server.client, own_work))
-            assert loaded == (COMPONENTS if seed == 1 else {"transformer", "vae"})
-            if seed == 2:
-                other = changed(edit_prompt(), PHOTO, image="example.png")
-                succeed(server.client, other)  # another picture is encoded
-                assert roles(loaded_components(server.client, own_work)) == COMPONENTS
 
 
 def test_sampling_that_cannot_fit_is_refused_before_anything_is_loaded(client: Client, work: Path) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tiny_checkpoint
 import torch
-from comfyui import Client
 from conftest import replica_for
 from engine.errors import InputError, NonFiniteError
 from engine.files.checkpoint import Checkpoint, open_checkpoint
@@ -22,6 +21,8 @@ from engine.weights.precision import PRECISIONS
 from PIL import Image, ImageColor
 from prompts import ENCODE, PHOTO, SAMPLE, edit_prompt, keep_tensor, kept_tensor, succeed, with_node
 from test_sampling import plan
+
+from launcher.client import Client
 
 NUMERICS = "21"
 

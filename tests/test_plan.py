@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from comfyui import Client, Prompt, Server, environment
-from conftest import SERVER_ARGUMENTS
 from engine.planning.memory_map import WIDTH
 from prompts import LOADERS, changed, edit_prompt, keep_tensor, kept_tensor, succeed, with_node
+
+from launcher.client import Client, Prompt
 
 
 def plan_prompt(checkpoint: str = "tiny") -> Prompt:
@@ -30,13 +30,3 @@ def test_a_planned_device_can_be_linked_to_a_loader(client: Client) -> None:
     for output, loader in enumerate(LOADERS, start=2):
         prompt = changed(prompt, loader, device=["plan", output])
     succeed(client, prompt)
-
-
-def test_comfyuis_flags_decide_what_the_user_left_free(own_work: Path) -> None:
-    folder, _ = environment()
-    with Server(folder, own_work, (*SERVER_ARGUMENTS, "--bf16-unet", "--force-fp32", "--cpu-vae")) as server:
-        succeed(server.client, edit_prompt())
-        log = server.text()
-    assert "transformer bf16, fp32 math, on cpu, about 0.0 GiB (--bf16-unet)" in log
-    assert "text encoder fp32 on cpu, about 0.0 GiB (--force-fp32)" in log
-    assert "vae fp32 on cpu, about 0.0 GiB (--force-fp32)" in log

@@ -1,20 +1,16 @@
-"""An interrupted run goes on where it was, to the same bits, and leaves nothing behind."""
+"""An interrupted run goes on where it was, to the same bits, and leaves nothing behind: in the engine."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import core_vae
 import pytest
 import torch
-from comfyui import Client, Server, ServerError, environment
-from conftest import SERVER_ARGUMENTS, replica_for
+from conftest import replica_for
 from engine.files.cache import PROCESS, SUFFIX, DiskCache
 from engine.files.checkpoint import Checkpoint
 from engine.latents import LatentStatistics
@@ -22,19 +18,6 @@ from engine.models import loading
 from engine.models.guard import GUARDS
 from engine.sampling.resume import RunState, SavedRun
 from engine.sampling.sampling import SamplingRun, sample
-from prompts import (
-    DECODE,
-    SAMPLE,
-    SAVE,
-    changed,
-    edit_prompt,
-    fail,
-    keep_tensor,
-    kept_tensor,
-    succeed,
-    with_node,
-)
-from safetensors.torch import load_file, save_file
 from test_sampling import plan
 
 STEPS = 6
@@ -239,114 +222,3 @@ def test_a_clock_that_jumps_loses_nothing(tiny: Checkpoint, store: DiskCache, mo
         sample(transformer, other, stop_at(3), saved=SavedRun(store, other.name()))
     kept = SavedRun(store, run.name()).open("")
     assert kept is not None and kept.step == 3
-
-
-# On a real server
-
-
-VAE_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
-LONG, SIDE = 80, 256  # steps and pixels: long enough to interrupt
-
-
-def long_prompt(**inputs: Any):
-    return keep_tensor(
-        changed(edit_prompt(), SAMPLE, steps=LONG, width=SIDE, height=SIDE, seed=11, **inputs),
-        [SAMPLE, 0],
-        "latent",
-    )
-
-
-def at_step(step: int, act: Callable[[], object]) -> Callable[[str, dict], None]:
-    """A websocket listener that acts once, when the sampler has come that far."""
-    acted: list[int] = []
-
-    def on_event(name: str, data: dict) -> None:
-        sampling = name == "progress" and data["node"] == SAMPLE and data["max"] == LONG
-        if sampling and data["value"] >= step and not acted:
-            acted.append(data["value"])
-            act()
-
-    return on_event
-
-
-def test_after_kill_9_the_same_prompt_ends_in_the_same_bits(own_work: Path) -> None:
-    comfyui, _ = environment()
-    runs = own_work / "models" / "firered_cache" / "runs"
-    with Server(comfyui, own_work, SERVER_ARGUMENTS) as server:
-        with pytest.raises(ServerError, match="it ended while the prompt ran"):
-            server.client.run(long_prompt(), at_step(10, server.process.kill))
-        assert len(list(runs.glob(f"*{SUFFIX}"))) == 1
-    with Server(comfyui, own_work, SERVER_ARGUMENTS) as server:
-        run = succeed(server.client, long_prompt())
-        resumed = kept_tensor(own_work, "latent")["samples"]
-        first_reported = min(value for value, total in run.progress(SAMPLE) if total == LONG)
-        assert "resuming the interrupted run at step " in server.text() and first_reported > 1
-        assert "text encoder" not in loads(server) and "vae" in loads(server)
-        assert emptied(runs)
-        succeed(server.client, long_prompt(resume="off"))
-        assert torch.equal(resumed, kept_tensor(own_work, "latent")["samples"])
-        assert emptied(runs)
-
-
-def emptied(runs: Path) -> bool:
-    """Whether no run is left, now or in a moment: the end of a prompt is told to no node."""
-    deadline = time.monotonic() + 10
-    while (left := list(runs.iterdir())) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return not left
-
-
-def test_a_run_is_forgotten_when_its_prompt_ends_well_whoever_decodes(client: Client, work: Path) -> None:
-    """Else the same prompt would take the old latents for ever."""
-    runs = work / "models" / "firered_cache" / "runs"
-    prompt = with_node(edit_prompt(), "30", "VAELoader", vae_name=core_vae.CORE_VAE)
-    prompt = with_node(prompt, "31", "VAEDecode", samples=[SAMPLE, 0], vae=["30", 0])
-    prompt = keep_tensor(changed(prompt, SAMPLE, seed=70), ["31", 0], "picture")
-    del prompt[DECODE], prompt[SAVE]
-    before = set(runs.glob("*"))
-    succeed(client, prompt)
-    deadline = time.monotonic() + 10  # the end of a prompt is told to no node
-    while set(runs.glob("*")) > before and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert set(runs.glob("*")) <= before
-    turned = with_node(changed(prompt, SAMPLE, seed=71), "32", "LatentRotate", samples=[SAMPLE, 0])
-    turned = with_node(changed(turned, "32", rotation="90 degrees"), "33", "FireRedDecode", vae=["3", 0])
-    turned = keep_tensor(changed(turned, "33", latent=["32", 0]), ["33", 0], "turned")
-    del turned["31"], turned["keep_picture"]
-    assert fail(client, turned)["node_type"] == "FireRedDecode"  # of a shape that no VAE decodes
-    time.sleep(1)
-    assert len(set(runs.glob("*")) - before) == 1  # nobody has its picture
-
-
-def loads(server: Server) -> str:
-    """The lines about what was loaded, one a component."""
-    return "\n".join(line for line in server.text().splitlines() if " loaded in " in line)
-
-
-def test_a_cancelled_prompt_goes_on_at_the_step_it_reached(client: Client, server: Server) -> None:
-    prompt = changed(edit_prompt(), SAMPLE, steps=LONG, width=SIDE, height=SIDE, seed=12)
-    assert client.run(prompt, at_step(10, lambda: client.post("/interrupt"))).status == "interrupted"
-    log_before = len(server.text())
-    succeed(client, prompt)
-    (line,) = [line for line in server.text()[log_before:].splitlines() if "resuming" in line]
-    assert int(line.rpartition("step ")[2].partition("/")[0]) > 10
-
-
-def test_latents_whose_decode_failed_are_there_after_a_restart(own_work: Path) -> None:
-    """The decoder is damaged, the server ends, the file is repaired: only decoding is left to do."""
-    comfyui, _ = environment()
-    models = own_work / "models" / "diffusers"
-    weights = shutil.copytree(models / "tiny", models / "damaged") / VAE_WEIGHTS
-    tensors = load_file(weights)
-    tensors["decoder.conv_out.weight"].fill_(float("nan"))
-    save_file(tensors, weights)
-    prompt = with_node(edit_prompt(), "33", "FireRedLoadVAE", checkpoint="damaged")
-    prompt = changed(prompt, DECODE, vae=["33", 0])
-    with Server(comfyui, own_work, SERVER_ARGUMENTS) as server:
-        assert fail(server.client, prompt)["node_type"] == "FireRedDecode"
-    shutil.copy(models / "tiny" / VAE_WEIGHTS, weights)
-    with Server(comfyui, own_work, SERVER_ARGUMENTS) as server:
-        run = succeed(server.client, prompt)
-        assert DECODE in run.executed
-        assert "transformer" not in loads(server) and run.progress(SAMPLE) == []
-        assert emptied(own_work / "models/firered_cache/runs")

@@ -14,9 +14,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from comfyui import ROOT, environment
 from engine.cards.kernels import RELEASES
 from prompts import edit_prompt
+
+from launcher.folders import ROOT, comfyui_folder
 
 # run.py sets up the environment that it is told to use: here the one that these tests run in.
 VARIANTS = {"legacy": ("--torch", "legacy"), "oldest": ("--libraries", "oldest")}
@@ -24,11 +25,10 @@ OWN = [part for name in Path(sys.prefix).name.split("-")[1:] for part in VARIANT
 
 
 def run(command: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    comfyui, _ = environment()
     return subprocess.run(
         [sys.executable, "run.py", command, *OWN, *arguments],
         cwd=ROOT,
-        env=os.environ | {"COMFYUI_PATH": str(comfyui)} | variables,
+        env=os.environ | {"COMFYUI_PATH": str(comfyui_folder())} | variables,
         capture_output=True,
         text=True,
         check=False,
@@ -135,11 +135,10 @@ def test_other_versions_have_environments_of_their_own(script: ModuleType) -> No
 @pytest.mark.skipif(os.name == "nt", reason="ends the demo by its process group")
 def test_the_demo_speaks_before_its_libraries_and_its_server_logs_no_error(tmp_path: Path) -> None:
     """Standard output and errors in one stream, as a pipe or a log file shows them; up to its first node."""
-    comfyui, _ = environment()
     with subprocess.Popen(
-        [sys.executable, "tests/demo.py"],
+        [sys.executable, "-m", "launcher.demo"],
         cwd=ROOT,
-        env=os.environ | {"COMFYUI_PATH": str(comfyui), "FIRERED_WORK": str(tmp_path)},
+        env=os.environ | {"COMFYUI_PATH": str(comfyui_folder()), "FIRERED_WORK": str(tmp_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

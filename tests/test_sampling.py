@@ -12,14 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPlusPipeline
 from engine.cards.card import Card
 from engine.errors import InputError, NonFiniteError
 from engine.files.checkpoint import Checkpoint
-from engine.latents import (
-    draw_noise,
-    output_size,
-    pack,
-    pad_to_patches,
-    require_latents,
-    unpack,
-)
+from engine.latents import draw_noise, output_size, pack, pad_to_patches, require_latents, unpack
 from engine.models import loading
 from engine.progress import StepTimer, before_each_block, blocks
 from engine.sampling.conditioning import NEGATIVE, POSITIVE, Condition, from_conditioning

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui import ROOT, Client, Server
 from conftest import replica_for
 from engine.files.checkpoint import open_checkpoint
 from engine.images import to_pil
@@ -32,6 +31,10 @@ from prompts import (
     succeed,
     with_node,
 )
+
+from launcher.client import Client
+from launcher.folders import ROOT
+from launcher.server import Server
 
 
 def test_an_edit_makes_a_picture_of_the_asked_size(client: Client) -> None:
@@ -111,7 +114,7 @@ def test_a_scheduler_edited_under_the_server_makes_a_new_picture(
     """And its weights stay loaded, also where the checkpoint's name comes over a link."""
     folder = work / "models" / "diffusers" / "edited"
     shutil.copytree(tiny_folder, folder)
-    prompt = keep_tensor(edit_prompt("edited"), [SAMPLE, 0], "latent")
+    prompt = keep_tensor(changed(edit_prompt("edited"), SAMPLE, resume="off"), [SAMPLE, 0], "latent")
     linked = with_node(prompt, "choice", "ProbeValue", json='"edited"')
     try:
         config = folder / "scheduler" / "scheduler_config.json"

@@ -11,20 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui import (
-    ROOT,
-    Server,
-    clean_environment,
-    environment,
-    link_folder,
-    prepare_work_folder,
-    server_command,
-)
 from conftest import SERVER_ARGUMENTS
 from engine.arithmetic import computing_environment
 from engine.cards.libraries import _torchvision_for, require_libraries, startup_warning
 from engine.errors import FireRedError
 from prompts import edit_prompt, fail
+
+from launcher.folders import ROOT, comfyui_folder, link_folder, prepare_work_folder
+from launcher.server import Server, clean_environment, server_command
 
 PIP = f"{sys.executable} -m pip install"
 
@@ -71,7 +65,7 @@ def ask(site: Path, *expressions: str) -> list[str]:
 
 
 def test_missing_and_old_libraries_are_named_at_start_and_by_the_loader(
-    own_work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own_work: Path, tmp_path: Path
 ) -> None:
     """ComfyUI and the nodes are there all the same, so that workflows open."""
     site = installed_without(tmp_path / "site", "diffusers", "accelerate", "bitsandbytes")
@@ -79,10 +73,9 @@ def test_missing_and_old_libraries_are_named_at_start_and_by_the_loader(
     needed = (
         "diffusers 0.37 or later is needed, none is installed; accelerate 1.10 or later is needed, 0.30.0"
     )
-    monkeypatch.setenv("PYTHONPATH", str(site))
-    comfyui, _ = environment()
-    server = Server(comfyui, own_work, SERVER_ARGUMENTS)
+    server = Server(own_work, SERVER_ARGUMENTS)
     server.command.insert(1, "-S")
+    server.environment["PYTHONPATH"] = str(site)
     with server:
         (line,) = [line for line in server.text().splitlines() if "FireRed nodes:" in line]
         assert needed in line and "bitsandbytes 0.46 or later is needed, none is installed (only nf4" in line
@@ -132,9 +125,9 @@ def test_nothing_is_said_where_everything_is_here() -> None:
 
 
 def test_a_comfyui_that_is_too_old_is_told_so_in_one_sentence(tmp_path: Path) -> None:
-    comfyui, _ = environment()
     big = {".git", "custom_nodes", "input", "models", "output", "user"}  # where it is somebody's own
     old = tmp_path / "ComfyUI"
+    comfyui = comfyui_folder()
     shutil.copytree(comfyui, old, ignore=lambda folder, _: big if Path(folder) == comfyui else ())
     (old / "models").mkdir()
     (old / "comfyui_version.py").write_text('__version__ = "0.22.3"\n')

@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from comfyui import ROOT, Client, Server
 from playwright.sync_api import Page, sync_playwright
+
+from launcher.client import Client
+from launcher.folders import ROOT
+from launcher.server import Server
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 READY = "() => window.app?.graph && window.app.extensionManager"

@@ -12,10 +12,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import comfyui
 import tiny_checkpoint
 import torch
+from conftest import PROBE_NODES
 from prompts import SAMPLE, changed, edit_prompt, keep_tensor, kept_tensor, succeed
+
+from launcher.client import ServerError
+from launcher.folders import add_pack
+from launcher.server import Server
 
 SIZE = 384  # large enough for steps that the websocket keeps up with
 FLAGS = ("--disable-api-nodes", "--database-url", "sqlite:///:memory:")
@@ -24,7 +28,7 @@ FLAGS = ("--disable-api-nodes", "--database-url", "sqlite:///:memory:")
 class Fault:
     """Kills the server, or cancels the prompt, once the sampler has come so far."""
 
-    def __init__(self, server: comfyui.Server, kind: str, steps: int, at: int):
+    def __init__(self, server: Server, kind: str, steps: int, at: int):
         self._server, self._kind, self._steps, self._at = server, kind, steps, at
         self.first = self.last = 0  # steps reported
 
@@ -41,12 +45,12 @@ class Fault:
 
 
 def main(faults: int, steps: int) -> int:
-    chance, folder = random.Random(0), comfyui.environment()[0]
+    chance = random.Random(0)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         (work / "models/diffusers").mkdir(parents=True)
         tiny_checkpoint.build(work / "models/diffusers/tiny")
-        comfyui.add_probe_nodes(work)
+        add_pack(work, PROBE_NODES)
         prompt = keep_tensor(
             changed(edit_prompt(), SAMPLE, steps=steps, seed=1, width=SIZE, height=SIZE),
             [SAMPLE, 0],
@@ -55,19 +59,19 @@ def main(faults: int, steps: int) -> int:
         met: Counter[str] = Counter()
         reached = repeated = 0
         while sum(met.values()) < faults:
-            with comfyui.Server(folder, work, FLAGS) as server:
+            with Server(work, FLAGS) as server:
                 kind = chance.choice(("kill -9", "cancel"))
                 at = reached + chance.randint(1, max((steps - reached) // faults, 2))
                 fault = Fault(server, kind, steps, at)
                 try:
                     server.client.run(prompt, fault)
-                except (comfyui.ServerError, OSError) as error:
+                except (ServerError, OSError) as error:
                     assert kind == "kill -9", error
                 met[kind] += 1
                 repeated += max(reached - fault.first + 1, 0)
                 print(f"{kind} after step {fault.last}: had started at step {fault.first}", flush=True)
                 reached = fault.last
-        with comfyui.Server(folder, work, FLAGS) as server:
+        with Server(work, FLAGS) as server:
             succeed(server.client, prompt)
             resumed = kept_tensor(work, "latent")["samples"]
             succeed(server.client, changed(prompt, SAMPLE, resume="off"))

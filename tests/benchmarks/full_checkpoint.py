@@ -15,9 +15,10 @@ from pathlib import Path
 import real_checkpoint
 import tiny_checkpoint
 import torch
-from comfyui import link_folder
 from diffusers import AutoencoderKLQwenImage
 from engine.files.cache import CacheWriter
+
+from launcher.folders import link_folder
 
 SHARD_BYTES = 10e9
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-import comfyui
 import tiny_checkpoint
 import torch
 from conftest import replica_for
@@ -25,18 +24,21 @@ from engine.sampling.conditioning import NEGATIVE, POSITIVE, from_conditioning, 
 from PIL import Image
 from prompts import ENCODE, SAMPLE, changed, edit_prompt
 
+from launcher.client import Client
+from launcher.folders import ROOT
+from launcher.server import Server
+
 RUNS, STEPS, CFG, SIZE, PROMPT = 5, 8, 4.0, 512, "Add a red hat on the cat"
-PHOTO = Image.open(comfyui.ROOT / "workflows" / "input" / "cat.png").convert("RGB")
+PHOTO = Image.open(ROOT / "workflows" / "input" / "cat.png").convert("RGB")
 
 
 def main() -> None:
-    comfyui_folder, _ = comfyui.environment()
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         folder = work / "models" / "diffusers" / "tiny"
         folder.parent.mkdir(parents=True)
         tiny_checkpoint.build(folder)
-        with comfyui.Server(comfyui_folder, work, ("--disable-api-nodes",)) as server:
+        with Server(work, ("--disable-api-nodes",)) as server:
             candidates = {
                 "diffusers": plain_diffusers(folder),
                 "our engine": our_engine(folder),
@@ -92,7 +94,7 @@ def our_engine(folder: Path) -> Callable[[int], object]:
     return edit
 
 
-def our_graph(client: comfyui.Client) -> Callable[[int], object]:
+def our_graph(client: Client) -> Callable[[int], object]:
     prompt = changed(edit_prompt(), SAMPLE, steps=STEPS, cfg=CFG, width=SIZE, height=SIZE)
 
     def edit(seed: int) -> object:

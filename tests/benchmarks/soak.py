@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import comfyui
 import core_vae
 import tiny_checkpoint
+from conftest import PROBE_NODES
 from prompts import (
     ENCODE,
     LOADERS,
@@ -28,6 +28,10 @@ from prompts import (
     succeed,
     with_node,
 )
+
+from launcher.client import Prompt
+from launcher.folders import add_pack, link_folder
+from launcher.server import Server
 
 MIB = 2**20
 PRECISIONS = ("int8", "int8-fast")  # of the transformer, in turn, so that weights are replaced as well
@@ -50,12 +54,12 @@ def make_work_folder(folder: Path, checkpoint: Path | None) -> None:
     if checkpoint is None:
         tiny_checkpoint.build(folder / "models/diffusers/soak")
     else:
-        comfyui.link_folder(folder / "models/diffusers/soak", checkpoint)
+        link_folder(folder / "models/diffusers/soak", checkpoint)
     core_vae.write(folder, "soak")
-    comfyui.add_probe_nodes(folder)
+    add_pack(folder, PROBE_NODES)
 
 
-def our_prompt(args: argparse.Namespace, number: int) -> comfyui.Prompt:
+def our_prompt(args: argparse.Namespace, number: int) -> Prompt:
     prompt = changed(edit_prompt("soak"), SAMPLE, seed=number, width=args.size, height=args.size)
     photo = with_node({}, PHOTO, "ProbeImage", shape=f"1,{args.size},{args.size},3", fill=f"{number % 7 / 7}")
     prompt = changed(prompt, ENCODE, reference_megapixels=max(args.size**2 / 2**20, 0.01)) | photo
@@ -72,11 +76,10 @@ def describe(found: dict[str, Any]) -> str:
 
 def main() -> int:
     args = parse_arguments()
-    folder, _ = comfyui.environment()
     with tempfile.TemporaryDirectory() as work:
         make_work_folder(Path(work), args.checkpoint)
         flags = ("--disable-api-nodes", "--database-url", "sqlite:///:memory:", *args.comfyui_arguments)
-        with comfyui.Server(folder, Path(work), flags) as server:
+        with Server(Path(work), flags) as server:
             print(f"flags: {' '.join(args.comfyui_arguments) or '-'}; MiB after each prompt", flush=True)
             for number in range(args.prompts):
                 name, prompt = (

@@ -237,43 +237,44 @@ def sample(
     stops the run. saved: where the run is kept; one that was interrupted goes on at its last step, to the
     same bits.
     """
-    size, steps = run.padded_size, run.schedule.steps
+    size = run.padded_size
     resumed = _resume(run, transformer, saved)
-    results = list(resumed.finished) if resumed else []
-    if len(results) == run.batch:
-        return torch.cat(results)
+    finished = list(resumed.finished) if resumed else []
+    if len(finished) == run.batch:
+        return torch.cat(finished)
     worker = LocalWorker(transformer, run.schedule, size, run.conditions, guard, on_fold)
-    noise = map(pack, draw_noise(size, run.seed, run.draws[len(results) :]))
+    noise = map(pack, draw_noise(size, run.seed, run.draws[len(finished) :]))
     first = next(noise)
     state = resumed or RunState(0, first)
-    while len(results) < run.batch:
-        done_before, finished = len(results) * steps, tuple(results)
-
-        def report(step: StepState, done_before: int = done_before, finished: Any = finished) -> None:
-            if saved is not None:
-                saved.update(RunState(step.step, step.latents, finished))
-            on_step(done_before + step.step, run.batch * steps, unpack(step.denoised, *size))
-
-        try:
-            final = denoise(
-                worker.predict,
-                state.latents.to(run.replica.device, torch.float32),
-                run.schedule,
-                run.true_cfg_scale,
-                report,
-                state.step,
-            )
-        except BaseException:
-            if saved is not None:
-                saved.flush()
-            raise
-        statistics = run.conditions[POSITIVE].statistics
-        raw = statistics.denormalize(cross(unpack(final, *size), torch.device("cpu")))
-        results.append(raw[..., : run.height, : run.width])
-        state = RunState(0, next(noise, first[:0]), tuple(results))
+    statistics = run.conditions[POSITIVE].statistics
+    while len(finished) < run.batch:
+        latents = _sample_picture(run, worker, state, on_step, saved)
+        raw = statistics.denormalize(cross(unpack(latents, *size), torch.device("cpu")))
+        finished.append(raw[..., : run.height, : run.width])
+        state = RunState(0, next(noise, first[:0]), tuple(finished))
         if saved is not None:
-            saved.update(state, now=len(results) == run.batch)
-    return torch.cat(results)
+            saved.update(state, now=len(finished) == run.batch)
+    return torch.cat(finished)
+
+
+def _sample_picture(
+    run: SamplingRun, worker: LocalWorker, start: RunState, on_step: OnStep, saved: SavedRun | None
+) -> torch.Tensor:
+    """The packed latents (1, tokens, 64) of the picture after the finished ones, on the run's device."""
+    steps, done_before = run.schedule.steps, len(start.finished) * run.schedule.steps
+
+    def report(step: StepState) -> None:
+        if saved is not None:
+            saved.update(RunState(step.step, step.latents, start.finished))
+        on_step(done_before + step.step, run.batch * steps, unpack(step.denoised, *run.padded_size))
+
+    latents = start.latents.to(run.replica.device, torch.float32)
+    try:
+        return denoise(worker.predict, latents, run.schedule, run.true_cfg_scale, report, start.step)
+    except BaseException:
+        if saved is not None:
+            saved.flush()
+        raise
 
 
 def _resume(run: SamplingRun, transformer: Transformer, saved: SavedRun | None) -> RunState | None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from comfyui import ROOT, Prompt, PromptRejected, Server, ServerError, environment
+from launcher.client import OnEvent, Prompt, PromptRejected, Run, ServerError
+from launcher.folders import ROOT, work_folder
+from launcher.server import Server
 
 WORKFLOW = ROOT / "workflows" / "api" / "firered_edit.json"
 PHOTO = "cat.png"
@@ -22,30 +25,26 @@ def main() -> int:
     parser.add_argument("--checkpoint", default=TINY)
     parser.add_argument("--prompt", default="Add a red hat on the cat")
     arguments = parser.parse_args()
-    comfyui, work = environment()
-    is_tiny = arguments.checkpoint == TINY
-    if is_tiny:
+    work = work_folder()
+    steps = None
+    if arguments.checkpoint == TINY:
         print(
             "No --checkpoint: using a tiny one with random weights. "
             "It runs every part; its picture is noise.",
             flush=True,
         )
         build_tiny_checkpoint(work / "models" / "diffusers" / TINY)
-    prompt = demo_prompt(arguments.checkpoint, arguments.prompt, TINY_STEPS if is_tiny else None)
+        steps = TINY_STEPS
     try:
-        with Server(comfyui, work) as server:
-            started = time.monotonic()
-            run = server.client.run(prompt, show_progress(prompt))
+        run, seconds = edit(work, demo_prompt(arguments.checkpoint, arguments.prompt, steps))
     except PromptRejected as rejected:
         return failed(*rejected.reasons)
     except ServerError as error:
         return failed(str(error))
-    print()
     if run.error:
         return failed(f"{run.error['node_type']}: {run.error['exception_message']}")
     (image,) = next(iter(run.outputs.values()))["images"]
-    path = work / "output" / image["subfolder"] / image["filename"]
-    print(f"Edited in {time.monotonic() - started:.1f} s: {path}")
+    print(f"\nEdited in {seconds:.1f} s: {work / 'output' / image['subfolder'] / image['filename']}")
     return 0
 
 
@@ -55,12 +54,10 @@ def failed(*lines: str) -> int:
 
 
 def build_tiny_checkpoint(folder: Path) -> None:
+    """Write the tests' checkpoint, in a process of its own: what its libraries print is not for the user."""
     if not folder.exists():
-        from tiny_checkpoint import build
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        build(folder)
+        command = [sys.executable, ROOT / "tests" / "tiny_checkpoint.py", folder]
+        subprocess.run(command, check=True, capture_output=True)
 
 
 def demo_prompt(checkpoint: str, text: str, steps: int | None) -> Prompt:
@@ -79,8 +76,15 @@ def demo_prompt(checkpoint: str, text: str, steps: int | None) -> Prompt:
     return prompt
 
 
-def show_progress(prompt: Prompt) -> Any:
-    """Prints a line a node and a count as its progress moves."""
+def edit(work: Path, prompt: Prompt) -> tuple[Run, float]:
+    """Run the prompt in a server of its own, and count the seconds without the server's start."""
+    with Server(work) as server:
+        started = time.monotonic()
+        return server.client.run(prompt, show_progress(prompt)), time.monotonic() - started
+
+
+def show_progress(prompt: Prompt) -> OnEvent:
+    """Prints a line for each node, with a count that moves with the node's progress."""
 
     def show(name: str, data: dict[str, Any]) -> None:
         if name == "executing" and data["node"]:
