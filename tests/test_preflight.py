@@ -10,14 +10,7 @@ import psutil
 import pytest
 import torch
 from engine.cards.heartbeat import NOTE, compile_note, heartbeat
-from engine.cards.kernels import (
-    RELEASES,
-    card_name,
-    has_kernels,
-    install_line,
-    require_build,
-    require_kernels,
-)
+from engine.cards.kernels import cannot_compute, card_name, install_line, require_kernels
 from engine.cards.preflight import (
     NATIVE,
     CardReport,
@@ -36,48 +29,41 @@ from engine.progress import duration
 
 CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-CURRENT, LEGACY = (built for _, built, _ in RELEASES)
 PATTERN = (4096, 1003)
 
 # Kernels
 
 
 @pytest.mark.parametrize(
-    ("card", "built", "runs"),
+    ("card", "release"),
     [
-        ("sm_61", LEGACY, True),  # sm_60 code, on a later card of its major version
-        ("sm_61", CURRENT, False),
-        ("sm_61", ("sm_62",), False),
-        ("sm_61", ("sm_70", "compute_70"), False),
-        ("sm_89", CURRENT, True),
-        ("sm_120", LEGACY, False),
-        ("sm_120", (*LEGACY, "compute_90"), True),  # portable code is compiled by the driver
-        ("sm_120", ("compute_90a",), False),
-        ("sm_103", ("sm_100a",), False),
-        ("sm_103", ("sm_100f",), True),
-        ("gfx1151", ("gfx1100", "gfx1151"), True),
-        ("gfx1151", ("gfx1100", "gfx1101"), False),
-        ("gfx1103", ("gfx11-generic",), True),
-        ("gfx1030", ("gfx11-generic",), False),
+        ("sm_52", "torch==2.7.1 torchvision==0.22.1 torchaudio==2.7.1"),
+        ("sm_61", "torch==2.7.1 torchvision==0.22.1 torchaudio==2.7.1"),
+        ("sm_70", "torch==2.7.1 torchvision==0.22.1 torchaudio==2.7.1"),
+        ("sm_75", "torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0"),
+        ("sm_120", "torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0"),
+        *((card, None) for card in ("sm_35", "sm_130", "gfx1151", "xpu", "avx2")),
     ],
 )
-def test_a_build_runs_on_the_cards_it_has_code_for(card: str, built: tuple[str, ...], runs: bool) -> None:
-    assert has_kernels(card, built) is runs
+def test_each_card_is_told_the_release_that_has_its_kernels(card: str, release: str | None) -> None:
+    linux, windows = (install_line(card, windows=windows) for windows in (False, True))
+    if release is None:
+        assert linux == windows and "https://pytorch.org/get-started/locally" in linux
+    else:
+        index = "cu126" if "2.7.1" in release else "cu130"
+        assert linux == f"pip install {release}"
+        assert windows == f"{linux} --index-url https://download.pytorch.org/whl/{index}"
 
 
-def test_a_pascal_card_is_told_the_release_that_has_its_kernels() -> None:
-    with pytest.raises(FireRedError) as refused:
-        require_build("gpu:0 (Tesla P40, sm_61)", "sm_61", CURRENT)
-    told = str(refused.value)
-    assert "no kernels for gpu:0 (Tesla P40, sm_61): it was built for sm_75, sm_80" in told
-    assert "pip install torch==2.7.1 torchvision==0.22.1 torchaudio==2.7.1" in told
-    require_build("gpu:0 (Tesla P40, sm_61)", "sm_61", LEGACY)
-
-
-def test_a_newer_card_is_told_a_newer_release_and_an_unknown_one_where_to_look() -> None:
-    assert install_line("sm_120", windows=False) == f"pip install {RELEASES[0][0]}"
-    assert install_line("sm_61", windows=True).endswith("--index-url https://download.pytorch.org/whl/cu126")
-    assert "get-started" in install_line("sm_35") and "get-started" in install_line("gfx1151")
+def test_a_card_that_torch_has_no_kernels_for_is_told_all_it_needs() -> None:
+    error = RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
+    card = "gpu:0 (Tesla P40, sm_61)"
+    told = str(cannot_compute(card, "sm_61", ("sm_75", "sm_80"), error))
+    assert told.startswith(
+        f"This torch {torch.__version__} (built for sm_75, sm_80) cannot compute on {card}: "
+        "CUDA error: no kernel image is available for execution on the device. Install with"
+    )
+    assert install_line("sm_61") in told and "update the driver" in told
 
 
 def test_a_card_that_computes_wrong_or_not_at_all_is_refused() -> None:
@@ -89,7 +75,7 @@ def test_a_card_that_computes_wrong_or_not_at_all_is_refused() -> None:
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
 
     with pytest.raises(
-        FireRedError, match=r"cannot compute .* no kernel image .* device\. Update the driver"
+        FireRedError, match=r"torch .* cannot compute on cpu .* no kernel image .*pytorch\.org"
     ):
         require_kernels(CPU, no_image)
 
