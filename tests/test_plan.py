@@ -6,7 +6,7 @@ from pathlib import Path
 
 from comfyui import Client, Prompt, Server, environment
 from conftest import SERVER_ARGUMENTS
-from engine.planning.memory_map import WIDTH
+from engine.drawing import WIDTH
 from prompts import LOADERS, changed, edit_prompt, keep_tensor, kept_tensor, succeed, with_node
 
 

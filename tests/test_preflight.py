@@ -15,7 +15,7 @@ from engine.cards.timing import measure_rate
 from engine.cards.transfer import cross, find_fault, needs_detour, through_host
 from engine.errors import FireRedError
 from engine.planning.machine import unusable
-from engine.planning.placement import ROLES
+from engine.planning.planner import ROLES
 from engine.progress import duration
 
 CPU = torch.device("cpu")

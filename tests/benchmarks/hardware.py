@@ -132,8 +132,7 @@ def projection_rows(speeds: Speeds, cards: int) -> list[list[str]]:
     rows = []
     for name in PRECISIONS_SHOWN:
         row = resolve(PRECISIONS[name], card)
-        layouts = ["none", "cfg"][:cards]
-        times = [step_seconds((speeds,) * cards, SHAPE, Edit(), row, layout) for layout in layouts]
+        times = [step_seconds([speeds] * count, SHAPE, Edit(), row) for count in LAYOUTS if count <= cards]
         if all(times):
             rows.append([name, *(f"{seconds:.3g}" for seconds in times)])
     return rows

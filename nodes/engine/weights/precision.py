@@ -21,6 +21,8 @@ class Precision:
     it, else FP32.
     format: the class in formats/ that stores the big matrices another way, and weight_bytes what that takes a
     weight. product_bytes: what its products take at least for each token and channel of the model's width.
+    integer_products: whether matrices are multiplied as INT8 x INT8.
+    loss: what the rounding costs the picture, as an order: 0 is lossless.
     """
 
     name: str
@@ -31,6 +33,8 @@ class Precision:
     product_bytes: float = 0.0
     needs_bitsandbytes: bool = False
     fp16_inside: bool = False  # whatever `compute` says
+    integer_products: bool = False
+    loss: int = 0
 
     @property
     def math(self) -> torch.dtype:
@@ -50,10 +54,22 @@ PRECISIONS = {
     for row in (
         Precision("bf16", torch.bfloat16, torch.bfloat16),
         Precision("fp32", None, torch.float32),
-        Precision("int8", None, None, "int8", _INT8_BYTES),
-        Precision("int8-fast", None, None, "int8-fast", _INT8_BYTES, _INT32_BYTES),
-        Precision("nf4", None, None, "nf4", _NF4_BYTES, needs_bitsandbytes=True),
-        Precision("int8-bnb", None, None, "int8-bnb", _INT8_BYTES, needs_bitsandbytes=True, fp16_inside=True),
+        Precision("int8", None, None, "int8", _INT8_BYTES, loss=1),
+        Precision(
+            "int8-fast", None, None, "int8-fast", _INT8_BYTES, _INT32_BYTES, integer_products=True, loss=2
+        ),
+        Precision("nf4", None, None, "nf4", _NF4_BYTES, needs_bitsandbytes=True, loss=4),
+        Precision(
+            "int8-bnb",
+            None,
+            None,
+            "int8-bnb",
+            _INT8_BYTES,
+            needs_bitsandbytes=True,
+            fp16_inside=True,
+            integer_products=True,
+            loss=2,
+        ),
         Precision("fp16", torch.float16, torch.float16),
     )
 }
