@@ -8,13 +8,12 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import host
-from .engine.files.checkpoint import Checkpoint
 from .engine.images import to_image
 from .engine.latents import MAX_SIZE, MIN_SIZE, TOKEN_PIXELS
 from .engine.limits import REFERENCES, STEPS, Whole
 from .engine.planning.memory_map import draw_memory_map
-from .engine.planning.placement import ROLES
-from .engine.planning.places import Placement
+from .engine.planning.plan import Plan
+from .engine.planning.planner import ROLES
 from .engine.weights.estimates import Edit
 from .load import CATEGORY
 
@@ -54,10 +53,7 @@ class FireRedHardwarePlan(io.ComfyNode):
             outputs=[
                 io.Image.Output("image", display_name="image"),
                 io.String.Output("text", display_name="text"),
-                *(
-                    DeviceLabel.Output(name, display_name=name)
-                    for name in (f"{role}_device" for role in ROLES)
-                ),
+                *(DeviceLabel.Output(f"{role}_device", display_name=f"{role}_device") for role in ROLES),
             ],
         )
 
@@ -80,20 +76,16 @@ class FireRedHardwarePlan(io.ComfyNode):
     ) -> io.NodeOutput:
         size = WIDTH.require(width), HEIGHT.require(height)
         edit = Edit(*size, REFERENCES.require(references), STEPS.require(steps))
-        found = _checkpoint(checkpoint)
-        plan = host.plan(found, edit, measure_cpu=True)
-        placed = {place.role: place for place in reversed(plan.places)}  # of two transformers the first
-        devices = [placed[role].device.card.label if role in placed else "auto" for role in ROLES]
-        text = "\n".join([str(plan), *_differences(plan, host.plan(found))])
+        found = host.get_checkpoint(checkpoint or host.checkpoint_names()[0])
+        plan = host.hardware_plan(found, edit, measure_cpu=True)
+        placed = {there.role: there.device.card.label for there in plan.placements}
+        devices = [placed.get(role, "auto") for role in ROLES]
+        text = "\n".join([str(plan), *_differences(plan, host.hardware_plan(found))])
         return io.NodeOutput(to_image([draw_memory_map(plan)]), text, *devices)
 
 
-def _checkpoint(name: str | None) -> Checkpoint:
-    return host.get_checkpoint(name or host.checkpoint_names()[0])
-
-
-def _differences(plan: Placement, loaders: Placement) -> Iterator[str]:
+def _differences(plan: Plan, loaders: Plan) -> Iterator[str]:
     """What to set by hand: a loader's auto does not know the size, and plans for a usual edit."""
-    for place, usual in zip(plan.places, loaders.places, strict=False):
-        if str(place) != str(usual):
-            yield f"a loader's auto takes {usual}, for a usual edit: set {place.precision.name} for this one"
+    for there, usual in zip(plan.placements, loaders.placements, strict=False):
+        if str(there) != str(usual):
+            yield f"a loader's auto takes {usual}, for a usual edit: set {there.precision.name} for this one"

@@ -25,7 +25,7 @@ from engine.files.search import find_checkpoints
 from engine.models import loading
 from engine.planning.machine import Device, Machine
 from engine.planning.memory_map import draw_memory_map
-from engine.planning.placement import ROLES, place
+from engine.planning.planner import ROLES, make_plan
 from engine.sampling.recall import embedding_name
 from engine.sampling.schedule import make_schedule
 from engine.weights.components import fingerprint
@@ -163,8 +163,10 @@ def test_a_config_that_means_another_model_is_refused_by_name(
     role = file.partition("/")[0]
     with pytest.raises(CheckpointError, match=message):
         replica_for(Checkpoint(tiny_copy), role)
-    placed = place(cpu_machine(), Checkpoint(tiny_copy))
-    assert message in placed.problems[role] and {there.role for there in placed.places} == {*ROLES} - {role}
+    placed = make_plan(cpu_machine(), Checkpoint(tiny_copy))
+    assert message in placed.problems[role] and {there.role for there in placed.placements} == {*ROLES} - {
+        role
+    }
 
 
 @pytest.mark.parametrize(
@@ -179,7 +181,7 @@ def test_a_scheduler_that_computes_something_else_is_refused_by_name(
     tiny_copy: Path, values: dict[str, Any], message: str
 ) -> None:
     change_json(tiny_copy / "scheduler" / "scheduler_config.json", **values)
-    assert message in place(cpu_machine(), Checkpoint(tiny_copy)).problems["transformer"]
+    assert message in make_plan(cpu_machine(), Checkpoint(tiny_copy)).problems["transformer"]
 
 
 def test_a_scheduler_that_diffusers_refuses_is_named(tiny: Checkpoint) -> None:
@@ -352,7 +354,7 @@ def test_hidden_files_beside_a_checkpoints_own_are_not_its(tiny: Checkpoint, tin
     index = tiny_copy / "transformer" / "._diffusion_pytorch_model.safetensors.index.json"
     index.write_bytes(b"\x00\x05\x16\x07")
     checkpoint = Checkpoint(tiny_copy)
-    assert embeds_alike(tiny, checkpoint) and not place(cpu_machine(), checkpoint).problems
+    assert embeds_alike(tiny, checkpoint) and not make_plan(cpu_machine(), checkpoint).problems
     loading.load(replica_for(checkpoint, "transformer"))
 
 
@@ -370,11 +372,11 @@ def test_rotary_axes_that_do_not_divide_a_head_are_named(tiny_copy: Path, axes: 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F4", "U16"])
 def test_a_dtype_that_is_not_read_is_named_where_it_is_needed(tiny_copy: Path, dtype: str) -> None:
     rename_dtype(tiny_copy / WEIGHTS["transformer"], "img_in.weight", dtype)
-    placed = place(cpu_machine(), Checkpoint(tiny_copy))
+    placed = make_plan(cpu_machine(), Checkpoint(tiny_copy))
     message = f"img_in.weight is stored as {dtype}, which these nodes do not read"
     assert message in placed.problems["transformer"] and message in str(placed)
     assert WEIGHTS["transformer"] in placed.problems["transformer"]
-    assert [there.role for there in placed.places] == ["text_encoder", "vae"]
+    assert [there.role for there in placed.placements] == ["text_encoder", "vae"]
     assert draw_memory_map(placed).height > 0
     replica_for(Checkpoint(tiny_copy), "vae")
     with pytest.raises(CheckpointError, match=f"stored as {dtype}"):
@@ -451,7 +453,7 @@ def test_json_as_windows_editors_save_it_is_read(tiny_copy: Path, encoding: str,
     path = tiny_copy / file
     path.write_text(path.read_text(encoding="utf-8"), encoding=encoding)
     checkpoint = open_checkpoint(tiny_copy)
-    assert not place(cpu_machine(), checkpoint).problems
+    assert not make_plan(cpu_machine(), checkpoint).problems
     assert list(find_checkpoints([tiny_copy.parent])) == ["copy"]
     loading.load(replica_for(checkpoint, "transformer" if "transformer" in file else "text_encoder"))
 
@@ -469,10 +471,10 @@ def test_json_as_windows_editors_save_it_is_read(tiny_copy: Path, encoding: str,
 def test_the_plan_names_the_file_that_is_missing(tiny_copy: Path, file: str, role: str) -> None:
     other_versions.rewrite_as_transformers_5(tiny_copy)
     (tiny_copy / file).unlink()
-    placed = place(cpu_machine(), Checkpoint(tiny_copy))
+    placed = make_plan(cpu_machine(), Checkpoint(tiny_copy))
     assert file.partition("/")[2] in placed.problems[role] and placed.problems[role] in str(placed)
     with pytest.raises(CheckpointError, match=file.partition("/")[2]):
-        placed.place(role)
+        placed.placement(role)
 
 
 # The search

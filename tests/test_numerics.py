@@ -10,11 +10,12 @@ import pytest
 import tiny_checkpoint
 import torch
 from conftest import replica_for
+from engine.drawing import ALARM, WIDTH
 from engine.errors import InputError, NonFiniteError
 from engine.files.checkpoint import Checkpoint, open_checkpoint
 from engine.images import to_image
 from engine.models import loading
-from engine.numerics.charts import BIG_PANEL, COLOURS, DANGER, HEIGHT, WIDTH, draw_ranges
+from engine.numerics.charts import BIG_PANEL, COLOURS, HEIGHT, draw_ranges
 from engine.numerics.measure import measure, measure_text_encoder, measure_transformer, parse_steps
 from engine.numerics.ranges import BlockRange, judge, report
 from engine.weights.precision import PRECISIONS
@@ -191,7 +192,7 @@ def test_the_chart_shows_a_line_for_each_step_above_and_below_the_limit() -> Non
     assert picture.size == (WIDTH, HEIGHT)
     left, top, right, bottom = BIG_PANEL
     heights = []
-    for colour in (COLOURS[0], DANGER, COLOURS[1]):
+    for colour in (COLOURS[0], ALARM, COLOURS[1]):
         inside = [(x, y) for x, y in pixels(picture, colour) if left + 300 < x < right and top < y < bottom]
         assert len({x for x, _ in inside}) > 600
         heights.append(float(np.median([y for _, y in inside])))

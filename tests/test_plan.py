@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine.planning.memory_map import WIDTH
+from engine.drawing import WIDTH
 from prompts import LOADERS, changed, edit_prompt, keep_tensor, kept_tensor, succeed, with_node
 
 from launcher.client import Client, Prompt

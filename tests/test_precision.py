@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import replica_for, replica_on
 from engine.cards.card import Card
-from engine.cards.speeds import ASSUMED
 from engine.errors import FireRedError, InputError, NonFiniteError
 from engine.files.cache import DiskCache
 from engine.files.checkpoint import Checkpoint
@@ -25,7 +24,7 @@ from engine.models.modulation import Modulation, Table, is_folded
 from engine.models.transformer import Transformer, rotary_embedding
 from engine.numerics.ranges import judge
 from engine.planning.machine import Device, Machine
-from engine.planning.placement import Fixed, place
+from engine.planning.planner import Choice, make_plan
 from engine.sampling.conditioning import POSITIVE
 from engine.sampling.schedule import Schedule
 from engine.sampling.workers import LocalWorker
@@ -37,6 +36,7 @@ from engine.weights.formats.int8_math import dequantize, quantize_rows, quantize
 from engine.weights.formats.int8_paths import choose_path, integer_paths
 from engine.weights.precision import PRECISIONS, ROLE_PRECISIONS, Precision, resolve
 from engine.weights.room import DoesNotFitError, at_precision, require_fit, working_bytes
+from machines import P40 as P40_SPEEDS
 from safetensors.torch import load_file, save_file
 from test_sampling import condition
 
@@ -375,9 +375,9 @@ def test_a_new_precision_is_a_row_of_the_table(
     assert str(replica) == "transformer halves, fp32 math, on cpu"
     assert "halves" in [verdict.precision for verdict in judge("transformer", {})]
     card = Card("gpu:0", "Tesla P40", CPU, native_bf16=False, memory=2**40)
-    machine = Machine((Device(card, 2**40, ASSUMED["Tesla P40"]),), Device(card, 2**40))
-    planned = place(machine, tiny, fixed={"transformer": Fixed(precision="halves")})
-    assert planned.place("transformer").weights == replica.spec.nbytes() and planned.step_seconds
+    machine = Machine((Device(card, 2**40, P40_SPEEDS),), Device(card, 2**40))
+    planned = make_plan(machine, tiny, choices={"transformer": Choice(precision="halves")})
+    assert planned.placement("transformer").weights == replica.spec.nbytes() and planned.step_seconds
     needed = working_bytes(on_card(tiny, "halves", memory=0)) + replica.spec.nbytes()
     smaller = on_card(tiny, "halves", memory=int(needed))
     wide = at_precision(smaller, replace(row, name="wide", layer=WideLinear, compute=torch.float32))

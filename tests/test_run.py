@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from engine.cards.kernels import RELEASES
+from engine.cards.kernels import TORCH, TORCH_BEFORE_TURING
 from prompts import edit_prompt
 
 from launcher.folders import ROOT, comfyui_folder
@@ -86,11 +86,8 @@ def script() -> ModuleType:
 
 
 def test_set_up_installs_what_errors_recommend(script: ModuleType) -> None:
-    assert [packages for packages, _, _ in RELEASES] == [
-        " ".join(script.TORCH),
-        " ".join(script.TORCH_LEGACY),
-    ]
-    assert [index for _, _, index in RELEASES] == [script.TORCH_INDEX, script.TORCH_LEGACY_INDEX]
+    assert (" ".join(script.TORCH), script.TORCH_INDEX) == TORCH
+    assert (" ".join(script.TORCH_LEGACY), script.TORCH_LEGACY_INDEX) == TORCH_BEFORE_TURING
 
 
 @pytest.mark.skipif(os.name == "nt", reason="nvidia-smi is a shell script here")

@@ -7,7 +7,7 @@ functions.
 from __future__ import annotations
 
 from .checkpoints import checkpoint_fingerprint, checkpoint_names, get_checkpoint, validate_checkpoint
-from .components import open_component, plan
+from .components import hardware_plan, open_component
 from .devices import device_labels, free_memory
 from .memory import Handle, borrow, require_handle, room
 from .progress import check_cancelled, progress_reporter, sampling_reporter
@@ -26,8 +26,8 @@ __all__ = [
     "forget_run_after_prompt",
     "free_memory",
     "get_checkpoint",
+    "hardware_plan",
     "open_component",
-    "plan",
     "progress_reporter",
     "require_handle",
     "room",

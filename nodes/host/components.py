@@ -15,8 +15,8 @@ from ..engine.cards.preflight import preflight
 from ..engine.errors import FireRedError, InputError
 from ..engine.files.checkpoint import Checkpoint
 from ..engine.limits import shown
-from ..engine.planning.placement import Fixed, place
-from ..engine.planning.places import Placement
+from ..engine.planning.plan import Plan
+from ..engine.planning.planner import Choice, make_plan
 from ..engine.units import GIB
 from ..engine.weights.components import ComponentSpec, Replica
 from ..engine.weights.estimates import Edit
@@ -68,12 +68,12 @@ def _decide(role: str, checkpoint: str, precision: str, device: str, math: str) 
     _require_choice("precision", precision, ["auto", *ROLE_PRECISIONS[role]])
     _require_choice("math", math, ["auto", *MATH])
     found = get_checkpoint(checkpoint)
-    chosen = Fixed(_present(device, role), None if precision == "auto" else precision, math)
-    placed = plan(found, fixed={role: chosen}).place(role)
-    if placed.device.fault:
-        raise FireRedError(f"The {placed.name} cannot run on {placed.device.card}. {placed.device.fault}")
-    replica = Replica(ComponentSpec.of(role, found, placed.precision), placed.device.card)
-    return replica, placed.reason
+    choice = Choice(_present(device, role), None if precision == "auto" else precision, math)
+    there = hardware_plan(found, choices={role: choice}).placement(role)
+    card = there.device.card
+    if there.device.fault:
+        raise FireRedError(f"The {there.name} cannot run on {card}. {there.device.fault}")
+    return Replica(ComponentSpec.of(role, found, there.precision), card), there.reason
 
 
 def _require_choice(name: str, value: object, choices: list[str]) -> None:
@@ -82,23 +82,23 @@ def _require_choice(name: str, value: object, choices: list[str]) -> None:
         raise InputError(f"{name} is {shown(value)}; choose {', '.join(choices[:-1])} or {choices[-1]}.")
 
 
-def plan(
+def hardware_plan(
     checkpoint: Checkpoint,
     edit: Edit = Edit(),  # noqa: B008 - it is frozen
-    fixed: dict[str, Fixed] | None = None,
+    choices: dict[str, Choice] | None = None,
     measure_cpu: bool = False,
-) -> Placement:
+) -> Plan:
     """Where everything of the checkpoint goes on this machine: the answer that all loaders share.
 
-    fixed: what the user chose; ComfyUI's command line fixes some of the rest. measure_cpu: also on a machine
-    without accelerators, where its speed decides nothing but tells the time.
+    choices: what the user chose; ComfyUI's command line chooses some of the rest. measure_cpu: whether to
+    measure the CPU of a machine without accelerators. Its speed decides nothing, but it tells the time.
     """
     here = machine()
     if measure_cpu and not here.gpus:
         speeds = preflight(torch.device("cpu")).speeds
         here = replace(here, cpu=replace(here.cpu, speeds=speeds, measured=True))
-    wishes = {role: _with_flags(role, (fixed or {}).get(role, Fixed())) for role in PRECISION_FLAGS}
-    return place(here, checkpoint, edit, wishes, runs=_runs_here)
+    settled = {role: _with_flags(role, (choices or {}).get(role, Choice())) for role in PRECISION_FLAGS}
+    return make_plan(here, checkpoint, edit, settled, runs=_runs_here)
 
 
 def _present(label: str, role: str) -> str | None:
@@ -109,19 +109,19 @@ def _present(label: str, role: str) -> str | None:
     return None
 
 
-def _with_flags(role: str, wish: Fixed) -> Fixed:
-    """What ComfyUI's command line says of what the user left free."""
-    if role == "vae" and args.cpu_vae and wish.device is None:
-        wish = replace(wish, device="cpu", reason="--cpu-vae")
-    if args.force_fp32 and wish.math == "auto":
-        wish = replace(wish, math="fp32", reason="--force-fp32")
-    if wish.precision is not None:
-        return wish
+def _with_flags(role: str, choice: Choice) -> Choice:
+    """The choice with what ComfyUI's command line says of what the user left free."""
+    if role == "vae" and args.cpu_vae and choice.device is None:
+        choice = replace(choice, device="cpu", reason="--cpu-vae")
+    if args.force_fp32 and choice.math == "auto":
+        choice = replace(choice, math="fp32", reason="--force-fp32")
+    if choice.precision is not None:
+        return choice
     for name in ("fp32", "bf16"):
         flag = f"{name}_{PRECISION_FLAGS[role]}"
         if getattr(args, flag, False):
-            return replace(wish, precision=name, reason=f"--{flag.replace('_', '-')}")
-    return wish
+            return replace(choice, precision=name, reason=f"--{flag.replace('_', '-')}")
+    return choice
 
 
 def _require_library(precision: Precision, card: Card) -> None:

@@ -12,13 +12,15 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+import psutil
 import torch
 from engine.cards.card import Card
 from engine.cards.kernels import device_label
-from engine.cards.preflight import CardReport, Rate, host_memory, preflight
+from engine.cards.preflight import CardReport, Rate, preflight
 from engine.cards.speeds import Speeds
 from engine.cards.transfer import links
 from engine.errors import FireRedError
+from engine.units import GIB
 from engine.weights.estimates import Edit, Shape, step_seconds
 from engine.weights.precision import PRECISIONS, resolve
 
@@ -37,14 +39,15 @@ def main() -> int:
             print(f"{device_label(device)} is left out. {error}\n")
     print(
         f"torch {torch.__version__}, driver {driver_version()}, Python {platform.python_version()}, "
-        f"{platform.platform()}; host memory {host_memory()}\n"
+        f"{platform.platform()}; host memory {memory_of(torch.device('cpu'))}\n"
     )
     if not reports:
         return 1
     for number, report in enumerate(reports, 1):
-        memory = report.memory or "memory unknown"
-        print(f"{number}. {report.card}: {memory}, measured in {report.seconds:.1f} s")
-    print_table("TFLOPS", [str(number) for number in range(1, len(reports) + 1)], speed_rows(reports))
+        print(f"{number}. {report.card}: {memory_of(report.device)}, measured in {report.seconds:.1f} s")
+    print_table(
+        "TFLOPS, copy in TB/s", [str(number) for number in range(1, len(reports) + 1)], speed_rows(reports)
+    )
     print("".join(f"\n- {', '.join(names)}: {reason}" for reason, names in reasons(reports).items()))
     cards = [report.device for report in reports if report.device.type == "cuda"]
     if len(cards) > 1:
@@ -64,6 +67,18 @@ def find_devices() -> list[torch.device]:
     return [torch.device(kind.type, index) for index in range(torch.accelerator.device_count())]
 
 
+def memory_of(device: torch.device) -> str:
+    """What is free of the device's memory, or of the host's for the CPU."""
+    try:
+        if device.type == "cpu":
+            free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
+        else:
+            free, total = getattr(torch, device.type).mem_get_info(device)
+    except (AttributeError, RuntimeError):  # MPS, and some integrated GPUs
+        return "memory unknown"
+    return f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
+
+
 def driver_version() -> str:
     if torch.version.hip:
         return f"ROCm {torch.version.hip}"
@@ -77,17 +92,17 @@ def driver_version() -> str:
 
 def speed_rows(reports: Sequence[CardReport]) -> list[list[str]]:
     """A row for each kind of work, a column for each card."""
-    columns = [dict(named_rates(report)) for report in reports]
     return [
-        [name, *(shown(rates[name], report.speeds) for rates, report in zip(columns, reports, strict=True))]
-        for name in columns[0]
+        [row[0].name, *(shown(rate, report.speeds) for rate, report in zip(row, reports, strict=True))]
+        for row in zip(*(report.rates for report in reports), strict=True)
     ]
 
 
 def shown(rate: Rate, speeds: Speeds) -> str:
     if rate.tflops is None:
         return "-"
-    emulated = rate.name in ("bf16", "fp16") and getattr(speeds, rate.name) is None
+    dtype = rate.name.removeprefix("matmul ")
+    emulated = dtype in ("bf16", "fp16") and getattr(speeds, dtype) is None
     return f"{rate.tflops:.4g}" + (" (not native)" if emulated else "")
 
 
@@ -95,15 +110,10 @@ def reasons(reports: Sequence[CardReport]) -> dict[str, list[str]]:
     """Why cells are empty: each reason once, with the rows it stands for."""
     told: dict[str, list[str]] = {}
     for report in reports:
-        for name, rate in named_rates(report):
-            if rate.reason and name not in told.setdefault(rate.reason, []):
-                told[rate.reason].append(name)
+        for rate in report.rates:
+            if rate.reason and rate.name not in told.setdefault(rate.reason, []):
+                told[rate.reason].append(rate.name)
     return told
-
-
-def named_rates(report: CardReport) -> list[tuple[str, Rate]]:
-    kinds = {"matmul": report.products, "attention": report.attention}
-    return [(f"{kind} {rate.name}", rate) for kind, rates in kinds.items() for rate in rates]
 
 
 def copy_rows(devices: Sequence[torch.device]) -> list[list[str]]:
@@ -123,8 +133,7 @@ def projection_rows(speeds: Speeds, cards: int) -> list[list[str]]:
     rows = []
     for name in PRECISIONS_SHOWN:
         row = resolve(PRECISIONS[name], card)
-        layouts = ["none", "cfg"][:cards]
-        times = [step_seconds((speeds,) * cards, SHAPE, Edit(), row, layout) for layout in layouts]
+        times = [step_seconds([speeds] * count, SHAPE, Edit(), row) for count in LAYOUTS if count <= cards]
         if all(times):
             rows.append([name, *(f"{seconds:.3g}" for seconds in times)])
     return rows

@@ -1,4 +1,4 @@
-"""How fast a device does some work: at a size it manages, for as long as it takes to know.
+"""How fast a device does some work.
 
 A measurement starts at a size for the slowest card and grows as long as time and memory allow.
 """
@@ -33,7 +33,7 @@ def measure_rate(
             break
         try:
             larger = prepare(size)
-            seconds_each(larger, device)  # kernels are loaded, or compiled
+            seconds_each(larger, device)  # loads its kernels, or compiles them
             seconds = seconds_each(larger, device)
         except RuntimeError:
             if work is None:
@@ -47,7 +47,7 @@ def measure_rate(
 
 
 def seconds_each(work: Work, device: torch.device, calls: int = 1) -> float:
-    """Seconds a call, the device waited for."""
+    """Seconds a call; waits for the device before and after."""
     _synchronize(device)
     started = time.perf_counter()
     for _ in range(calls):

@@ -15,10 +15,10 @@ from ..weights.estimates import RESERVED_BYTES
 
 @dataclass(frozen=True)
 class Device:
-    """A card as a place for components.
+    """A card, or the CPU, as what can hold components.
 
-    free: bytes this process may use of it, what it can evict from there counted as free.
-    speeds: None where nobody knows any. measured: whether they were measured on this very card.
+    free: bytes that this process may use of it, including what it can evict from there.
+    speeds: None where they are not known. measured: whether they were measured on this very card.
     integrated: whether its memory is the host's. fault: why it cannot be used, in a sentence.
     """
 
@@ -31,13 +31,13 @@ class Device:
 
     @property
     def usable(self) -> int:
-        """Bytes for weights and what they work with."""
+        """Bytes for weights and for what works beside them."""
         return self.free - (RESERVED_BYTES if self.card.is_gpu else 0)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Its accelerators in the order of their labels, and the CPU with the host's memory.
+    """The accelerators in the order of their labels, and the CPU with the host's memory.
 
     unified: whether the accelerator's memory is the host's.
     """
@@ -48,15 +48,15 @@ class Machine:
 
     @property
     def automatic(self) -> tuple[Device, ...]:
-        """Where `auto` may put something: the CPU only where there is nothing else.
+        """Where `auto` may put something: the cards without a fault, and the CPU only where there is no card.
 
-        Never on a card with a fault, unless all have one: then whoever asks is told of it.
+        Where all cards have a fault it is all of them, so that the user is told why.
         """
         return tuple(gpu for gpu in self.gpus if not gpu.fault) or self.gpus or (self.cpu,)
 
     @property
     def memories(self) -> tuple[Device, ...]:
-        """The devices whose memories are different ones."""
+        """One device for each memory."""
         return self.gpus if self.unified else (*self.gpus, self.cpu)
 
     def device(self, label: str) -> Device:
@@ -72,9 +72,9 @@ class Machine:
 
 
 def unusable(label: str, device: torch.device, error: Exception) -> Device:
-    """A card that raised `error` when it was asked something: a place without room, and why.
+    """A card that raised `error` when it was asked something: a device without memory, and why.
 
-    Nothing else is said of it: the next question would fail as well.
+    Its name and memory are not asked for: the next question would fail as well.
     """
     told = error if isinstance(error, FireRedError) else no_answer(label, error)
     return Device(Card(label, label, device, native_bf16=False, memory=0), free=0, fault=str(told))

@@ -1,11 +1,12 @@
 """How much memory and time an edit takes on a card, before anything is loaded.
 
-The constants come from runs of a real-size transformer with random weights: the README's "Measured" (an H200)
-and, for the parts of a forward, an H100. Memory is linear in tokens or pixels, time follows the FLOPs.
+Memory is linear in tokens or pixels, by constants that were measured at the real size with random weights
+(docs/measured.md). Time follows from the rates of the card.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,22 +40,12 @@ ENCODE_BYTES = {4: 20.2, 2: 12.2}
 FEATURES = 4  # times base_dim, what attention over the whole picture leaves for each latent
 SMALLEST_TILE = 40  # latents a side; see vae.py
 
-# Time that is neither matrix products nor attention, in seconds a forward of MEASURED_VALUES on the H100, by
-# (precision, dtype of its arithmetic). It is bound by memory, so it scales with tokens and with bandwidth.
-MEASURED_VALUES = 8442 * 3072 * 60  # tokens, width, layers
-MEASURED_BANDWIDTH = 3000.0  # GB/s that a copy reaches on an H100 SXM, nine tenths of its 3350
-H100_FP32 = 52.7  # TFLOPS, of the same run
-OVERHEAD_SECONDS = {
-    ("fp32", torch.float32): 0.21,
-    ("int8", torch.float32): 0.30,
-    ("nf4", torch.float32): 0.16,
-    ("int8-bnb", torch.float32): 0.44,
-    ("int8-fast", torch.float32): 0.54,  # plain torch around the product, as where Triton does not run
-    ("bf16", torch.bfloat16): 0.14,
-    ("int8", torch.bfloat16): 0.19,
-    ("int8-fast", torch.bfloat16): 0.19,
-}
-FUSED_INT8_SECONDS = 0.23  # int8-fast in FP32 with Triton: 1.55 s a forward, 1.32 of them products, attention
+# Numbers that a forward reads and writes for each token, channel and layer beside matrix products and
+# attention. Fitted to the steps that docs/measured.md has for an H100: the estimate is 1 to 3 % above them in
+# FP32 arithmetic; in BF16 it is 10 % above for bf16, 6 % below for int8 and 12 % below for int8-fast. It is
+# 17 % below for int8-fast without Triton and 30 % below for int8-bnb, which move more.
+MOVED_NUMBERS = 120
+FORWARDS = 2  # of a step: true CFG
 
 PROMPT_TOKENS = 54  # of a sentence; with one picture that makes the 250 text tokens of the measurements
 PICTURE_TOKENS = 196  # a reference adds for the text encoder: 384x384 pixels, 28x28 a token
@@ -66,22 +57,17 @@ CONV_3D = 5  # dimensions of its weight
 
 @dataclass(frozen=True)
 class Edit:
-    """What is asked for: size in pixels, reference pictures and their size, the prompt, steps.
-
-    guided: whether true CFG makes a step two forwards.
-    """
+    """What is asked for, with a prompt of a sentence: size in pixels, reference pictures, steps."""
 
     width: int = 1024
     height: int = 1024
     references: int = 1
     steps: int = 40
     reference_megapixels: float = 1.0
-    prompt_tokens: int = PROMPT_TOKENS
-    guided: bool = True
 
     @property
     def text_tokens(self) -> int:
-        return self.prompt_tokens + self.references * PICTURE_TOKENS
+        return PROMPT_TOKENS + self.references * PICTURE_TOKENS
 
     @property
     def tokens(self) -> int:
@@ -90,14 +76,10 @@ class Edit:
         output = (self.width // TOKEN_PIXELS) * (self.height // TOKEN_PIXELS)
         return output + self.references * reference + self.text_tokens
 
-    @property
-    def forwards(self) -> int:
-        return 2 if self.guided else 1
-
 
 @dataclass(frozen=True)
 class Shape:
-    """The transformer's: layers, width (heads times their size), and heads."""
+    """The transformer's layers, its width (heads times their size) and its heads."""
 
     layers: int
     width: int
@@ -217,50 +199,37 @@ def _vae_channels(checkpoint: Checkpoint) -> int:
     return checkpoint.component("vae").config()["base_dim"]
 
 
-def forward_seconds(speeds: Speeds, shape: Shape, tokens: int, precision: Precision) -> float | None:
+def forward_seconds(speeds: Speeds | None, shape: Shape, tokens: int, precision: Precision) -> float | None:
     """Seconds one forward of the transformer takes, or None where the card's speed at it is not known.
 
-    precision: resolved for the card, so that its arithmetic is decided.
+    It is the sum of matrix products, attention, and what only moves numbers through memory.
+    precision: resolved for the card.
     """
-    products, attention = _rates(speeds, precision)
-    if not products or not attention:
+    if speeds is None:
         return None
-    busy = shape.linear_flops(tokens) / products + shape.attention_flops(tokens) / attention
-    return busy / 1e12 + _overhead_seconds(speeds, shape, tokens, precision)
+    products, attention = {
+        torch.float32: (speeds.fp32, speeds.fp32_attention),
+        torch.bfloat16: (speeds.bf16, speeds.bf16_attention),
+        torch.float16: (speeds.fp16, speeds.bf16_attention or speeds.fp32_attention),
+    }[precision.math]
+    if precision.integer_products:
+        products = speeds.int8 or products
+    if not (products and attention and speeds.bandwidth):
+        return None
+    moved_bytes = MOVED_NUMBERS * precision.math.itemsize * tokens * shape.width * shape.layers
+    computing = shape.linear_flops(tokens) / products + shape.attention_flops(tokens) / attention
+    return computing / 1e12 + moved_bytes / (speeds.bandwidth * 1e9)
 
 
 def step_seconds(
-    speeds: tuple[Speeds, ...], shape: Shape, edit: Edit, precision: Precision, layout: str = "none"
+    cards: Sequence[Speeds | None], shape: Shape, edit: Edit, precision: Precision
 ) -> float | None:
-    """Seconds a step takes: all its forwards on the first card, or with layout `cfg` one on each of two.
+    """Seconds a step takes: both its forwards on one card, or one on each of two.
 
-    Two cards measured 0.501 of one, so the exchange of latents costs nothing here.
+    Two cards took 0.501 of the time of one, so the exchange of latents is not counted.
     """
-    forwards = [forward_seconds(card, shape, edit.tokens, precision) for card in speeds[: edit.forwards]]
+    forwards = [forward_seconds(speeds, shape, edit.tokens, precision) for speeds in cards]
     known = [seconds for seconds in forwards if seconds is not None]
     if len(known) < len(forwards):
         return None
-    return max(known) if layout == "cfg" and len(known) > 1 else edit.forwards * known[0]
-
-
-def _rates(speeds: Speeds, precision: Precision) -> tuple[float | None, float | None]:
-    """TFLOPS of the matrix products and of attention."""
-    if precision.compute is torch.bfloat16:
-        products, attention = speeds.bf16, speeds.bf16_attention
-    elif precision.compute is torch.float16:
-        products, attention = speeds.fp16, speeds.bf16_attention or speeds.fp32_attention
-    else:
-        products, attention = speeds.fp32, speeds.fp32_attention
-    if precision.name in ("int8-fast", "int8-bnb"):
-        products = speeds.int8 or products
-    return products, attention
-
-
-def _overhead_seconds(speeds: Speeds, shape: Shape, tokens: int, precision: Precision) -> float:
-    bandwidth = speeds.bandwidth or MEASURED_BANDWIDTH * speeds.fp32 / H100_FP32
-    math = torch.float32 if precision.compute is torch.float32 else torch.bfloat16
-    usual = OVERHEAD_SECONDS["bf16" if math is torch.bfloat16 else "fp32", math]
-    seconds = OVERHEAD_SECONDS.get((precision.name, math), usual)
-    if precision.name == "int8-fast" and math is torch.float32 and speeds.bf16:
-        seconds = FUSED_INT8_SECONDS  # Triton runs on all cards that have BF16
-    return seconds * (tokens * shape.width * shape.layers / MEASURED_VALUES) * MEASURED_BANDWIDTH / bandwidth
+    return max(known) * FORWARDS / len(cards)

@@ -47,6 +47,11 @@ class Precision:
         return self.layer is not None and self.layer.fp16_inside
 
     @property
+    def integer_products(self) -> bool:
+        """Whether matrices are multiplied as INT8 x INT8."""
+        return self.layer is not None and self.layer.integer_products
+
+    @property
     def is_fp16(self) -> bool:
         """Whether FP16 is what it stores or computes; such a precision is never proposed."""
         return torch.float16 in (self.storage, self.compute)
@@ -64,7 +69,7 @@ PRECISIONS = {
         Precision("fp32", None, torch.float32, automatic=True, remedy=True),
         Precision("int8", None, None, Int8Linear, loss=1, automatic=True, remedy=True),
         Precision("int8-fast", None, None, Int8FastLinear, loss=2),
-        Precision("nf4", None, None, Nf4Linear, loss=3, automatic=True),
+        Precision("nf4", None, None, Nf4Linear, loss=4, automatic=True),
         Precision("int8-bnb", None, None, Int8BnbLinear, loss=2),
         Precision("fp16", torch.float16, torch.float16),
     )

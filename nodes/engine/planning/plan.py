@@ -1,4 +1,4 @@
-"""What goes where: a placement as the log, the plan's picture and the loaders read it."""
+"""What goes where, as the log, the picture and the loaders read it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .machine import Device, Machine
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """One component on one device. weights, workspace: bytes. tiled: the VAE decodes in tiles.
 
     fused: attention runs without holding all its scores.
@@ -48,13 +48,13 @@ class Place:
 
     @property
     def fits(self) -> bool:
-        """With nothing else there."""
+        """Whether the device holds it when nothing else is there."""
         return fits(self.weights, self.workspace, self.device.usable)
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where everything goes; in mode `cfg` the transformer has a second place.
+class Plan:
+    """Where everything goes.
 
     step_seconds: None where a card's speeds are not known. rejected: what was not chosen, each with why.
     problems: by component, what is wrong with its files or with those beside it that it needs.
@@ -62,65 +62,63 @@ class Placement:
 
     machine: Machine
     edit: Edit
-    places: tuple[Place, ...]
-    mode: str
+    placements: tuple[Placement, ...]
     step_seconds: float | None
     rejected: tuple[str, ...]
     problems: Mapping[str, str] = field(default_factory=dict)
 
-    def place(self, role: str) -> Place:
+    def placement(self, role: str) -> Placement:
         """Raises CheckpointError for a component that cannot be used, with the file and what is wrong."""
         if role in self.problems:
             raise CheckpointError(self.problems[role])
-        return next(place for place in self.places if place.role == role)
+        return next(there for there in self.placements if there.role == role)
 
-    def on(self, device: Device) -> tuple[Place, ...]:
+    def on(self, device: Device) -> tuple[Placement, ...]:
         """What takes from that device's memory."""
-        return tuple(place for place in self.places if self.machine.shared(place.device, device))
+        return tuple(there for there in self.placements if self.machine.shared(there.device, device))
 
-    def turns(self) -> list[tuple[Place, ...]]:
+    def turns(self) -> list[tuple[Placement, ...]]:
         """The groups of components that their device does not hold together."""
         groups = (self.on(device) for device in self.machine.memories)
         return [group for group in groups if take_turns(group)]
 
     @property
-    def measured(self) -> bool:
-        """Whether step_seconds comes from these cards' own speeds."""
-        return all(place.device.measured for place in self.places if place.role == "transformer")
-
-    @property
-    def total_seconds(self) -> float | None:
-        """Of sampling."""
-        return None if self.step_seconds is None else self.step_seconds * self.edit.steps
-
-    @property
     def speed(self) -> str:
         """How long sampling takes, in one line."""
-        if self.step_seconds is None or self.total_seconds is None:
+        if self.step_seconds is None:
             return "time unknown: no speed is known for this card at this precision"
-        source = "measured speeds" if self.measured else "projected from assumed speeds"
-        minutes = self.total_seconds / 60
-        total = f"{minutes:.0f} min" if minutes >= 2 else f"{self.total_seconds:.0f} s"
+        measured = all(there.device.measured for there in self.placements if there.role == "transformer")
+        source = "measured speeds" if measured else "projected from assumed speeds"
+        seconds = self.step_seconds * self.edit.steps
+        total = f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
         return f"about {self.step_seconds:.3g} s a step, {total} for {self.edit.steps} steps ({source})"
 
     def __str__(self) -> str:
-        lines = [place.description for place in self.places]
+        lines = [placement.description for placement in self.placements]
         lines += [f"problem: {problem}" for problem in self.problems.values()]
         lines += [f"{names(turns)} take turns on {turns[0].device.card}" for turns in self.turns()]
         return "\n".join([*lines, self.speed, *(f"not {alternative}" for alternative in self.rejected)])
 
 
-def names(places: Sequence[Place]) -> str:
+def names(placements: Sequence[Placement]) -> str:
     """As people read a list: "transformer and VAE"."""
-    *front, last = (place.name for place in places)
+    *front, last = (placement.name for placement in placements)
     return f"{', '.join(front)} and {last}" if front else last
 
 
-def occupied(places: Sequence[Place]) -> int:
-    """Peak bytes of components that stay together: they work one after the other."""
-    return sum(place.weights for place in places) + max((place.workspace for place in places), default=0)
+def peak_bytes(placements: Sequence[Placement]) -> int:
+    """Bytes of one memory that its components use at most. They work one after the other."""
+    if take_turns(placements):
+        return max(there.weights + there.workspace for there in placements)
+    return _together(placements)
 
 
-def take_turns(places: Sequence[Place]) -> bool:
+def take_turns(placements: Sequence[Placement]) -> bool:
     """Whether components of one memory do not fit it together, so that each makes room for the next."""
-    return len(places) > 1 and occupied(places) > min(place.device.usable for place in places)
+    usable = min((there.device.usable for there in placements), default=0)
+    return len(placements) > 1 and _together(placements) > usable
+
+
+def _together(placements: Sequence[Placement]) -> int:
+    workspaces = (there.workspace for there in placements)
+    return sum(there.weights for there in placements) + max(workspaces, default=0)
