@@ -47,9 +47,9 @@ class FireRedDecode(io.ComfyNode):
         what = "The latent to decode"
         samples = require_latents(latent_samples(latent, what), what)
         *_, height, width = samples.shape
-        require_room_to_decode(vae.spec, height, width, tiling, host.room(vae.spec))
-        with host.borrow(vae, decoding_bytes(vae.spec, height, width, tiling)) as autoencoder:
-            free = host.free_memory(vae.spec.device)
-            image = decode(autoencoder, vae.spec, samples, tiling, free, guard)
+        require_room_to_decode(vae.replica, height, width, tiling, host.room(vae.replica))
+        with host.borrow(vae, decoding_bytes(vae.replica, height, width, tiling)) as loaded:
+            free = host.free_memory(vae.replica.device)
+            image = decode(loaded, samples, tiling, free, guard)
         host.forget_run(latent)
         return io.NodeOutput(image)

@@ -17,8 +17,8 @@ from .engine.limits import MAX_PICTURES, REFERENCE_MEGAPIXELS, require_text
 from .engine.models.guard import GUARD, STOP
 from .engine.sampling.conditioning import to_conditioning
 from .engine.sampling.recall import embedding_name, recall, reference_name
-from .engine.weights.components import working_bytes
 from .engine.weights.estimates import Edit
+from .engine.weights.room import working_bytes
 from .load import CATEGORY, VAE, TextEncoder, guard_input
 
 CPU = torch.device("cpu")
@@ -99,8 +99,12 @@ class FireRedEncodePrompt(io.ComfyNode):
         if vae is not None:
             host.require_handle(vae, "vae")
         embeds = _encode_prompts(text_encoder, prompts, pictures, guard)  # first: it may refuse a prompt
-        references = [] if vae is None else _encode_references(vae, pictures, megapixels, guard)
-        return io.NodeOutput(*(to_conditioning(encoded, references, pictures[0].size) for encoded in embeds))
+        references, statistics = [], None
+        if vae is not None:
+            references = _encode_references(vae, pictures, megapixels, guard)
+            statistics = vae.replica.spec.checkpoint.latent_statistics()
+        size = pictures[0].size
+        return io.NodeOutput(*(to_conditioning(each, references, size, statistics) for each in embeds))
 
 
 def _require_known(unknown: dict[str, Any]) -> None:
@@ -129,12 +133,12 @@ def _encode_references(vae: host.Handle, pictures: list, megapixels: float, guar
     def encode(missing: list[int]) -> Iterator[torch.Tensor]:
         from .engine.models.vae import encode_reference
 
-        working = working_bytes(vae.spec, Edit(reference_megapixels=megapixels))
-        with host.borrow(vae, working) as autoencoder:
+        working = working_bytes(vae.replica, Edit(reference_megapixels=megapixels))
+        with host.borrow(vae, working) as loaded:
             for index in missing:
-                yield cross(encode_reference(autoencoder, vae.spec, pictures[index], megapixels, guard), CPU)
+                yield cross(encode_reference(loaded, pictures[index], megapixels, guard), CPU)
 
-    names = [reference_name(vae.spec, picture, megapixels) for picture in pictures]
+    names = [reference_name(vae.replica, picture, megapixels) for picture in pictures]
     return recall(host.disk_cache(), names, encode)
 
 
@@ -142,12 +146,12 @@ def _encode_prompts(
     text_encoder: host.Handle, prompts: tuple[str, str], pictures: list, guard: str
 ) -> list[torch.Tensor]:
     def encode(missing: list[int]) -> Iterator[torch.Tensor]:
-        working = working_bytes(text_encoder.spec, Edit(references=len(pictures)))
+        working = working_bytes(text_encoder.replica, Edit(references=len(pictures)))
         with host.borrow(text_encoder, working) as encoder:
             for index in missing:
                 encoder.require_prompt(prompts[index], PROMPTS[index])
             for index in missing:
                 yield cross(encoder.encode(prompts[index], pictures, PROMPTS[index], guard), CPU)
 
-    names = [embedding_name(text_encoder.spec, prompt, pictures) for prompt in prompts]
+    names = [embedding_name(text_encoder.replica, prompt, pictures) for prompt in prompts]
     return recall(host.disk_cache(), names, encode)

@@ -14,7 +14,7 @@ from .engine.latents import TOKEN_PIXELS, WIDTH, LatentInput, read_latent
 from .engine.limits import SEED, STEPS, require_text
 from .engine.numerics.charts import draw_ranges
 from .engine.numerics.ranges import Ranges, report
-from .engine.weights.components import ComponentSpec
+from .engine.weights.components import Replica
 from .load import CATEGORY, TextEncoder, Transformer
 
 
@@ -95,8 +95,8 @@ class FireRedNumerics(io.ComfyNode):
         measured = [_measure_transformer(transformer, positive, given, steps, look_at, size, seed)]
         if text_encoder is not None:
             measured.append(_measure_text_encoder(text_encoder, prompt, pictures))
-        charts = [draw_ranges(f"Activation ranges: {spec}", ranges) for spec, ranges in measured]
-        text = "\n\n".join(report(spec, ranges) for spec, ranges in measured)
+        charts = [draw_ranges(f"Activation ranges: {replica}", ranges) for replica, ranges in measured]
+        text = "\n\n".join(report(replica, ranges) for replica, ranges in measured)
         return io.NodeOutput(to_image(charts), text, ui=ui.PreviewText(text))
 
 
@@ -108,17 +108,17 @@ def _measure_transformer(
     look_at: str,
     size: tuple[int, int],
     seed: int,
-) -> tuple[ComponentSpec, Ranges]:
+) -> tuple[Replica, Ranges]:
     from .engine.numerics.measure import measure_transformer, parse_steps
     from .engine.sampling.conditioning import POSITIVE
-    from .engine.sampling.sampling import plan_sampling, read_conditions
+    from .engine.sampling.sampling import prepare_run, read_conditions
 
-    spec = transformer.spec
+    replica = transformer.replica
     looked_at, (width, height) = parse_steps(look_at, steps), size
     samples = None if given is None else given.samples
-    plan = plan_sampling(
-        spec,
-        read_conditions(spec, {POSITIVE: positive}),
+    run = prepare_run(
+        replica,
+        read_conditions(replica, {POSITIVE: positive}),
         steps=steps,
         true_cfg_scale=1.0,
         width=width,
@@ -127,15 +127,15 @@ def _measure_transformer(
         samples=samples,
         draws=None if given is None else given.draws,
     )
-    plan.require_room(host.room(spec))
-    with host.borrow(transformer, plan.working_bytes()) as model:
-        return spec, measure_transformer(model, plan, looked_at, samples, host.progress_reporter())
+    run.require_room(host.room(replica))
+    with host.borrow(transformer, run.working_bytes()) as model:
+        return replica, measure_transformer(model, run, looked_at, samples, host.progress_reporter())
 
 
 def _measure_text_encoder(
     text_encoder: host.Handle, prompt: str, pictures: list[Image.Image]
-) -> tuple[ComponentSpec, Ranges]:
+) -> tuple[Replica, Ranges]:
     from .engine.numerics.measure import measure_text_encoder
 
     with host.borrow(text_encoder) as encoder:
-        return text_encoder.spec, measure_text_encoder(encoder, prompt, pictures)
+        return text_encoder.replica, measure_text_encoder(encoder, prompt, pictures)

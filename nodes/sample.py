@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from comfy_api.latest import io
 
 from . import host
-from .engine.latents import TOKEN_PIXELS, WIDTH, kept_keys, read_latent
+from .engine.latents import TOKEN_PIXELS, WIDTH, LatentInput, kept_keys, read_latent
 from .engine.limits import RESUME, SEED, STEPS, TRUE_CFG_SCALE
 from .engine.models.guard import GUARD, STOP
 from .engine.notices import first_time
 from .load import CATEGORY, Transformer, guard_input
+
+if TYPE_CHECKING:
+    from .engine.sampling.resume import SavedRun
+    from .engine.sampling.sampling import SamplingRun
 
 log = logging.getLogger("FireRed")
 
@@ -91,15 +96,15 @@ class FireRedSampler(io.ComfyNode):
         guard: str = STOP,
     ) -> io.NodeOutput:
         from .engine.sampling.conditioning import NEGATIVE, POSITIVE
-        from .engine.sampling.sampling import plan_sampling, read_conditions, sample
+        from .engine.sampling.sampling import prepare_run, read_conditions
 
         guard, resume = GUARD.require(guard), RESUME.require(resume)
-        spec = host.require_handle(transformer, "transformer").spec
+        replica = host.require_handle(transformer, "transformer").replica
         branches = {POSITIVE: positive} if negative is None else {POSITIVE: positive, NEGATIVE: negative}
         given = None if latent is None else read_latent(latent)
-        plan = plan_sampling(
-            spec,
-            read_conditions(spec, branches),
+        run = prepare_run(
+            replica,
+            read_conditions(replica, branches),
             steps=steps,
             true_cfg_scale=cfg,
             width=width,
@@ -108,22 +113,32 @@ class FireRedSampler(io.ComfyNode):
             samples=None if given is None else given.samples,
             draws=None if given is None else given.draws,
         )
-        if negative is None and cfg > 1:
-            log.warning(
-                "cfg is %s but no negative conditioning is connected: sampling without guidance.", cfg
-            )
-        if given is not None and bool(given.samples.any()) and first_time("content of a latent"):
-            log.info(
-                "only the size and the batch of a latent count, not what it shows: sampling starts from noise"
-            )
-        saved = host.saved_run(plan.name(guard)) if resume == "on" else None
-        samples = saved.result(plan.batch) if saved else None
-        if samples is None:
-            plan.require_room(host.room(spec))
-            with host.borrow(transformer, plan.working_bytes()) as model:
-                reporters = host.sampling_reporter(spec.device), host.progress_reporter()
-                samples = sample(model, plan, *reporters, saved, guard)
-        if saved is not None:
-            host.forget_run_after_prompt(saved)
+        _log_what_does_not_count(negative is not None, cfg, given)
+        saved = host.saved_run(run.name(guard)) if resume == "on" else None
+        samples = _sample(transformer, run, saved, guard)
         sampled = kept_keys(latent or {}) | {"samples": samples, host.RUN_KEY: saved.name if saved else None}
         return io.NodeOutput({key: value for key, value in sampled.items() if value is not None})
+
+
+def _log_what_does_not_count(has_negative: bool, cfg: float, given: LatentInput | None) -> None:
+    if cfg > 1 and not has_negative:
+        log.warning("cfg is %s but no negative conditioning is connected: sampling without guidance.", cfg)
+    if given is not None and bool(given.samples.any()) and first_time("content of a latent"):
+        log.info(
+            "only the size and the batch of a latent count, not what it shows: sampling starts from noise"
+        )
+
+
+def _sample(transformer: host.Handle, run: SamplingRun, saved: SavedRun | None, guard: str) -> torch.Tensor:
+    """The run's latents, from the disk where an earlier prompt left them."""
+    from .engine.sampling.sampling import sample
+
+    samples = saved.result(run.batch) if saved else None
+    if samples is None:
+        run.require_room(host.room(run.replica))
+        with host.borrow(transformer, run.working_bytes()) as model:
+            reporters = host.sampling_reporter(run.replica.device), host.progress_reporter()
+            samples = sample(model, run, *reporters, saved, guard)
+    if saved is not None:
+        host.forget_run_after_prompt(saved)
+    return samples

@@ -12,9 +12,11 @@ import pytest
 import real_checkpoint
 import tiny_checkpoint
 import torch
+from engine.cards.card import Card
 from engine.files.checkpoint import Checkpoint, open_checkpoint
-from engine.weights.components import ComponentSpec, describe
-from engine.weights.precision import ROLE_PRECISIONS, Card
+from engine.weights.checks import require_usable
+from engine.weights.components import ComponentSpec, Replica
+from engine.weights.precision import ROLE_PRECISIONS, resolve
 
 from launcher.client import Client
 from launcher.folders import ROOT, add_pack
@@ -94,7 +96,14 @@ def client(server: Server) -> Client:
     return server.client
 
 
-def spec_for(checkpoint: Checkpoint, role: str, precision: str = "fp32") -> ComponentSpec:
-    """A component on the CPU."""
-    card = Card("cpu", "cpu", native_bf16=False, memory=2**35, is_gpu=False)
-    return describe(role, checkpoint, ROLE_PRECISIONS[role][precision], torch.device("cpu"), card)
+def replica_for(checkpoint: Checkpoint, role: str, precision: str = "fp32") -> Replica:
+    """A component on a CPU without BF16."""
+    cpu = torch.device("cpu")
+    return replica_on(Card("cpu", "cpu", cpu, False, 2**35, is_gpu=False), checkpoint, role, precision)
+
+
+def replica_on(card: Card, checkpoint: Checkpoint, role: str, precision: str) -> Replica:
+    """A component on a card, after the checks of its files that a loader makes."""
+    require_usable(role, checkpoint)
+    resolved = resolve(ROLE_PRECISIONS[role][precision], card)
+    return Replica(ComponentSpec.of(role, checkpoint, resolved), card)

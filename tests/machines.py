@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+from engine.cards.card import Card
 from engine.cards.speeds import ASSUMED, Speeds
 from engine.planning.machine import Device, Machine
 from engine.units import GIB
-from engine.weights.precision import Card
 
 # One H100 80GB, 8442 tokens: TFLOPS from the seconds of products and attention in each mode's forward.
 LINEAR_TFLOP, ATTENTION_TFLOP = 114.7, 52.6
@@ -28,11 +29,15 @@ def gpu(
     measured: bool = False,
 ) -> Device:
     memory = int(gib * GIB)
-    return Device(Card(f"gpu:{index}", name, native_bf16, memory), memory, speeds, measured)
+    return Device(
+        Card(f"gpu:{index}", name, torch.device("cuda", index), native_bf16, memory), memory, speeds, measured
+    )
 
 
 def cpu(gib: int) -> Device:
-    return Device(Card("cpu", "cpu", native_bf16=False, memory=gib * GIB, is_gpu=False), gib * GIB)
+    return Device(
+        Card("cpu", "cpu", torch.device("cpu"), native_bf16=False, memory=gib * GIB, is_gpu=False), gib * GIB
+    )
 
 
 def machine_of(*cards: Device, unified: bool = False) -> Machine:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import spec_for
+from conftest import replica_for
 from engine.arithmetic import computing_environment, exact_fp32
 from engine.files.checkpoint import Checkpoint
 from engine.models import loading
@@ -37,29 +37,27 @@ def allowed_to_round() -> Iterator[None]:
 
 
 def encode_text(tiny: Checkpoint, watch: Callable[[torch.nn.Module], None]) -> None:
-    encoder = loading.load(spec_for(tiny, "text_encoder"))
+    encoder = loading.load(replica_for(tiny, "text_encoder"))
     watch(encoder.model.visual.patch_embed)  # a convolution
     watch(encoder.model.language_model.layers[0])
     encoder.encode("Add a red hat", [Image.new("RGB", (64, 64))])
 
 
 def encode_picture(tiny: Checkpoint, watch: Callable[[torch.nn.Module], None]) -> None:
-    spec = spec_for(tiny, "vae")
-    vae = loading.load(spec)
-    watch(vae.encoder.conv_in)
-    encode_reference(vae, spec, Image.new("RGB", (64, 64)), 0.01)
+    vae = loading.load(replica_for(tiny, "vae"))
+    watch(vae.model.encoder.conv_in)
+    encode_reference(vae, Image.new("RGB", (64, 64)), 0.01)
 
 
 def decode_latents(tiny: Checkpoint, watch: Callable[[torch.nn.Module], None]) -> None:
-    spec = spec_for(tiny, "vae")
-    vae = loading.load(spec)
-    watch(vae.decoder.conv_in)
-    watch(vae.decoder.conv_out)
-    decode(vae, spec, torch.zeros(1, 16, 1, 4, 4))
+    vae = loading.load(replica_for(tiny, "vae"))
+    watch(vae.model.decoder.conv_in)
+    watch(vae.model.decoder.conv_out)
+    decode(vae, torch.zeros(1, 16, 1, 4, 4))
 
 
 def sample_latents(tiny: Checkpoint, watch: Callable[[torch.nn.Module], None]) -> None:
-    transformer = loading.load(spec_for(tiny, "transformer", "int8"))
+    transformer = loading.load(replica_for(tiny, "transformer", "int8"))
     watch(transformer.model.transformer_blocks[0])
     sample(transformer, plan(tiny, steps=1))
 
@@ -83,7 +81,7 @@ def test_nothing_of_ours_computes_fp32_as_anything_else(
 def test_weights_are_quantised_in_fp32(tiny: Checkpoint) -> None:
     seen: list[tuple[Any, ...]] = []
     with allowed_to_round():
-        loading.load(spec_for(tiny, "transformer", "int8"), lambda done, total: seen.append(settings()))
+        loading.load(replica_for(tiny, "transformer", "int8"), lambda done, total: seen.append(settings()))
     assert seen and all(map(are_exact, seen))
 
 

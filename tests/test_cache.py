@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import spec_for
+from conftest import replica_for
 from engine.files.cache import SUFFIX, CacheWriter, DiskCache
-from engine.files.checkpoint import Checkpoint, read_tensors
+from engine.files.checkpoint import Checkpoint
+from engine.files.tensors import read_tensors
 from engine.models import loading
 from engine.sampling.recall import embedding_name, recall, reference_name
 from PIL import Image
@@ -66,38 +67,38 @@ def test_an_unfinished_file_never_gets_its_name(tmp_path: Path) -> None:
 def test_the_second_start_reads_the_copy_and_gets_identical_weights(
     tiny: Checkpoint, cache: DiskCache, role: str, second: str
 ) -> None:
-    first = state(loading.load(spec_for(tiny, role, "int8"), cache=cache))
+    first = state(loading.load(replica_for(tiny, role, "int8"), cache=cache))
     (kept,) = cache.folder.iterdir()
     before = kept.stat()
     os.utime(kept, ns=(1, 1))
-    assert same(first, state(loading.load(spec_for(tiny, role, second), cache=cache)))
+    assert same(first, state(loading.load(replica_for(tiny, role, second), cache=cache)))
     after = kept.stat()
     assert after.st_ino == before.st_ino and after.st_mtime_ns >= before.st_mtime_ns  # used, not written anew
-    assert same(first, state(loading.load(spec_for(tiny, role, "int8"))))
+    assert same(first, state(loading.load(replica_for(tiny, role, "int8"))))
 
 
 def test_progress_reaches_the_end(tiny: Checkpoint, cache: DiskCache) -> None:
     seen: list[tuple[int, int]] = []
     for _ in ("from the checkpoint", "from the copy"):
-        loading.load(spec_for(tiny, "transformer", "int8"), lambda *progress: seen.append(progress), cache)
+        loading.load(replica_for(tiny, "transformer", "int8"), lambda *progress: seen.append(progress), cache)
         assert seen[-1][0] == seen[-1][1]
 
 
 def test_the_second_start_does_not_read_the_checkpoint(
     tiny: Checkpoint, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loading.load(spec_for(tiny, "transformer", "int8"), cache=cache).modulation.of(torch.tensor([0.5]))
+    loading.load(replica_for(tiny, "transformer", "int8"), cache=cache).modulation.of(torch.tensor([0.5]))
 
     def unread(*_: object, **__: object) -> None:
         raise AssertionError("the checkpoint's weights were read")
 
     monkeypatch.setattr("engine.files.checkpoint.Component.tensors", unread)
-    loading.load(spec_for(tiny, "transformer", "int8"), cache=cache).modulation.of(torch.tensor([0.5]))
+    loading.load(replica_for(tiny, "transformer", "int8"), cache=cache).modulation.of(torch.tensor([0.5]))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "another shape", "another model's"])
 def test_a_damaged_copy_is_made_again(tiny: Checkpoint, cache: DiskCache, damage: str) -> None:
-    expected = state(loading.load(spec_for(tiny, "transformer", "int8"), cache=cache))
+    expected = state(loading.load(replica_for(tiny, "transformer", "int8"), cache=cache))
     (kept,) = cache.folder.iterdir()
     good = kept.read_bytes()
     if damage == "truncated":
@@ -112,14 +113,14 @@ def test_a_damaged_copy_is_made_again(tiny: Checkpoint, cache: DiskCache, damage
         for name, tensor in TENSORS.items():
             writer.write(name, tensor)
         writer.finish()
-    assert same(state(loading.load(spec_for(tiny, "transformer", "int8"), cache=cache)), expected)
+    assert same(state(loading.load(replica_for(tiny, "transformer", "int8"), cache=cache)), expected)
     assert kept.read_bytes() == good
 
 
 def test_a_copy_of_replaced_weights_is_not_used(tiny_copy: Path, cache: DiskCache) -> None:
-    loading.load(spec_for(Checkpoint(tiny_copy), "transformer", "int8"), cache=cache)
+    loading.load(replica_for(Checkpoint(tiny_copy), "transformer", "int8"), cache=cache)
     os.utime(tiny_copy / "transformer" / "diffusion_pytorch_model.safetensors", ns=(1, 1))
-    loading.load(spec_for(Checkpoint(tiny_copy), "transformer", "int8"), cache=cache)
+    loading.load(replica_for(Checkpoint(tiny_copy), "transformer", "int8"), cache=cache)
     assert len(list(cache.folder.iterdir())) == 2
 
 
@@ -167,15 +168,15 @@ def test_a_disk_that_fills_up_ends_the_caching_and_not_the_load(
         self._file = Full()
 
     monkeypatch.setattr(CacheWriter, "__init__", small_disk)
-    loaded = state(loading.load(spec_for(tiny, "transformer", "int8"), cache=cache))
-    assert same(loaded, state(loading.load(spec_for(tiny, "transformer", "int8"))))
+    loaded = state(loading.load(replica_for(tiny, "transformer", "int8"), cache=cache))
+    assert same(loaded, state(loading.load(replica_for(tiny, "transformer", "int8"))))
     assert "No space left on device" in caplog.text
     assert list(cache.folder.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_is_no_obstacle(tiny: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    loading.load(spec_for(tiny, "transformer", "int8"), cache=DiskCache(tmp_path / "file", 10**9))
+    loading.load(replica_for(tiny, "transformer", "int8"), cache=DiskCache(tmp_path / "file", 10**9))
 
 
 def test_cancelling_a_load_leaves_nothing_behind(tiny: Checkpoint, cache: DiskCache) -> None:
@@ -184,7 +185,7 @@ def test_cancelling_a_load_leaves_nothing_behind(tiny: Checkpoint, cache: DiskCa
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        loading.load(spec_for(tiny, "transformer", "int8"), cancel, cache)
+        loading.load(replica_for(tiny, "transformer", "int8"), cancel, cache)
     assert list(cache.folder.iterdir()) == []
 
 
@@ -263,13 +264,13 @@ def test_mapped_tensors_are_whole_or_none(cache: DiskCache) -> None:
 
 
 def test_weights_in_use_keep_their_file_young(tiny: Checkpoint, cache: DiskCache) -> None:
-    spec = spec_for(tiny, "transformer", "int8")
-    loading.load(spec, cache=cache)
+    replica = replica_for(tiny, "transformer", "int8")
+    loading.load(replica, cache=cache)
     (kept,) = cache.folder.iterdir()
     os.utime(kept, ns=(1, 1))
-    loading.mark_used(spec, cache)
+    loading.mark_used(replica.spec, cache)
     assert kept.stat().st_mtime_ns > 1
-    loading.mark_used(spec_for(tiny, "transformer", "fp32"), cache)  # of which nothing is kept
+    loading.mark_used(replica_for(tiny, "transformer", "fp32").spec, cache)  # of which nothing is kept
 
 
 def test_the_same_prompt_and_pictures_are_encoded_once(cache: DiskCache) -> None:
@@ -285,21 +286,21 @@ def test_the_same_prompt_and_pictures_are_encoded_once(cache: DiskCache) -> None
 
 
 def test_an_encodings_name_depends_on_all_it_is_made_from(tiny: Checkpoint, tiny_copy: Path) -> None:
-    spec, vae = spec_for(tiny, "text_encoder"), spec_for(tiny, "vae")
+    replica, vae = replica_for(tiny, "text_encoder"), replica_for(tiny, "vae")
     red, blue = (Image.new("RGB", (8, 4), colour) for colour in ("red", "blue"))
     os.utime(tiny_copy / "processor" / next((tiny_copy / "processor").iterdir()).name, ns=(1, 1))
     names = [
-        embedding_name(spec, "a hat", [red]),
-        embedding_name(spec, "a cat", [red]),
-        embedding_name(spec, "a hat", [blue]),
-        embedding_name(spec, "a hat", [red, blue]),
-        embedding_name(spec, "a hat", [red.resize((4, 8))]),
-        embedding_name(spec_for(tiny, "text_encoder", "int8"), "a hat", [red]),
-        embedding_name(spec_for(Checkpoint(tiny_copy), "text_encoder"), "a hat", [red]),
+        embedding_name(replica, "a hat", [red]),
+        embedding_name(replica, "a cat", [red]),
+        embedding_name(replica, "a hat", [blue]),
+        embedding_name(replica, "a hat", [red, blue]),
+        embedding_name(replica, "a hat", [red.resize((4, 8))]),
+        embedding_name(replica_for(tiny, "text_encoder", "int8"), "a hat", [red]),
+        embedding_name(replica_for(Checkpoint(tiny_copy), "text_encoder"), "a hat", [red]),
         reference_name(vae, red, 1.0),
         reference_name(vae, red, 0.5),
         reference_name(vae, blue, 1.0),
-        reference_name(spec_for(tiny, "vae", "bf16"), red, 1.0),
+        reference_name(replica_for(tiny, "vae", "bf16"), red, 1.0),
     ]
     assert len(set(names)) == len(names)
-    assert embedding_name(spec, "a hat", [red.copy()]) == names[0]
+    assert embedding_name(replica, "a hat", [red.copy()]) == names[0]

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import tiny_checkpoint
 import torch
-from conftest import spec_for
+from conftest import replica_for
 from engine.errors import CheckpointError
-from engine.files.checkpoint import Checkpoint, find_checkpoints, open_checkpoint
+from engine.files.checkpoint import Checkpoint, open_checkpoint
+from engine.files.search import find_checkpoints
 from engine.models import loading
 from safetensors.torch import load_file, save_file
 
@@ -45,20 +46,20 @@ def test_a_truncated_shard_is_named(tiny_copy: Path, kept: int) -> None:
     weights = tiny_copy / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:kept])
     with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model\.safetensors"):
-        spec_for(Checkpoint(tiny_copy), "transformer")
+        replica_for(Checkpoint(tiny_copy), "transformer")
 
 
 def test_a_missing_shard_is_named(tiny_copy: Path) -> None:
     split_in_two(tiny_copy)
     (tiny_copy / "transformer" / "part-2.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"part-2\.safetensors is missing"):
-        spec_for(Checkpoint(tiny_copy), "transformer")
+        replica_for(Checkpoint(tiny_copy), "transformer")
 
 
 def test_shards_load_like_one_file(tiny: Checkpoint, tiny_copy: Path) -> None:
     split_in_two(tiny_copy)
-    whole = loading.load(spec_for(tiny, "transformer")).model.state_dict()
-    sharded = loading.load(spec_for(Checkpoint(tiny_copy), "transformer")).model.state_dict()
+    whole = loading.load(replica_for(tiny, "transformer")).model.state_dict()
+    sharded = loading.load(replica_for(Checkpoint(tiny_copy), "transformer")).model.state_dict()
     assert whole.keys() == sharded.keys()
     assert all(torch.equal(whole[name], sharded[name]) for name in whole)
 
@@ -66,32 +67,32 @@ def test_shards_load_like_one_file(tiny: Checkpoint, tiny_copy: Path) -> None:
 def test_weights_that_are_not_safetensors_are_named(tiny_copy: Path) -> None:
     (tiny_copy / WEIGHTS).write_bytes(b"<html>404</html>" * 100)
     with pytest.raises(CheckpointError, match="is not a safetensors file"):
-        spec_for(Checkpoint(tiny_copy), "transformer")
+        replica_for(Checkpoint(tiny_copy), "transformer")
 
 
 def test_a_tensor_of_another_shape_is_named(tiny_copy: Path) -> None:
     rewrite(tiny_copy / WEIGHTS, lambda tensors: tensors | {"img_in.weight": torch.zeros(3, 3)})
     with pytest.raises(CheckpointError, match=r"img_in\.weight is \(3, 3\)"):
-        loading.load(spec_for(Checkpoint(tiny_copy), "transformer"))
+        loading.load(replica_for(Checkpoint(tiny_copy), "transformer"))
 
 
 def test_a_missing_tensor_is_named(tiny_copy: Path) -> None:
     rewrite(tiny_copy / WEIGHTS, lambda tensors: {k: v for k, v in tensors.items() if k != "img_in.weight"})
     with pytest.raises(CheckpointError, match=r"lacks 1 of the model's tensors.*img_in\.weight"):
-        loading.load(spec_for(Checkpoint(tiny_copy), "transformer"))
+        loading.load(replica_for(Checkpoint(tiny_copy), "transformer"))
 
 
 def test_a_tensor_of_another_model_is_named(tiny_copy: Path) -> None:
     rewrite(tiny_copy / WEIGHTS, lambda tensors: tensors | {"lora.up": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"lora\.up"):
-        loading.load(spec_for(Checkpoint(tiny_copy), "transformer"))
+        loading.load(replica_for(Checkpoint(tiny_copy), "transformer"))
 
 
 def test_a_component_of_another_class_is_named(tiny_copy: Path) -> None:
     config = tiny_copy / "vae" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "AutoencoderKL"}))
     with pytest.raises(CheckpointError, match="holds a AutoencoderKL, not a AutoencoderKLQwenImage"):
-        loading.load(spec_for(Checkpoint(tiny_copy), "vae"))
+        loading.load(replica_for(Checkpoint(tiny_copy), "vae"))
 
 
 @pytest.mark.parametrize("missing", ["processor", "scheduler", "vae"])
@@ -114,17 +115,17 @@ def test_both_namings_of_the_text_encoder_load_alike(tiny: Checkpoint, tiny_copy
         }
 
     rewrite(tiny_copy / "text_encoder" / "model.safetensors", rename)
-    ours = loading.load(spec_for(tiny, "text_encoder")).model.state_dict()
-    renamed = loading.load(spec_for(Checkpoint(tiny_copy), "text_encoder")).model.state_dict()
+    ours = loading.load(replica_for(tiny, "text_encoder")).model.state_dict()
+    renamed = loading.load(replica_for(Checkpoint(tiny_copy), "text_encoder")).model.state_dict()
     assert ours.keys() == renamed.keys()
     assert all(torch.equal(ours[name], renamed[name]) for name in ours)
 
 
 def test_replaced_files_make_another_spec(tiny_copy: Path) -> None:
-    before = spec_for(Checkpoint(tiny_copy), "vae")
-    assert before == spec_for(Checkpoint(tiny_copy), "vae")
+    before = replica_for(Checkpoint(tiny_copy), "vae")
+    assert before == replica_for(Checkpoint(tiny_copy), "vae")
     rewrite(tiny_copy / "vae" / "diffusion_pytorch_model.safetensors", lambda tensors: tensors)
-    assert before != spec_for(Checkpoint(tiny_copy), "vae")
+    assert before != replica_for(Checkpoint(tiny_copy), "vae")
 
 
 def split_in_two(folder: Path) -> None:
@@ -155,4 +156,4 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(tiny_copy: Path) -> None:
                 file.truncate(weights.stat().st_size // 2)
 
     with pytest.raises(CheckpointError, match="became shorter while it was read"):
-        loading.load(spec_for(Checkpoint(tiny_copy), "transformer"), shrink)
+        loading.load(replica_for(Checkpoint(tiny_copy), "transformer"), shrink)

@@ -15,10 +15,13 @@ import diffusers
 import other_versions
 import pytest
 import torch
-from conftest import spec_for
+from conftest import replica_for
+from engine.cards.card import Card
 from engine.errors import CheckpointError
 from engine.files.cache import DiskCache
-from engine.files.checkpoint import DEFAULTS, Checkpoint, find_checkpoints, open_checkpoint
+from engine.files.checkpoint import Checkpoint, open_checkpoint
+from engine.files.configs import DEFAULTS
+from engine.files.search import find_checkpoints
 from engine.models import loading
 from engine.planning.machine import Device, Machine
 from engine.planning.memory_map import draw_memory_map
@@ -26,7 +29,6 @@ from engine.planning.placement import ROLES, place
 from engine.sampling.recall import embedding_name
 from engine.sampling.schedule import make_schedule
 from engine.weights.components import fingerprint
-from engine.weights.precision import Card
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -65,7 +67,9 @@ def rename_dtype(path: Path, tensor: str, dtype: str) -> None:
 
 
 def cpu_machine() -> Machine:
-    return Machine((), Device(Card("cpu", "cpu", False, 2**36, is_gpu=False), 2**36), False)
+    return Machine(
+        (), Device(Card("cpu", "cpu", torch.device("cpu"), False, 2**36, is_gpu=False), 2**36), False
+    )
 
 
 # Configs
@@ -98,7 +102,7 @@ def test_a_folder_saved_by_transformers_5_embeds_alike(tiny: Checkpoint, tiny_co
 
 def embeds_alike(*checkpoints: Checkpoint) -> bool:
     pictures = [Image.new("RGB", (64, 64), "red")]
-    encoders = (loading.load(spec_for(checkpoint, "text_encoder")) for checkpoint in checkpoints)
+    encoders = (loading.load(replica_for(checkpoint, "text_encoder")) for checkpoint in checkpoints)
     first, *others = (encoder.encode("Add a red hat", pictures) for encoder in encoders)
     return all(torch.equal(first, other) for other in others)
 
@@ -111,15 +115,15 @@ def test_a_text_encoder_without_its_head_loads(tiny: Checkpoint, tiny_copy: Path
     save_file(
         {name.replace("model.", "language_model.", 1): tensor for name, tensor in stored.items()}, weights
     )
-    whole = loading.load(spec_for(tiny, "text_encoder")).model.state_dict()
-    bare = loading.load(spec_for(Checkpoint(tiny_copy), "text_encoder")).model.state_dict()
+    whole = loading.load(replica_for(tiny, "text_encoder")).model.state_dict()
+    bare = loading.load(replica_for(Checkpoint(tiny_copy), "text_encoder")).model.state_dict()
     assert whole.keys() == bare.keys() and all(torch.equal(whole[name], bare[name]) for name in whole)
 
 
 @pytest.mark.parametrize("role", ["transformer", "vae"])
 def test_a_config_without_its_class_is_taken(tiny_copy: Path, role: str) -> None:
     change_json(tiny_copy / role / "config.json", _class_name=None)
-    loading.load(spec_for(Checkpoint(tiny_copy), role))
+    loading.load(replica_for(Checkpoint(tiny_copy), role))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +162,7 @@ def test_a_config_that_means_another_model_is_refused_by_name(
     change_json(tiny_copy / file, **values)
     role = file.partition("/")[0]
     with pytest.raises(CheckpointError, match=message):
-        spec_for(Checkpoint(tiny_copy), role)
+        replica_for(Checkpoint(tiny_copy), role)
     placed = place(cpu_machine(), Checkpoint(tiny_copy))
     assert message in placed.problems[role] and {there.role for there in placed.places} == {*ROLES} - {role}
 
@@ -203,8 +207,8 @@ def test_fine_tunes_of_equal_sizes_and_times_are_two(tiny_copy: Path, tmp_path: 
     for folder in (tiny_copy, other):
         same_times(folder)
     assert (tiny_copy / WEIGHTS[role]).stat().st_size == (other / WEIGHTS[role]).stat().st_size
-    first, second = (spec_for(Checkpoint(folder), role, "bf16") for folder in (tiny_copy, other))
-    assert first.identity != second.identity
+    first, second = (replica_for(Checkpoint(folder), role, "bf16") for folder in (tiny_copy, other))
+    assert first.spec.identity != second.spec.identity
 
 
 def test_every_tensor_of_a_big_file_counts(tmp_path: Path) -> None:
@@ -225,14 +229,17 @@ def test_every_tensor_of_a_big_file_counts(tmp_path: Path) -> None:
 def test_a_copy_with_its_times_is_the_same(tiny_copy: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(tiny_copy, tmp_path / "moved"))
     (other / "vae" / ".DS_Store").write_bytes(b"junk")
-    assert spec_for(Checkpoint(tiny_copy), "vae").identity == spec_for(Checkpoint(other), "vae").identity
+    assert (
+        replica_for(Checkpoint(tiny_copy), "vae").spec.identity
+        == replica_for(Checkpoint(other), "vae").spec.identity
+    )
 
 
 def test_another_processor_is_another_text_encoder_and_another_key(tiny_copy: Path) -> None:
-    before = spec_for(Checkpoint(tiny_copy), "text_encoder")
+    before = replica_for(Checkpoint(tiny_copy), "text_encoder")
     change_json(tiny_copy / "processor" / "tokenizer_config.json", model_max_length=4096)
-    after = spec_for(Checkpoint(tiny_copy), "text_encoder")
-    assert before != after and before.identity == after.identity
+    after = replica_for(Checkpoint(tiny_copy), "text_encoder")
+    assert before != after and before.spec.identity == after.spec.identity
     assert embedding_name(before, "hat", []) != embedding_name(after, "hat", [])
 
 
@@ -240,23 +247,23 @@ def test_another_processor_is_another_text_encoder_and_another_key(tiny_copy: Pa
 def test_files_that_changed_are_not_loaded_for_the_old_key(
     tiny_copy: Path, tmp_path: Path, file: str
 ) -> None:
-    spec = spec_for(Checkpoint(tiny_copy), "text_encoder", "int8")
+    replica = replica_for(Checkpoint(tiny_copy), "text_encoder", "int8")
     (tiny_copy / file).write_text((tiny_copy / file).read_text() + "\n")
     cache = DiskCache(tmp_path / "cache", 10**9)
     with pytest.raises(CheckpointError, match=r"changed while they were in use\. Run the prompt again\."):
-        loading.load(spec, cache=cache)
+        loading.load(replica, cache=cache)
     assert not list(cache.folder.glob("*"))
 
 
 def test_files_that_change_while_they_are_read_are_not_kept(tiny_copy: Path, tmp_path: Path) -> None:
-    spec = spec_for(Checkpoint(tiny_copy), "transformer", "int8")
+    replica = replica_for(Checkpoint(tiny_copy), "transformer", "int8")
     weights, cache = tiny_copy / WEIGHTS["transformer"], DiskCache(tmp_path / "cache", 10**9)
 
     def touch(done: int, total: int) -> None:
         os.utime(weights, ns=(1, 1))
 
     with pytest.raises(CheckpointError, match="changed while they were in use"):
-        loading.load(spec, touch, cache)
+        loading.load(replica, touch, cache)
     assert not list(cache.folder.glob("*"))
 
 
@@ -271,12 +278,12 @@ def test_files_that_change_while_they_are_read_are_not_kept(tiny_copy: Path, tmp
 def test_a_fingerprint_covers_what_lies_beside(
     tiny_copy: Path, file: str, values: dict[str, Any], role: str
 ) -> None:
-    """And the transformer's weights stay loaded: its spec is the same."""
+    """And the transformer's weights stay loaded: its replica is the same."""
     checkpoint = Checkpoint(tiny_copy)
-    before, spec = fingerprint(role, checkpoint), spec_for(checkpoint, "transformer")
+    before, replica = fingerprint(role, checkpoint), replica_for(checkpoint, "transformer")
     change_json(tiny_copy / file, **values)
     assert fingerprint(role, checkpoint) != before
-    assert spec_for(checkpoint, "transformer") == spec
+    assert replica_for(checkpoint, "transformer") == replica
 
 
 # Processors
@@ -326,7 +333,7 @@ def test_a_processor_of_another_model_or_without_its_words_is_named(
     other_versions.rewrite_as_transformers_5(tiny_copy)  # each of its files holds what no other does
     damage(tiny_copy / "processor")
     with pytest.raises(CheckpointError, match=message) as caught:
-        loading.load(spec_for(Checkpoint(tiny_copy), "text_encoder"))
+        loading.load(replica_for(Checkpoint(tiny_copy), "text_encoder"))
     assert str(tiny_copy / "processor") in str(caught.value)
 
 
@@ -346,7 +353,7 @@ def test_hidden_files_beside_a_checkpoints_own_are_not_its(tiny: Checkpoint, tin
     index.write_bytes(b"\x00\x05\x16\x07")
     checkpoint = Checkpoint(tiny_copy)
     assert embeds_alike(tiny, checkpoint) and not place(cpu_machine(), checkpoint).problems
-    loading.load(spec_for(checkpoint, "transformer"))
+    loading.load(replica_for(checkpoint, "transformer"))
 
 
 @pytest.mark.parametrize("axes", [None, "x", [8, 12], [8, 12, 13], [8, 12, 14], [-8, 20, 20]])
@@ -369,14 +376,14 @@ def test_a_dtype_that_is_not_read_is_named_where_it_is_needed(tiny_copy: Path, d
     assert WEIGHTS["transformer"] in placed.problems["transformer"]
     assert [there.role for there in placed.places] == ["text_encoder", "vae"]
     assert draw_memory_map(placed).height > 0
-    spec_for(Checkpoint(tiny_copy), "vae")
+    replica_for(Checkpoint(tiny_copy), "vae")
     with pytest.raises(CheckpointError, match=f"stored as {dtype}"):
-        spec_for(Checkpoint(tiny_copy), "transformer")
+        replica_for(Checkpoint(tiny_copy), "transformer")
 
 
 def test_a_dtype_of_a_tensor_that_is_not_needed_does_not_matter(tiny_copy: Path) -> None:
     rename_dtype(tiny_copy / WEIGHTS["text_encoder"], "lm_head.weight", "F8_E4M3")
-    loading.load(spec_for(Checkpoint(tiny_copy), "text_encoder"))
+    loading.load(replica_for(Checkpoint(tiny_copy), "text_encoder"))
 
 
 @pytest.mark.parametrize("damage", ["config", "tensor", "text_config"])
@@ -393,7 +400,7 @@ def test_weights_that_are_quantised_already_are_told_before_loading(tiny_copy: P
         tensors = load_file(tiny_copy / WEIGHTS[role])
         save_file(tensors | {"img_in.SCB": torch.ones(64)}, tiny_copy / WEIGHTS[role])
     with pytest.raises(CheckpointError, match=r"is quantised already .* Download the original folder"):
-        spec_for(Checkpoint(tiny_copy), role)
+        replica_for(Checkpoint(tiny_copy), role)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -413,13 +420,13 @@ def test_a_variant_alone_is_used(tiny: Checkpoint, tiny_copy: Path, sharded: boo
         index.write_bytes(BOM + json.dumps({"weight_map": weight_map}).encode())
     else:
         save_file(tensors, folder / f"{stem}.fp16.safetensors")
-    found = loading.load(spec_for(Checkpoint(tiny_copy), "transformer")).model.state_dict()
-    whole = loading.load(spec_for(tiny, "transformer")).model.state_dict()
+    found = loading.load(replica_for(Checkpoint(tiny_copy), "transformer")).model.state_dict()
+    whole = loading.load(replica_for(tiny, "transformer")).model.state_dict()
     assert all(torch.equal(whole[name], found[name]) for name in whole)
     if not sharded:
         shutil.copy(folder / f"{stem}.fp16.safetensors", folder / f"{stem}.ema.safetensors")
         with pytest.raises(CheckpointError, match=r"several variants of its weights.*ema.*fp16"):
-            spec_for(Checkpoint(tiny_copy), "transformer")
+            replica_for(Checkpoint(tiny_copy), "transformer")
 
 
 @pytest.mark.parametrize("name", ["model.bin", "firered-Q4_K_M.gguf", "firered.safetensors"])
@@ -427,7 +434,7 @@ def test_weights_under_another_name_are_named(tiny_copy: Path, name: str) -> Non
     weights = tiny_copy / WEIGHTS["transformer"]
     weights.rename(weights.with_name(name))
     with pytest.raises(CheckpointError, match=rf"No .safetensors weights in .*it has .*{name}"):
-        spec_for(Checkpoint(tiny_copy), "transformer")
+        replica_for(Checkpoint(tiny_copy), "transformer")
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": "../vae/x.safetensors"}}])
@@ -435,7 +442,7 @@ def test_an_index_that_lists_nothing_usable_is_named(tiny_copy: Path, index: dic
     path = tiny_copy / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     path.write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"index\.json has no weight_map"):
-        spec_for(Checkpoint(tiny_copy), "transformer")
+        replica_for(Checkpoint(tiny_copy), "transformer")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -446,7 +453,7 @@ def test_json_as_windows_editors_save_it_is_read(tiny_copy: Path, encoding: str,
     checkpoint = open_checkpoint(tiny_copy)
     assert not place(cpu_machine(), checkpoint).problems
     assert list(find_checkpoints([tiny_copy.parent])) == ["copy"]
-    loading.load(spec_for(checkpoint, "transformer" if "transformer" in file else "text_encoder"))
+    loading.load(replica_for(checkpoint, "transformer" if "transformer" in file else "text_encoder"))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import tiny_checkpoint
 import torch
-from conftest import spec_for
+from conftest import replica_for, replica_on
+from engine.cards.card import Card
 from engine.errors import NonFiniteError
 from engine.files.checkpoint import Checkpoint, open_checkpoint
 from engine.models import loading, vae
@@ -19,8 +20,7 @@ from engine.sampling.conditioning import NEGATIVE, POSITIVE
 from engine.sampling.denoise import denoise
 from engine.sampling.schedule import Schedule
 from engine.sampling.workers import LocalWorker
-from engine.weights.components import describe
-from engine.weights.precision import PRECISIONS, ROLE_PRECISIONS, Card
+from engine.weights.precision import ROLE_PRECISIONS
 from PIL import Image
 from prompts import SAMPLE, changed, edit_prompt, fail, succeed
 from safetensors.torch import load_file, save_file
@@ -32,7 +32,7 @@ from launcher.server import Server
 
 SCHEDULE = Schedule(torch.tensor([1.0, 0.5, 0.0]), torch.tensor([1.0, 0.5]))
 OVERFLOWING = "transformer_blocks.1.img_mlp.net.2"
-P40 = Card("gpu:0", "Tesla P40", native_bf16=False, memory=2**35)
+P40 = Card("gpu:0", "Tesla P40", torch.device("cpu"), native_bf16=False, memory=2**35)
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +43,9 @@ def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def worker_for(checkpoint: Checkpoint, precision: str, guard: str = STOP) -> LocalWorker:
-    spec = spec_for(checkpoint, "transformer", precision)
+    replica = replica_for(checkpoint, "transformer", precision)
     conditions = {POSITIVE: condition(references=1), NEGATIVE: condition(tokens=3)}
-    return LocalWorker(loading.load(spec), spec, SCHEDULE, (4, 4), conditions, guard)
+    return LocalWorker(loading.load(replica), SCHEDULE, (4, 4), conditions, guard)
 
 
 def run(worker: LocalWorker) -> torch.Tensor:
@@ -189,8 +189,8 @@ def test_bitsandbytes_int8_without_a_threshold_is_traced_to_the_linear_that_took
     tiny: Checkpoint,
 ) -> None:
     """Threshold 0 sends everything through FP16: a value above 65504 makes its row NaN."""
-    spec = describe("transformer", tiny, PRECISIONS["int8-bnb"], torch.device("cpu"), P40)
-    worker = LocalWorker(loading.load(spec), spec, SCHEDULE, (4, 4), {POSITIVE: condition()})
+    replica = replica_on(P40, tiny, "transformer", "int8-bnb")
+    worker = LocalWorker(loading.load(replica), SCHEDULE, (4, 4), {POSITIVE: condition()})
     block = worker.model.transformer_blocks[1]
     block.img_mlp.net[0].proj._state.SCB.mul_(3e5)
     latents = torch.randn(1, 4, 64)
@@ -208,13 +208,12 @@ def test_bitsandbytes_int8_without_a_threshold_is_traced_to_the_linear_that_took
 
 
 def test_a_nan_weight_in_the_vae_decoder_is_named(tiny: Checkpoint) -> None:
-    spec = spec_for(tiny, "vae")
-    autoencoder = loading.load(spec)
-    poison(autoencoder, "decoder.mid_block.resnets.1.conv2.weight")
+    autoencoder = loading.load(replica_for(tiny, "vae"))
+    poison(autoencoder.model, "decoder.mid_block.resnets.1.conv2.weight")
     raw = torch.zeros(1, 16, 1, 4, 4)
 
     with pytest.raises(NonFiniteError) as caught:
-        vae.decode(autoencoder, spec, raw)
+        vae.decode(autoencoder, raw)
     assert "vae fp32 on cpu. First to break: decoder.mid_block.resnets.1.conv2 (FrameConv)" in str(
         caught.value
     )
@@ -227,8 +226,8 @@ def test_a_nan_weight_in_the_vae_decoder_is_named(tiny: Checkpoint) -> None:
     "module", ["visual.blocks.1.mlp.down_proj", "language_model.layers.1.self_attn.o_proj"]
 )
 def test_a_nan_weight_in_the_text_encoder_is_named(tiny: Checkpoint, module: str) -> None:
-    spec = spec_for(tiny, "text_encoder")
-    encoder = loading.load(spec)
+    replica = replica_for(tiny, "text_encoder")
+    encoder = loading.load(replica)
     poison(encoder.model, f"{module}.weight")
     with pytest.raises(
         NonFiniteError,
@@ -252,9 +251,9 @@ def test_a_weight_too_large_for_fp16_is_no_damaged_file(tiny_copy: Path) -> None
 def test_the_remedy_offers_what_the_component_has(tiny: Checkpoint) -> None:
     bad = torch.tensor([float("inf")])
     for role, remedy in (("vae", "to fp32:"), ("text_encoder", "to fp32 or int8:")):
-        spec = spec_for(tiny, role, "bf16")
+        replica = replica_for(tiny, role, "bf16")
         with pytest.raises(NonFiniteError, match=f"Set its precision {remedy} safe on every card"):
-            Guard(spec).check(bad, "It")
+            Guard(replica).check(bad, "It")
     assert set(ROLE_PRECISIONS["vae"]) == {"bf16", "fp32", "fp16"}
 
 
@@ -269,7 +268,7 @@ class Operations(TorchDispatchMode):
 
 def test_checking_reads_a_good_prediction_once(tiny: Checkpoint) -> None:
     """That is what keeps it under 0.5 % of a step."""
-    guard, tensor = Guard(spec_for(tiny, "transformer")), torch.randn(1, 4096, 64)
+    guard, tensor = Guard(replica_for(tiny, "transformer")), torch.randn(1, 4096, 64)
     with Operations() as operations:
         assert guard.check(tensor, "It") is tensor
     assert operations.names == ["aten.aminmax.default"]

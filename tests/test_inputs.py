@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import spec_for
+from conftest import replica_for
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 from engine.errors import InputError
 from engine.files.checkpoint import Checkpoint
@@ -18,7 +18,7 @@ from engine.latents import draw_noise, empty_as_qwen, read_latent
 from engine.limits import SEED, STEPS, TRUE_CFG_SCALE, Choice, Real, Whole, require_text
 from engine.models import loading
 from engine.sampling.conditioning import NEGATIVE, POSITIVE, Condition, ReferenceMethod, from_conditioning
-from engine.sampling.sampling import ROTARY_POSITIONS, plan_sampling, sample
+from engine.sampling.sampling import ROTARY_POSITIONS, prepare_run, sample
 from prompts import (
     DECODE,
     ENCODE,
@@ -137,14 +137,14 @@ def test_a_resumed_batch_goes_on_with_its_own_noise(tiny: Checkpoint) -> None:
     """The name of a run knows which draws its pictures start from."""
     conditions = {POSITIVE: Condition(torch.randn(1, 5, 128), None, ())}
     arguments: dict[str, Any] = dict(steps=1, true_cfg_scale=1.0, width=0, height=0, seed=0)
-    spec, zeros = spec_for(tiny, "transformer"), torch.zeros(2, 16, 4, 4)
+    replica, zeros = replica_for(tiny, "transformer"), torch.zeros(2, 16, 4, 4)
     plans = [
-        plan_sampling(spec, conditions, samples=zeros, draws=draws, **arguments)
+        prepare_run(replica, conditions, samples=zeros, draws=draws, **arguments)
         for draws in (None, (0, 1), (1, 0), (0, 3))
     ]
     names = [plan.name() for plan in plans]
     assert names[0] == names[1] and len(set(names)) == 3
-    transformer = loading.load(spec)
+    transformer = loading.load(replica)
     straight, swapped = (sample(transformer, plan) for plan in plans[1:3])
     assert torch.equal(straight.flip(0), swapped)
 
@@ -358,11 +358,11 @@ def test_a_malformed_conditioning_is_words(given: Any) -> None:
 )
 def test_embeddings_of_any_dtype_sample(tiny: Checkpoint, dtype: torch.dtype) -> None:
     condition = from_conditioning([(torch.ones(1, 3, 128).to(dtype), {})], "positive", 128)
-    spec = spec_for(tiny, "transformer")
-    plan = plan_sampling(
-        spec, {POSITIVE: condition}, steps=1, true_cfg_scale=1.0, width=32, height=32, seed=0
+    replica = replica_for(tiny, "transformer")
+    plan = prepare_run(
+        replica, {POSITIVE: condition}, steps=1, true_cfg_scale=1.0, width=32, height=32, seed=0
     )
-    assert sample(loading.load(spec), plan).isfinite().all()
+    assert sample(loading.load(replica), plan).isfinite().all()
 
 
 # Limits
@@ -419,7 +419,7 @@ def test_text_is_refused_exactly_where_the_rotary_table_ends(
         conditions = {POSITIVE: Condition(torch.zeros(1, 1, 128), None, ()), NEGATIVE: condition}
         if arguments["true_cfg_scale"] == 1.0:
             conditions = {POSITIVE: condition}
-        plan_sampling(spec_for(tiny, "transformer"), conditions, **arguments)
+        prepare_run(replica_for(tiny, "transformer"), conditions, **arguments)
 
     plan(room)
     with pytest.raises(InputError, match=f"positive conditioning has {room + 1} text tokens.* takes {room}"):
@@ -431,8 +431,8 @@ def test_text_is_refused_exactly_where_the_rotary_table_ends(
 def test_a_reference_past_the_rotary_table_is_refused(tiny: Checkpoint) -> None:
     condition = Condition(torch.zeros(1, 3, 128), None, (torch.zeros(1, 16, 1, 2, 16_386),))
     with pytest.raises(InputError, match="is 131088 pixels long; this model takes 131072"):
-        plan_sampling(
-            spec_for(tiny, "transformer"),
+        prepare_run(
+            replica_for(tiny, "transformer"),
             {POSITIVE: condition},
             steps=1,
             true_cfg_scale=1.0,

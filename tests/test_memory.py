@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import spec_for
+from conftest import replica_for
 from engine.files.cache import DiskCache
 from engine.files.checkpoint import Checkpoint
 from engine.latents import MEGAPIXEL
@@ -43,7 +43,7 @@ from launcher.server import Server
 
 
 def test_a_transformer_that_ran_leaves_nothing_behind(tiny: Checkpoint) -> None:
-    transformer = loading.load(spec_for(tiny, "transformer", "int8"))
+    transformer = loading.load(replica_for(tiny, "transformer", "int8"))
     sampling.sample(transformer, plan(tiny))
     parts = [weakref.ref(module) for module in transformer.model.modules()]
     del transformer
@@ -64,13 +64,13 @@ def test_cancelled_loading_leaves_nothing_behind(tiny: Checkpoint, tmp_path: Pat
         gc.collect()
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
-    spec, cache = spec_for(tiny, role, "fp32" if role == "vae" else "int8"), DiskCache(tmp_path, 10**9)
+    replica, cache = replica_for(tiny, role, "fp32" if role == "vae" else "int8"), DiskCache(tmp_path, 10**9)
     with pytest.raises(Cancelled):
-        loading.load(spec, cancel, cache)
+        loading.load(replica, cancel, cache)
     before = tensors()
     for _ in range(3):
         with pytest.raises(Cancelled):
-            loading.load(spec, cancel, cache)
+            loading.load(replica, cancel, cache)
     assert tensors() <= before and list(tmp_path.iterdir()) == []
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_checkpoint
 import torch
-from conftest import spec_for
+from conftest import replica_for
 from engine.errors import InputError, NonFiniteError
 from engine.files.checkpoint import Checkpoint, open_checkpoint
 from engine.images import to_image
@@ -34,9 +34,9 @@ def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def measured(checkpoint: Checkpoint, precision: str, steps: list[int], samples: torch.Tensor | None = None):
-    spec = spec_for(checkpoint, "transformer", precision)
-    looked_at = dataclasses.replace(plan(checkpoint, samples=samples), spec=spec)
-    return measure_transformer(loading.load(spec), looked_at, steps, samples)
+    replica = replica_for(checkpoint, "transformer", precision)
+    looked_at = dataclasses.replace(plan(checkpoint, samples=samples), replica=replica)
+    return measure_transformer(loading.load(replica), looked_at, steps, samples)
 
 
 def verdicts(role: str, **ranges: list[BlockRange]) -> dict[str, str]:
@@ -76,7 +76,7 @@ def test_ranges_and_shares_are_those_of_the_values_that_passed() -> None:
 
 
 def test_the_largest_value_is_the_one_that_hooks_of_ones_own_see(overflowing: Checkpoint) -> None:
-    transformer, seen = loading.load(spec_for(overflowing, "transformer")), []
+    transformer, seen = loading.load(replica_for(overflowing, "transformer")), []
     net = transformer.model.transformer_blocks[1].img_mlp.net[2]
     with net.register_forward_hook(lambda m, args, output: seen.append(float(output.abs().max()))):
         ranges = measure_transformer(transformer, plan(overflowing), [1, 2])
@@ -109,7 +109,7 @@ def test_the_state_looked_at_is_the_latent_noised_to_the_step(tiny: Checkpoint) 
 def test_both_towers_of_the_text_encoder_are_measured_the_vision_tower_with_pictures(
     tiny: Checkpoint,
 ) -> None:
-    encoder = loading.load(spec_for(tiny, "text_encoder"))
+    encoder = loading.load(replica_for(tiny, "text_encoder"))
     assert list(measure_text_encoder(encoder, "hat", [])) == ["language model"]
     ranges = measure_text_encoder(encoder, "hat", [Image.new("RGB", (64, 64), "red")])
     assert list(ranges) == ["vision tower", "language model"]
@@ -162,7 +162,7 @@ def test_what_fp32_cannot_hold_breaks_everywhere(value: float) -> None:
 
 
 def test_the_report_names_the_blocks(overflowing: Checkpoint, tiny: Checkpoint) -> None:
-    text = report(spec_for(overflowing, "transformer"), measured(overflowing, "fp32", [1, 2]))
+    text = report(replica_for(overflowing, "transformer"), measured(overflowing, "fp32", [1, 2]))
     assert text.startswith("Measured on the transformer fp32 on cpu:\nstep 1: largest ")
     assert "in transformer_blocks.1; " in text
     assert "\nfp16: breaks (passes 65504 in transformer_blocks.1 (" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 import tiny_checkpoint
 import torch
-from conftest import spec_for
-from diffusers import QwenImageEditPlusPipeline
+from conftest import replica_for
+from diffusers import AutoencoderKLQwenImage, QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as reference
 from engine.files.checkpoint import Checkpoint, open_checkpoint
 from engine.latents import MEGAPIXEL, unpack
@@ -70,26 +71,31 @@ def pictures(count: int) -> list[Image.Image]:
 
 
 def run_ours(
-    checkpoint: Checkpoint, images: list[Image.Image], size: tuple[int, int], cfg: float, megapixels: float
+    checkpoint: Checkpoint,
+    images: list[Image.Image],
+    size: tuple[int, int],
+    cfg: float,
+    megapixels: float,
+    vae_checkpoint: Checkpoint | None = None,
 ) -> Edit:
-    encoder = loading.load(spec_for(checkpoint, "text_encoder"))
-    autoencoder = loading.load(spec_for(checkpoint, "vae"))
-    transformer = loading.load(spec_for(checkpoint, "transformer"))
-    vae_spec = spec_for(checkpoint, "vae")
-    references = [vae.encode_reference(autoencoder, vae_spec, image, megapixels) for image in images]
+    vae_checkpoint = vae_checkpoint or checkpoint
+    encoder = loading.load(replica_for(checkpoint, "text_encoder"))
+    autoencoder = loading.load(replica_for(vae_checkpoint, "vae"))
+    transformer = loading.load(replica_for(checkpoint, "transformer"))
+    references = [vae.encode_reference(autoencoder, image, megapixels) for image in images]
     embeds = {POSITIVE: encoder.encode(PROMPT, images), NEGATIVE: encoder.encode(" ", images)}
-    conditions = {
-        branch: from_conditioning(
-            to_conditioning(encoded, references, images[0].size), branch, encoded.shape[-1]
-        )
+    statistics = vae_checkpoint.latent_statistics()
+    conditionings = {
+        branch: to_conditioning(encoded, references, images[0].size, statistics)
         for branch, encoded in embeds.items()
     }
-    plan = sampling.plan_sampling(
-        spec_for(checkpoint, "transformer"), conditions,
+    replica = replica_for(checkpoint, "transformer")
+    run = sampling.prepare_run(
+        replica, sampling.read_conditions(replica, conditionings),
         steps=STEPS, true_cfg_scale=cfg, width=size[0], height=size[1], seed=SEED,
     )  # fmt: skip
-    latents = sampling.sample(transformer, plan)
-    return Edit(embeds[POSITIVE], references, latents, vae.decode(autoencoder, vae_spec, latents, "whole"))
+    latents = sampling.sample(transformer, run)
+    return Edit(embeds[POSITIVE], references, latents, vae.decode(autoencoder, latents, "whole"))
 
 
 def run_reference(
@@ -101,12 +107,12 @@ def run_reference(
 ) -> Edit:
     """The pipeline's own numbers, caught where it makes them."""
     caught: dict[str, list[torch.Tensor]] = {"embeds": [], "references": []}
-    mean, std = checkpoint.latent_statistics()
+    statistics = checkpoint.latent_statistics()
     encode_vae_image, encode_prompt = pipe._encode_vae_image, pipe.encode_prompt
 
     def catch_reference(**kwargs: object) -> torch.Tensor:
         normalised = encode_vae_image(**kwargs)
-        caught["references"].append(normalised * std + mean)
+        caught["references"].append(statistics.denormalize(normalised))
         return normalised
 
     def catch_embeds(**kwargs: object) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -124,7 +130,7 @@ def run_reference(
         packed = pipe(**arguments, generator=torch.Generator().manual_seed(SEED), output_type="latent").images
     finally:
         pipe._encode_vae_image, pipe.encode_prompt = encode_vae_image, encode_prompt
-    latents = unpack(packed, height // 8, width // 8) * std + mean
+    latents = statistics.denormalize(unpack(packed, height // 8, width // 8))
     with torch.inference_mode():
         pixels = pipe.vae.decode(latents).sample[:, :, 0].movedim(1, -1)
     return Edit(caught["embeds"][0], caught["references"], latents, pixels.add(1).div(2).clamp(0, 1))
@@ -158,15 +164,33 @@ def test_an_edit_equals_diffusers(
     assert float(ours.pixels.std()) > 0.01  # a flat picture would agree with anything
 
 
+def test_a_vae_of_another_checkpoint_brings_its_own_statistics(
+    tiny: Checkpoint, tiny_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a pipeline that was given another VAE: its statistics scale what it encodes and decodes."""
+    monkeypatch.setattr(reference, "VAE_IMAGE_SIZE", REFERENCE_MEGAPIXELS * MEGAPIXEL)
+    file = tiny_copy / "vae" / "config.json"
+    changed = {"latents_mean": [0.1 * n for n in range(16)], "latents_std": [1 + 0.2 * n for n in range(16)]}
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changed), encoding="utf-8")
+    other, pipe = Checkpoint(tiny_copy), load_pipeline(tiny.folder)
+    pipe.vae = AutoencoderKLQwenImage.from_pretrained(tiny_copy / "vae", torch_dtype=torch.float32)
+    ours = run_ours(tiny, pictures(1), SQUARE, 4.0, REFERENCE_MEGAPIXELS, other)
+    theirs = run_reference(pipe, other, pictures(1), SQUARE, 4.0)
+    assert relative_error(ours.latents, theirs.latents) < TOLERANCE
+    assert float((ours.pixels - theirs.pixels).abs().max()) < TOLERANCE
+    with_its_own = run_ours(tiny, pictures(1), SQUARE, 4.0, REFERENCE_MEGAPIXELS)
+    assert relative_error(with_its_own.latents, theirs.latents) > 0.01
+
+
 def test_the_default_size_and_reference_equal_diffusers(tiny: Checkpoint) -> None:
     """Nothing scaled down: the pipeline's own megapixel reference and output size of one picture."""
     (image,) = pictures(1)
-    autoencoder = loading.load(spec_for(tiny, "vae"))
-    latent = vae.encode_reference(autoencoder, spec_for(tiny, "vae"), image, 1.0)
+    autoencoder = loading.load(replica_for(tiny, "vae"))
+    latent = vae.encode_reference(autoencoder, image, 1.0)
     width, height = reference.calculate_dimensions(1024 * 1024, image.width / image.height)
     condition = from_conditioning(to_conditioning(torch.ones(1, 3, 128), [latent], image.size), POSITIVE, 128)
-    plan = sampling.plan_sampling(
-        spec_for(tiny, "transformer"),
+    plan = sampling.prepare_run(
+        replica_for(tiny, "transformer"),
         {POSITIVE: condition},
         steps=1,
         true_cfg_scale=1.0,

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import spec_for
+from conftest import replica_for
+from engine.cards.card import Card
 from engine.cards.speeds import ASSUMED, Speeds
 from engine.errors import CheckpointError, InputError
 from engine.files.checkpoint import Checkpoint, open_checkpoint
@@ -27,15 +28,16 @@ from engine.weights.estimates import (
     transformer_bytes,
     workspace_bytes,
 )
-from engine.weights.precision import PRECISIONS, ROLE_PRECISIONS, Card, Precision, resolve
+from engine.weights.formats import Nf4Linear
+from engine.weights.precision import PRECISIONS, ROLE_PRECISIONS, Precision, resolve
 from machines import H100, MACHINES, gpu, machine_of, p40s
 from PIL import ImageColor
 from test_precision import run_transformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-P40_CARD = Card("gpu:0", "Tesla P40", native_bf16=False, memory=24 * GIB)
-BF16_CARD = Card("gpu:0", "H100", native_bf16=True, memory=80 * GIB)
+P40_CARD = Card("gpu:0", "Tesla P40", torch.device("cpu"), native_bf16=False, memory=24 * GIB)
+BF16_CARD = Card("gpu:0", "H100", torch.device("cpu"), native_bf16=True, memory=80 * GIB)
 P40 = ASSUMED["Tesla P40"]
 CFG = ("none", "cfg")
 
@@ -146,7 +148,7 @@ def test_forwards_take_the_measured_seconds(
 
 
 def test_the_flops_of_the_blocks_are_those_that_torch_counts(tiny: Checkpoint) -> None:
-    transformer, tokens = loading.load(spec_for(tiny, "transformer")), 40 + 20
+    transformer, tokens = loading.load(replica_for(tiny, "transformer")), 40 + 20
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         run_transformer(transformer)
     counts = counter.get_flop_counts()
@@ -261,7 +263,7 @@ def test_auto_never_takes_a_card_that_cannot_be_used(real_size: Checkpoint) -> N
         asked.append(card.label)
         return True
 
-    broken = unusable("gpu:1", RuntimeError("CUDA error: out of memory"))
+    broken = unusable("gpu:1", torch.device("cuda", 1), RuntimeError("CUDA error: out of memory"))
     small = machine_of(gpu(0, "GTX 1060", 5.9, False), broken)
     plan = place(small, real_size, runs=runs)
     assert [there.device.card.label for there in plan.places] == ["gpu:0"] * 3
@@ -304,7 +306,7 @@ def test_what_is_free_decides_and_not_what_the_card_has(real_size: Checkpoint) -
 def test_nf4_needs_its_library_and_a_component_that_fits_nowhere_says_so(real_size: Checkpoint) -> None:
     machine = machine_of(gpu(0, "RTX 3060", 11.9, True))
     assert place(machine, real_size).place("transformer").precision.name == "nf4"
-    plan = place(machine, real_size, runs=lambda role, precision, card: not precision.needs_bitsandbytes)
+    plan = place(machine, real_size, runs=lambda role, precision, card: precision.layer is not Nf4Linear)
     there = plan.place("transformer")
     assert there.precision.name == "int8" and not there.fits
     assert (

@@ -11,39 +11,41 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import spec_for
+from conftest import replica_for, replica_on
+from engine.cards.card import Card
+from engine.cards.speeds import ASSUMED
 from engine.errors import FireRedError, InputError, NonFiniteError
 from engine.files.cache import DiskCache
-from engine.files.checkpoint import Checkpoint, stored_bytes
+from engine.files.checkpoint import Checkpoint
+from engine.files.tensors import Layout, stored_bytes
 from engine.models import loading
 from engine.models.config import TransformerConfig
 from engine.models.guard import Guard, require_finite_input
 from engine.models.modulation import Modulation, Table, is_folded
 from engine.models.transformer import Transformer, rotary_embedding
+from engine.numerics.ranges import judge
+from engine.planning.machine import Device, Machine
+from engine.planning.placement import Fixed, place
 from engine.sampling.conditioning import POSITIVE
 from engine.sampling.schedule import Schedule
 from engine.sampling.workers import LocalWorker
 from engine.units import GIB
-from engine.weights.components import (
-    ComponentSpec,
-    DoesNotFitError,
-    describe,
-    fits,
-    require_fit,
-    working_bytes,
-)
-from engine.weights.formats import FORMATS, bitsandbytes, int8_paths
+from engine.weights.components import ComponentSpec
+from engine.weights.estimates import ESTIMATE_ERROR
+from engine.weights.formats import QuantizedLinear, bitsandbytes, int8_paths
 from engine.weights.formats.int8_math import dequantize, quantize_rows, quantize_tokens, rotate
 from engine.weights.formats.int8_paths import choose_path, integer_paths
-from engine.weights.precision import PRECISIONS, ROLE_PRECISIONS, Card, resolve
+from engine.weights.precision import PRECISIONS, ROLE_PRECISIONS, Precision, resolve
+from engine.weights.room import DoesNotFitError, at_precision, require_fit, working_bytes
 from safetensors.torch import load_file, save_file
 from test_sampling import condition
 
 CHECKPOINT_DTYPE = torch.bfloat16
 STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": CHECKPOINT_DTYPE, "int8": torch.int8}
 CPU = torch.device("cpu")
-P40 = Card("gpu:0", "Tesla P40", native_bf16=False, memory=24 * GIB)
-RTX_4090 = Card("gpu:0", "RTX 4090", native_bf16=True, memory=24 * GIB)
+P40 = Card("gpu:0", "Tesla P40", torch.device("cpu"), native_bf16=False, memory=24 * GIB)
+LAYERS = {name: row.layer for name, row in PRECISIONS.items() if row.layer}
+RTX_4090 = Card("gpu:0", "RTX 4090", torch.device("cpu"), native_bf16=True, memory=24 * GIB)
 
 
 @pytest.mark.parametrize("precision", STORED)
@@ -51,20 +53,20 @@ RTX_4090 = Card("gpu:0", "RTX 4090", native_bf16=True, memory=24 * GIB)
 def test_matrices_keep_the_storage_dtype_and_the_rest_the_compute_dtype(
     tiny: Checkpoint, role: str, precision: str
 ) -> None:
-    spec = spec_for(tiny, role, precision)
-    component = loading.load(spec)
+    replica = replica_for(tiny, role, precision)
+    component = loading.load(replica)
     state = {name: tensor.dtype for name, tensor in component.model.state_dict().items()}
     norms = {
         dtype for name, dtype in state.items() if name.endswith(("norm.weight", "norm_q.weight", "bias"))
     }
     blocks = ("to_q.weight", "q_proj.weight", "net.2.weight")
     matrices = {dtype for name, dtype in state.items() if name.endswith(blocks)}
-    assert norms == {spec.math}
+    assert norms == {replica.spec.math}
     assert matrices == {STORED[precision]}
 
 
 def test_fp32_equals_weights_upcast_beforehand(tiny: Checkpoint) -> None:
-    kept, upcast = (loading.load(spec_for(tiny, "transformer")) for _ in range(2))
+    kept, upcast = (loading.load(replica_for(tiny, "transformer")) for _ in range(2))
     upcast.model.float()
     assert torch.equal(run_transformer(kept), run_transformer(upcast))
 
@@ -73,8 +75,8 @@ def test_fp32_equals_weights_upcast_beforehand(tiny: Checkpoint) -> None:
     ("precision", "bound"), [("bf16", 5e-2), ("fp16", 5e-3), ("int8", 5e-2), ("int8-fast", 8e-2)]
 )
 def test_low_precisions_stay_near_fp32(tiny: Checkpoint, precision: str, bound: float) -> None:
-    full = run_transformer(loading.load(spec_for(tiny, "transformer")))
-    low = run_transformer(loading.load(spec_for(tiny, "transformer", precision))).float()
+    full = run_transformer(loading.load(replica_for(tiny, "transformer")))
+    low = run_transformer(loading.load(replica_for(tiny, "transformer", precision))).float()
     assert 0 < float((low - full).norm() / full.norm()) < bound
 
 
@@ -90,13 +92,16 @@ def test_arithmetic_follows_the_card() -> None:
         assert resolve(PRECISIONS[name], P40).compute is torch.float32
         assert resolve(PRECISIONS[name], RTX_4090).compute is torch.bfloat16
     assert resolve(ROLE_PRECISIONS["text_encoder"]["fp16"], P40).compute is torch.float32
-    assert resolve(PRECISIONS["bf16"], Card("cpu", "cpu", False, 0, is_gpu=False)).compute is torch.bfloat16
+    assert (
+        resolve(PRECISIONS["bf16"], Card("cpu", "cpu", torch.device("cpu"), False, 0, is_gpu=False)).compute
+        is torch.bfloat16
+    )
 
 
 def test_a_worker_answers_in_fp32_whatever_it_computes_in(tiny: Checkpoint) -> None:
-    spec = spec_for(tiny, "transformer", "bf16")
+    replica = replica_for(tiny, "transformer", "bf16")
     schedule = Schedule(torch.tensor([1.0, 0.0]), torch.tensor([1.0]))
-    worker = LocalWorker(loading.load(spec), spec, schedule, (4, 4), {POSITIVE: condition(references=1)})
+    worker = LocalWorker(loading.load(replica), schedule, (4, 4), {POSITIVE: condition(references=1)})
     assert worker.predict(torch.randn(1, 4, 64), 0)[POSITIVE].dtype is torch.float32
 
 
@@ -105,20 +110,20 @@ def test_a_worker_answers_in_fp32_whatever_it_computes_in(tiny: Checkpoint) -> N
 )
 def test_the_guard_counts_names_and_advises(tiny: Checkpoint, precision: str, remedy: str) -> None:
     bad, good = torch.tensor([1.0, float("nan"), float("inf"), float("-inf")]), torch.tensor([1e38, -1e38])
-    spec = spec_for(tiny, "transformer", precision)
+    replica = replica_for(tiny, "transformer", precision)
     with pytest.raises(
         NonFiniteError,
         match=rf"Step 3 of 40 holds 1 NaN and 2 infinite.*transformer {precision} on cpu.*{remedy}",
     ):
-        Guard(spec).check(bad, "Step 3 of 40")
+        Guard(replica).check(bad, "Step 3 of 40")
     with pytest.raises(NonFiniteError, match=r"The latent holds 1 NaN .* check the node that made it"):
         require_finite_input(bad, "The latent")
-    bnb = describe("transformer", tiny, PRECISIONS["int8-bnb"], CPU, P40)
+    bnb = replica_on(P40, tiny, "transformer", "int8-bnb")
     with pytest.raises(
         NonFiniteError, match=r"int8-bnb, fp32 and fp16 math,.*Set its precision to fp32 or int8"
     ):
         Guard(bnb).check(bad, "Step 3 of 40")
-    assert Guard(spec).check(good, "") is good and require_finite_input(good, "") is good
+    assert Guard(replica).check(good, "") is good and require_finite_input(good, "") is good
 
 
 # INT8
@@ -197,14 +202,14 @@ def test_sizes_the_integer_product_cannot_take_are_weight_only() -> None:
     assert choose_path(CPU, torch.float32, 63, 128) == (None, "63x128 weight-only (sizes)")
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", LAYERS)
 def test_every_format_multiplies_within_its_error(name: str) -> None:
     """On the CPU, with the real bitsandbytes; the same classes run on a GPU."""
     bounds = {"int8": 0.012, "int8-fast": 0.02, "nf4": 0.12, "int8-bnb": 0.03}
     weight, x = torch.randn(64, 256) * 0.02, torch.randn(2, 40, 256)
     with torch.device("meta"):
         layer = torch.nn.modules.linear.Linear(256, 64)
-    module = FORMATS[name](layer, torch.float32)
+    module = LAYERS[name](layer, torch.float32)
     module.bias = torch.nn.Parameter(torch.randn(64), requires_grad=False)
     module.set_weight(weight)
     if name == "int8-fast":
@@ -219,18 +224,18 @@ def test_every_format_multiplies_within_its_error(name: str) -> None:
 # Folded modulation
 
 
-def modulation_of(spec: ComponentSpec, cache: DiskCache | None = None) -> Modulation:
-    config = TransformerConfig.of(spec.checkpoint.component("transformer").config())
-    return Modulation(spec, config, cache)
+def modulation_of(replica: ComponentSpec, cache: DiskCache | None = None) -> Modulation:
+    config = TransformerConfig.of(replica.spec.checkpoint.component("transformer").config())
+    return Modulation(replica, config, cache)
 
 
 def test_folding_leaves_out_a_third_of_the_weights(tiny: Checkpoint) -> None:
-    names = loading.load(spec_for(tiny, "transformer")).model.state_dict()
+    names = loading.load(replica_for(tiny, "transformer")).model.state_dict()
     assert names and not [name for name in names if "_mod." in name or "time_text_embed" in name]
 
 
 def test_the_schedules_last_used_are_kept(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    modulation = loading.load(spec_for(tiny, "transformer")).modulation
+    modulation = loading.load(replica_for(tiny, "transformer")).modulation
     computed = []
     compute = Modulation._compute_table
     monkeypatch.setattr(Modulation, "_compute_table", lambda *args: computed.append(1) or compute(*args))
@@ -254,7 +259,7 @@ def test_a_broken_table_is_never_kept(
         return table
 
     monkeypatch.setattr(Modulation, "_compute_table", broken_once)
-    modulation = modulation_of(spec_for(tiny, "transformer"), cache)
+    modulation = modulation_of(replica_for(tiny, "transformer"), cache)
     modulation.of(timesteps)
     assert list(tmp_path.iterdir()) == []
     modulation.of(timesteps)
@@ -268,7 +273,7 @@ def test_a_broken_table_is_never_kept(
             save_file(tables, kept)
         else:
             kept.write_bytes(kept.read_bytes()[:-4096])
-        again = modulation_of(spec_for(tiny, "transformer"), cache).of(timesteps).at(1)
+        again = modulation_of(replica_for(tiny, "transformer"), cache).of(timesteps).at(1)
         assert all(map(torch.equal, again, good))
         assert all(bool(rows.isfinite().all()) for rows in load_file(kept).values())
     assert len(computed) == 4
@@ -276,7 +281,7 @@ def test_a_broken_table_is_never_kept(
 
 def test_a_table_in_memory_is_its_file_and_outlives_it(tiny: Checkpoint, tmp_path: Path) -> None:
     cache, timesteps = DiskCache(tmp_path, 10**9), torch.tensor([0.5, 0.25])
-    modulation = modulation_of(spec_for(tiny, "transformer"), cache)
+    modulation = modulation_of(replica_for(tiny, "transformer"), cache)
     modulation.of(timesteps)
     (kept,) = tmp_path.iterdir()
     os.utime(kept, ns=(1, 1))
@@ -291,23 +296,23 @@ def test_a_table_in_memory_is_its_file_and_outlives_it(tiny: Checkpoint, tmp_pat
 
 
 def test_a_table_is_found_by_all_its_bits_depend_on(tiny: Checkpoint, tmp_path: Path) -> None:
-    spec, timesteps = spec_for(tiny, "transformer"), torch.tensor([0.5])
-    other_card = replace(spec, card=replace(spec.card, name="another"))
-    names = [modulation_of(one)._name(timesteps) for one in (spec, other_card)]
-    names.append(modulation_of(spec)._name(torch.tensor([0.25])))
+    replica, timesteps = replica_for(tiny, "transformer"), torch.tensor([0.5])
+    other_card = replace(replica, card=replace(replica.card, name="another"))
+    names = [modulation_of(one)._name(timesteps) for one in (replica, other_card)]
+    names.append(modulation_of(replica)._name(torch.tensor([0.25])))
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        names.append(modulation_of(spec)._name(timesteps))
+        names.append(modulation_of(replica)._name(timesteps))
     finally:
         torch.set_num_threads(threads)
-    assert len(set(names)) == 4 and modulation_of(spec)._name(timesteps) == names[0]
+    assert len(set(names)) == 4 and modulation_of(replica)._name(timesteps) == names[0]
 
 
 def test_folding_says_what_it_reads(tiny: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
     seen: list[tuple[int, int]] = []
     with caplog.at_level("INFO"):
-        modulation = modulation_of(spec_for(tiny, "transformer"))
+        modulation = modulation_of(replica_for(tiny, "transformer"))
         modulation.of(torch.tensor([0.5, 0.25]), lambda *progress: seen.append(progress))
     stored = tiny.component("transformer").stored().items()
     weights = sum(stored_bytes(info) for name, info in stored if is_folded(name))
@@ -319,54 +324,95 @@ def test_folding_says_what_it_reads(tiny: Checkpoint, caplog: pytest.LogCaptureF
 # bitsandbytes
 
 
-@pytest.mark.parametrize("format", bitsandbytes.LAYERS)
-def test_bitsandbytes_is_tried_by_multiplying_once(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("right", [bitsandbytes.Nf4Linear, bitsandbytes.Int8BnbLinear])
+def test_bitsandbytes_is_tried_by_multiplying_once(right: type[bitsandbytes.BitsAndBytesLinear]) -> None:
     """On this CPU, which bitsandbytes has kernels for; nodes offer it on GPUs alone."""
-    right, tried = bitsandbytes.LAYERS[format], []
+    tried = []
 
     class Wrong(right):  # quantises well, as on cards whose INT8 product is broken
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             tried.append(1)
             return torch.zeros_like(super().forward(x))
 
-    card = Card("gpu:0", "GTX 1080", native_bf16=False, memory=2**33)
-    precision = resolve(PRECISIONS[format], card)
-    bitsandbytes.product_fault.cache_clear()
-    bitsandbytes.require_bitsandbytes(precision, card, CPU)
-    monkeypatch.setitem(bitsandbytes.LAYERS, format, Wrong)
-    bitsandbytes.product_fault.cache_clear()
+    card = Card("gpu:0", "GTX 1080", CPU, native_bf16=False, memory=2**33)
+    right.require_usable(card, torch.float32, "nf4")
     for _ in range(2):
         with pytest.raises(FireRedError, match=r"gpu:0 \(GTX 1080\) \(a product is wrong by 100%\)"):
-            bitsandbytes.require_bitsandbytes(precision, card, CPU)
+            Wrong.require_usable(card, torch.float32, "nf4")
     assert len(tried) == 1
-    bitsandbytes.product_fault.cache_clear()
+
+
+# A new precision
+
+
+class HalvesLinear(QuantizedLinear):
+    """Stores its matrix as 16-bit floats, to stand for a format that does not exist yet."""
+
+    weight_bytes = 2.0
+    cached_as = "halves"
+
+    def layout(self) -> Layout:
+        return {"halves": (torch.float16, (self.out_features, self.in_features))}
+
+    def set_weight(self, weight: torch.Tensor) -> None:
+        self.halves = weight.half()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.halves.to(x.dtype), self.bias)
+
+
+def test_a_new_precision_is_a_row_of_the_table(
+    tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It loads, is kept on disk, judged, planned and proposed; nothing else has to be told of it."""
+    row = Precision("halves", None, None, HalvesLinear, loss=1)
+    monkeypatch.setitem(PRECISIONS, "halves", row)
+    replica, cache = replica_for(tiny, "transformer", "halves"), DiskCache(tmp_path, 10**9)
+    full = run_transformer(loading.load(replica_for(tiny, "transformer")))
+    first, again = (run_transformer(loading.load(replica, cache=cache)) for _ in range(2))
+    assert float((first - full).norm() / full.norm()) < 0.01 and torch.equal(first, again)
+    assert len(list(tmp_path.glob("*-transformer-halves-float32-*"))) == 1
+    assert str(replica) == "transformer halves, fp32 math, on cpu"
+    assert "halves" in [verdict.precision for verdict in judge("transformer", {})]
+    card = Card("gpu:0", "Tesla P40", CPU, native_bf16=False, memory=2**40)
+    machine = Machine((Device(card, 2**40, ASSUMED["Tesla P40"]),), Device(card, 2**40))
+    planned = place(machine, tiny, fixed={"transformer": Fixed(precision="halves")})
+    assert planned.place("transformer").weights == replica.spec.nbytes() and planned.step_seconds
+    needed = working_bytes(on_card(tiny, "halves", memory=0)) + replica.spec.nbytes()
+    smaller = on_card(tiny, "halves", memory=int(needed))
+    wide = at_precision(smaller, replace(row, name="wide", layer=WideLinear, compute=torch.float32))
+    with pytest.raises(DoesNotFitError, match=r"What fits: .*halves"):
+        require_fit(wide)
+
+
+class WideLinear(HalvesLinear):
+    weight_bytes = 10_000.0
 
 
 # Fitting
 
 
 def test_a_component_too_big_for_its_card_says_what_fits(tiny: Checkpoint) -> None:
-    needed = working_bytes(on_card(tiny, "bf16", memory=0))
-    spec = on_card(tiny, "bf16", memory=needed + 300_000)
-    assert not fits(spec)
+    needed = int(working_bytes(on_card(tiny, "bf16", memory=0)) * (1 - ESTIMATE_ERROR)) + 1
+    replica = on_card(tiny, "bf16", memory=needed + 300_000)
     with pytest.raises(
         DoesNotFitError, match=r"transformer bf16 on gpu:0 \(Tesla P40\) needs .* What fits: .*nf4"
     ):
-        require_fit(spec)
-    assert fits(on_card(tiny, "bf16", memory=needed + spec.nbytes()))
+        require_fit(replica)
+    require_fit(on_card(tiny, "bf16", memory=needed + replica.spec.nbytes()))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32", "int8"])
 @pytest.mark.parametrize("role", ["transformer", "text_encoder"])
 def test_the_size_is_known_before_loading(tiny: Checkpoint, role: str, precision: str) -> None:
-    spec = spec_for(tiny, role, precision)
-    actual = sum(tensor.nbytes for tensor in loading.load(spec).model.state_dict().values())
-    assert spec.nbytes() == pytest.approx(actual, rel=0.05)
+    replica = replica_for(tiny, role, precision)
+    actual = sum(tensor.nbytes for tensor in loading.load(replica).model.state_dict().values())
+    assert replica.spec.nbytes() == pytest.approx(actual, rel=0.05)
 
 
 def on_card(checkpoint: Checkpoint, precision: str, memory: int) -> ComponentSpec:
-    card = Card("gpu:0", "Tesla P40", native_bf16=True, memory=memory)
-    return describe("transformer", checkpoint, PRECISIONS[precision], CPU, card)
+    card = Card("gpu:0", "Tesla P40", torch.device("cpu"), native_bf16=True, memory=memory)
+    return replica_on(card, checkpoint, "transformer", precision)
 
 
 def run_transformer(transformer: Transformer) -> torch.Tensor:

@@ -121,10 +121,10 @@ def test_a_card_that_does_not_answer_is_refused_in_words() -> None:
 def test_a_card_that_raised_is_a_place_without_room() -> None:
     with pytest.raises(Exception) as raised:  # whatever this build of torch raises
         torch.cuda.get_device_properties(99)
-    device = unusable("gpu:1", raised.value)
+    device = unusable("gpu:1", torch.device("cuda", 1), raised.value)
     assert str(device.card) == "gpu:1" and device.usable < 0
     assert device.fault.startswith("gpu:1 does not answer: ")
-    assert unusable("gpu:1", FireRedError("It is full.")).fault == "It is full."
+    assert unusable("gpu:1", torch.device("cuda", 1), FireRedError("It is full.")).fault == "It is full."
 
 
 # Attention

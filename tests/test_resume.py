@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import spec_for
+from conftest import replica_for
 from engine.files.cache import PROCESS, SUFFIX, DiskCache
 from engine.files.checkpoint import Checkpoint
+from engine.latents import LatentStatistics
 from engine.models import loading
 from engine.models.guard import GUARDS
 from engine.sampling.resume import RunState, SavedRun
-from engine.sampling.sampling import SamplingPlan, sample
+from engine.sampling.sampling import SamplingRun, sample
 from test_sampling import plan
 
 STEPS = 6
@@ -39,7 +40,7 @@ def stop_at(step: int) -> Callable[[int, int, torch.Tensor], None]:
     return on_step
 
 
-def sampled_steps(transformer: Any, run: SamplingPlan, saved: SavedRun) -> tuple[list[int], torch.Tensor]:
+def sampled_steps(transformer: Any, run: SamplingRun, saved: SavedRun) -> tuple[list[int], torch.Tensor]:
     """The steps a run reported, and its latents."""
     steps: list[int] = []
     latents = sample(transformer, run, lambda done, *_: steps.append(done), saved=saved)
@@ -55,7 +56,7 @@ def files(store: DiskCache) -> list[Path]:
 def test_a_run_stopped_at_any_step_ends_in_the_same_bits(
     tiny: Checkpoint, store: DiskCache, precision: str, batch: int
 ) -> None:
-    transformer = loading.load(spec_for(tiny, "transformer", precision))
+    transformer = loading.load(replica_for(tiny, "transformer", precision))
     run = plan(tiny, steps=STEPS, samples=torch.zeros(batch, 16, 4, 4))
     expected = sample(transformer, run)
     for step in range(1, batch * STEPS):
@@ -72,7 +73,7 @@ def test_a_run_stopped_at_any_step_ends_in_the_same_bits(
 def test_a_finished_run_waits_for_its_decode(tiny: Checkpoint, store: DiskCache) -> None:
     run = plan(tiny, steps=STEPS)
     saved = SavedRun(store, run.name())
-    latents = sample(loading.load(spec_for(tiny, "transformer")), run, saved=saved)
+    latents = sample(loading.load(replica_for(tiny, "transformer")), run, saved=saved)
     kept = SavedRun(store, run.name()).result(1)
     assert kept is not None and torch.equal(kept, latents)
     assert SavedRun(store, run.name()).result(2) is None
@@ -81,8 +82,8 @@ def test_a_finished_run_waits_for_its_decode(tiny: Checkpoint, store: DiskCache)
 def test_a_finished_run_of_other_kernels_is_not_handed_back(
     tiny: Checkpoint, store: DiskCache, caplog: pytest.LogCaptureFixture
 ) -> None:
-    transformer = loading.load(spec_for(tiny, "transformer", "int8-fast"))
-    run = replace(plan(tiny, steps=STEPS), spec=spec_for(tiny, "transformer", "int8-fast"))
+    transformer = loading.load(replica_for(tiny, "transformer", "int8-fast"))
+    run = replace(plan(tiny, steps=STEPS), replica=replica_for(tiny, "transformer", "int8-fast"))
     latents = sample(transformer, run, saved=SavedRun(store, run.name()))
     assert transformer.arithmetic and SavedRun(store, run.name()).result(1) is None
     steps, again = sampled_steps(transformer, run, SavedRun(store, run.name()))
@@ -114,11 +115,12 @@ def test_a_changed_input_never_resumes(tiny: Checkpoint, tiny_copy: Path) -> Non
     condition = base.conditions["positive"]
     other_text = replace(condition, prompt_embeds=condition.prompt_embeds + 1e-6)
     other_picture = replace(condition, reference_latents=(condition.reference_latents[0] * 1.001,))
-    other_weights = spec_for(Checkpoint(tiny_copy), "transformer")
+    other_vae = replace(condition, statistics=LatentStatistics((0.0,) * 16, (1.0,) * 16))
+    other_weights = replica_for(Checkpoint(tiny_copy), "transformer")
     os.utime(tiny_copy / "transformer" / "config.json", ns=(1, 1))
-    touched = spec_for(Checkpoint(tiny_copy), "transformer")
-    card = replace(base.spec.card, name="another card")
-    changed_runs: list[SamplingPlan] = [
+    touched = replica_for(Checkpoint(tiny_copy), "transformer")
+    card = replace(base.replica.card, name="another card")
+    changed_runs: list[SamplingRun] = [
         plan(tiny, seed=1),
         plan(tiny, steps=3),
         plan(tiny, true_cfg_scale=4.1),
@@ -127,14 +129,15 @@ def test_a_changed_input_never_resumes(tiny: Checkpoint, tiny_copy: Path) -> Non
         plan(tiny, samples=torch.zeros(2, 16, 4, 4)),
         replace(base, conditions=base.conditions | {"positive": other_text}),
         replace(base, conditions=base.conditions | {"positive": other_picture}),
-        replace(base, spec=spec_for(tiny, "transformer", "int8")),
-        replace(base, spec=touched),
-        replace(base, spec=replace(base.spec, card=card)),
+        replace(base, replica=replica_for(tiny, "transformer", "int8")),
+        replace(base, replica=touched),
+        replace(base, conditions=base.conditions | {"positive": other_vae}),
+        replace(base, replica=replace(base.replica, card=card)),
     ]
     names = [run.name() for run in changed_runs]
     assert base.name() not in names and len(set(names)) == len(names)
     assert base.name() == plan(tiny).name()
-    assert other_weights.identity != touched.identity
+    assert other_weights.spec.identity != touched.spec.identity
 
 
 def test_other_kernels_start_over(store: DiskCache, caplog: pytest.LogCaptureFixture) -> None:
@@ -149,7 +152,7 @@ def test_other_kernels_start_over(store: DiskCache, caplog: pytest.LogCaptureFix
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "garbage", "another size", "not a number"])
 def test_a_damaged_state_starts_over(tiny: Checkpoint, store: DiskCache, damage: str) -> None:
-    transformer, run = loading.load(spec_for(tiny, "transformer")), plan(tiny, steps=STEPS)
+    transformer, run = loading.load(replica_for(tiny, "transformer")), plan(tiny, steps=STEPS)
     with pytest.raises(Stop):
         sample(transformer, run, stop_at(3), saved=SavedRun(store, run.name()))
     (kept,) = files(store)
@@ -183,7 +186,7 @@ def test_states_are_written_seldom_when_steps_are_fast(store: DiskCache) -> None
 def test_a_full_disk_costs_the_resume_and_not_the_run(
     tiny: Checkpoint, store: DiskCache, caplog: pytest.LogCaptureFixture
 ) -> None:
-    transformer, run = loading.load(spec_for(tiny, "transformer")), plan(tiny, steps=STEPS)
+    transformer, run = loading.load(replica_for(tiny, "transformer")), plan(tiny, steps=STEPS)
     store.folder.mkdir()
     partial = store.folder / f"{run.name()}{SUFFIX}.{PROCESS}.partial"
 
@@ -202,7 +205,7 @@ def test_a_folder_that_cannot_be_written_costs_the_resume_and_not_the_run(
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
     store = DiskCache(tmp_path / "file", 10**9)
-    transformer, run = loading.load(spec_for(tiny, "transformer")), plan(tiny, steps=STEPS)
+    transformer, run = loading.load(replica_for(tiny, "transformer")), plan(tiny, steps=STEPS)
     assert torch.equal(sample(transformer, run, saved=SavedRun(store, run.name())), sample(transformer, run))
     assert caplog.text.count("cannot be resumed after a crash") == 1
 
@@ -210,7 +213,7 @@ def test_a_folder_that_cannot_be_written_costs_the_resume_and_not_the_run(
 @pytest.mark.parametrize("moment", [0, 2**33])
 def test_a_clock_that_jumps_loses_nothing(tiny: Checkpoint, store: DiskCache, moment: int) -> None:
     """1970 and 2242: the file's time is all that depends on the time of day."""
-    transformer, run = loading.load(spec_for(tiny, "transformer")), plan(tiny, steps=STEPS)
+    transformer, run = loading.load(replica_for(tiny, "transformer")), plan(tiny, steps=STEPS)
     with pytest.raises(Stop):
         sample(transformer, run, stop_at(3), saved=SavedRun(store, run.name()))
     os.utime(files(store)[0], (moment, moment))

@@ -7,29 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import spec_for
+from conftest import replica_for, replica_on
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPlusPipeline
+from engine.cards.card import Card
 from engine.errors import InputError, NonFiniteError
 from engine.files.checkpoint import Checkpoint
-from engine.latents import (
-    denormalize,
-    draw_noise,
-    normalize,
-    output_size,
-    pack,
-    pad_to_patches,
-    require_latents,
-    unpack,
-)
+from engine.latents import draw_noise, output_size, pack, pad_to_patches, require_latents, unpack
 from engine.models import loading
 from engine.progress import StepTimer, before_each_block, blocks
 from engine.sampling.conditioning import NEGATIVE, POSITIVE, Condition, from_conditioning
 from engine.sampling.denoise import denoise, true_cfg
-from engine.sampling.sampling import plan_sampling, sample
+from engine.sampling.sampling import prepare_run, sample
 from engine.sampling.schedule import Schedule, dynamic_shift, make_schedule
 from engine.units import GIB
-from engine.weights.components import DoesNotFitError, describe
-from engine.weights.precision import PRECISIONS, Card
+from engine.weights.room import DoesNotFitError
 
 
 def condition(references: int = 0, size: tuple[int, int] = (4, 4), tokens: int = 5) -> Condition:
@@ -41,16 +32,16 @@ def condition(references: int = 0, size: tuple[int, int] = (4, 4), tokens: int =
 def plan(checkpoint: Checkpoint, **changes):
     arguments = dict(steps=2, true_cfg_scale=4.0, width=32, height=32, seed=0) | changes
     conditions = {POSITIVE: condition(references=1), NEGATIVE: condition(references=1, tokens=3)}
-    return plan_sampling(spec_for(checkpoint, "transformer"), conditions, **arguments)
+    return prepare_run(replica_for(checkpoint, "transformer"), conditions, **arguments)
 
 
 def test_a_run_that_cannot_fit_says_what_would(real_size: Checkpoint) -> None:
     """int8 and FP32 arithmetic on a P40: 12.7 GiB and, for 16 megapixels, 9.2 to work with."""
-    card = Card("gpu:0", "Tesla P40", native_bf16=False, memory=24 * GIB)
-    spec = describe("transformer", real_size, PRECISIONS["int8"], torch.device("cpu"), card)
+    card = Card("gpu:0", "Tesla P40", torch.device("cpu"), native_bf16=False, memory=24 * GIB)
+    replica = replica_on(card, real_size, "transformer", "int8")
     pictures = condition(references=2, size=(128, 128))
-    run = plan_sampling(
-        spec, {POSITIVE: pictures}, steps=2, true_cfg_scale=1.0, width=4096, height=4096, seed=0
+    run = prepare_run(
+        replica, {POSITIVE: pictures}, steps=2, true_cfg_scale=1.0, width=4096, height=4096, seed=0
     )
     run.require_room(22 * GIB)
     told = (
@@ -65,11 +56,11 @@ def test_a_run_that_cannot_fit_says_what_would(real_size: Checkpoint) -> None:
     )
     with pytest.raises(DoesNotFitError, match="Choose a bigger card, or cpu"):
         run.require_room(GIB)
-    unfused = replace(spec, card=replace(card, unfused=frozenset({("transformer", torch.float32)})))
-    small = replace(run, spec=unfused, height=64, width=64)  # 9 thousand tokens
+    unfused = replace(replica, card=replace(card, unfused=frozenset({("transformer", torch.float32)})))
+    small = replace(run, replica=unfused, height=64, width=64)  # 9 thousand tokens
     with pytest.raises(DoesNotFitError, match=r"no fused attention kernel.*1 reference picture"):
         small.require_room(23.4 * GIB)
-    replace(small, spec=spec).require_room(23.4 * GIB)
+    replace(small, replica=replica).require_room(23.4 * GIB)
 
 
 def test_packing_is_diffusers_packing_and_comes_back() -> None:
@@ -86,9 +77,8 @@ def test_noise_is_what_diffusers_draws() -> None:
 
 
 def test_normalising_comes_back(tiny: Checkpoint) -> None:
-    mean, std = tiny.latent_statistics()
-    raw = torch.randn(1, 16, 1, 4, 4) * 3
-    assert torch.allclose(denormalize(normalize(raw, mean, std), mean, std), raw, atol=1e-6)
+    statistics, raw = tiny.latent_statistics(), torch.randn(1, 16, 1, 4, 4) * 3
+    assert torch.allclose(statistics.denormalize(statistics.normalize(raw)), raw, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +185,7 @@ def test_a_step_callback_can_stop_the_run() -> None:
 
 
 def test_the_run_stops_at_the_step_that_went_wrong(tiny: Checkpoint) -> None:
-    transformer, steps = loading.load(spec_for(tiny, "transformer")), []
+    transformer, steps = loading.load(replica_for(tiny, "transformer")), []
 
     def break_later(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
         return output * float("nan") if steps else None
@@ -209,14 +199,14 @@ def test_the_run_stops_at_the_step_that_went_wrong(tiny: Checkpoint) -> None:
 
 
 def test_sampling_twice_is_bit_identical_and_a_seed_matters(tiny: Checkpoint) -> None:
-    transformer = loading.load(spec_for(tiny, "transformer"))
+    transformer = loading.load(replica_for(tiny, "transformer"))
     first, second = sample(transformer, plan(tiny)), sample(transformer, plan(tiny))
     assert torch.equal(first, second)
     assert not torch.equal(first, sample(transformer, plan(tiny, seed=1)))
 
 
 def test_a_batch_holds_what_single_runs_with_the_same_noise_give(tiny: Checkpoint) -> None:
-    transformer = loading.load(spec_for(tiny, "transformer"))
+    transformer = loading.load(replica_for(tiny, "transformer"))
     batch = sample(transformer, plan(tiny, samples=torch.zeros(2, 16, 1, 4, 4)))
     assert batch.shape == (2, 16, 1, 4, 4)
     assert torch.equal(batch[:1], sample(transformer, plan(tiny)))
@@ -226,7 +216,7 @@ def test_a_batch_holds_what_single_runs_with_the_same_noise_give(tiny: Checkpoin
 def test_progress_counts_every_pictures_steps(tiny: Checkpoint) -> None:
     seen = []
     sample(
-        loading.load(spec_for(tiny, "transformer")),
+        loading.load(replica_for(tiny, "transformer")),
         plan(tiny, samples=torch.zeros(2, 16, 1, 4, 4)),
         lambda done, total, denoised: seen.append((done, total, tuple(denoised.shape))),
     )
@@ -236,7 +226,7 @@ def test_progress_counts_every_pictures_steps(tiny: Checkpoint) -> None:
 @pytest.mark.parametrize("shape", [(1, 16, 5, 7), (1, 16, 1, 5, 7), (3, 4, 5, 7)])
 def test_a_latent_gives_size_and_batch_odd_sizes_too(tiny: Checkpoint, shape: tuple[int, ...]) -> None:
     """Four channels of zeros are core's Empty Latent Image."""
-    latents = sample(loading.load(spec_for(tiny, "transformer")), plan(tiny, samples=torch.zeros(shape)))
+    latents = sample(loading.load(replica_for(tiny, "transformer")), plan(tiny, samples=torch.zeros(shape)))
     assert latents.shape == (shape[0], 16, 1, 5, 7)
 
 
@@ -307,7 +297,7 @@ def test_the_log_tells_seconds_a_step_and_time_left() -> None:
 
 
 def test_a_forward_can_be_stopped_before_any_block(tiny: Checkpoint) -> None:
-    transformer, asked = loading.load(spec_for(tiny, "transformer")), []
+    transformer, asked = loading.load(replica_for(tiny, "transformer")), []
 
     def stop_before_the_second() -> None:
         asked.append(len(asked))
@@ -319,5 +309,9 @@ def test_a_forward_can_be_stopped_before_any_block(tiny: Checkpoint) -> None:
     assert asked == [0, 1]
     sample(transformer, plan(tiny))  # and nothing is left in it
     assert asked == [0, 1]
-    encoder, autoencoder = (loading.load(spec_for(tiny, role)) for role in ("text_encoder", "vae"))
-    assert [len(blocks(model)) for model in (transformer.model, encoder.model, autoencoder)] == [2, 4, 29]
+    encoder, autoencoder = (loading.load(replica_for(tiny, role)) for role in ("text_encoder", "vae"))
+    assert [len(blocks(model)) for model in (transformer.model, encoder.model, autoencoder.model)] == [
+        2,
+        4,
+        29,
+    ]

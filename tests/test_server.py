@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import spec_for
+from conftest import replica_for
 from engine.files.checkpoint import open_checkpoint
 from engine.images import to_pil
 from engine.models import loading, vae
@@ -49,28 +49,26 @@ def test_the_server_computes_what_the_engine_computes(client: Client, work: Path
     succeed(client, keep_tensor(keep_tensor(prompt, [DECODE, 0], "image"), [ENCODE, 0], "positive"))
     checkpoint = open_checkpoint(work / "models" / "diffusers" / "tiny")
     (picture,) = to_pil([torch.from_numpy(cat_pixels())])
-    autoencoder, encoder = (loading.load(spec_for(checkpoint, role)) for role in ("vae", "text_encoder"))
-    references = [vae.encode_reference(autoencoder, spec_for(checkpoint, "vae"), picture, 0.01)]
+    autoencoder, encoder = (loading.load(replica_for(checkpoint, role)) for role in ("vae", "text_encoder"))
+    references = [vae.encode_reference(autoencoder, picture, 0.01)]
     conditions = {}
     for branch, text in ((POSITIVE, "Add a red hat on the cat"), (NEGATIVE, " ")):
         conditioning = to_conditioning(encoder.encode(text, [picture]), references, picture.size)
         conditions[branch] = from_conditioning(conditioning, branch, 128)
-    transformer = spec_for(checkpoint, "transformer")
-    plan = sampling.plan_sampling(
+    transformer = replica_for(checkpoint, "transformer")
+    plan = sampling.prepare_run(
         transformer, conditions, steps=2, true_cfg_scale=4.0, width=64, height=64, seed=2
     )
     latents = sampling.sample(loading.load(transformer), plan)
     kept = kept_tensor(work, "latent")["samples"]
     assert kept.dtype is torch.float32 and kept.shape == (1, 16, 1, 8, 8)
     assert torch.allclose(kept, latents, atol=1e-5)
-    assert torch.allclose(
-        kept_tensor(work, "image"), vae.decode(autoencoder, spec_for(checkpoint, "vae"), latents), atol=1e-5
-    )
+    assert torch.allclose(kept_tensor(work, "image"), vae.decode(autoencoder, latents), atol=1e-5)
     ((embeds, extras),) = kept_tensor(work, "positive")
     assert (
         embeds.dtype is torch.float32
         and embeds.shape[2] == 128
-        and set(extras) == {"reference_latents", "image_size"}
+        and set(extras) == {"reference_latents", "image_size", "latent_statistics"}
     )
 
 

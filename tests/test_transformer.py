@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny_checkpoint
 import torch
-from conftest import spec_for
+from conftest import replica_for
 from diffusers import QwenImageTransformer2DModel
 from engine.files.checkpoint import Checkpoint, open_checkpoint
 from engine.models import loading
@@ -64,7 +64,7 @@ def by_diffusers(
 def test_predictions_are_diffusers(
     checkpoint: Checkpoint, original: QwenImageTransformer2DModel, grids: list, masked: bool
 ) -> None:
-    transformer = loading.load(spec_for(checkpoint, "transformer"))
+    transformer = loading.load(replica_for(checkpoint, "transformer"))
     model = transformer.model
     mask = torch.tensor([[True] * 4 + [False] * 3 + [True] * 6]) if masked else None
     timesteps = make_schedule(checkpoint.component("scheduler").config(), 5, 64).timesteps
@@ -99,7 +99,7 @@ def test_every_weight_has_diffusers_name_or_is_folded(original: QwenImageTransfo
 
 def test_attention_can_be_computed_elsewhere(tiny: Checkpoint) -> None:
     """What several cards or another kernel put in its place sees every query, key and value."""
-    transformer, seen = loading.load(spec_for(tiny, "transformer")), []
+    transformer, seen = loading.load(replica_for(tiny, "transformer")), []
 
     def half_the_heads_at_a_time(*tensors: Any) -> torch.Tensor:
         *heads, mask = tensors
@@ -120,7 +120,7 @@ def test_attention_can_be_computed_elsewhere(tiny: Checkpoint) -> None:
 def test_fp16_is_clipped_as_diffusers_clips_it(tmp_path: Path) -> None:
     """So that the guard finds what went out of range."""
     checkpoint = open_checkpoint(tiny_checkpoint.build(tmp_path / "tiny", overflow_block=0))
-    transformer = loading.load(spec_for(checkpoint, "transformer", "fp16"))
+    transformer = loading.load(replica_for(checkpoint, "transformer", "fp16"))
     largest: list[float] = []
     transformer.model.transformer_blocks[0].register_forward_hook(
         lambda block, args, output: largest.append(float(output[0].abs().max()))

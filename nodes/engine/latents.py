@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -199,14 +199,37 @@ def pad_to_patches(latents: torch.Tensor) -> torch.Tensor:
     return F.pad(latents, (0, width % PATCH, 0, height % PATCH, 0, 0), mode="circular")
 
 
-def normalize(raw: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Raw VAE latents to the transformer's scale; mean and std are (1, 16, 1, 1, 1)."""
-    return (raw - mean.to(raw)) / std.to(raw)
+class LatentStatistics(NamedTuple):
+    """Mean and standard deviation of each channel of a VAE's raw latents: 16 numbers each."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def normalize(self, raw: torch.Tensor) -> torch.Tensor:
+        """Raw latents (B, 16, 1, h, w) to the transformer's scale."""
+        mean, std = self._like(raw)
+        return (raw - mean) / std
+
+    def denormalize(self, latents: torch.Tensor) -> torch.Tensor:
+        """The transformer's latents (B, 16, 1, h, w) to raw ones."""
+        mean, std = self._like(latents)
+        return latents * std + mean
+
+    def _like(self, latents: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.tensor(values).view(1, -1, 1, 1, 1).to(latents) for values in self]
 
 
-def denormalize(latents: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """The transformer's latents to raw VAE latents; mean and std are (1, 16, 1, 1, 1)."""
-    return latents * std.to(latents) + mean.to(latents)
+# Source: the defaults of diffusers' AutoencoderKLQwenImage.
+QWEN_STATISTICS = LatentStatistics(
+    mean=(
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    ),
+    std=(
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+    ),
+)  # fmt: skip
 
 
 def require_latents(samples: torch.Tensor, what: str) -> torch.Tensor:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import folder_paths
 
 from ..engine.errors import CheckpointError, FireRedError
-from ..engine.files.checkpoint import Checkpoint, download_hint, find_checkpoints, open_checkpoint
+from ..engine.files.checkpoint import Checkpoint, download_hint, open_checkpoint
+from ..engine.files.search import find_checkpoints
 from ..engine.limits import shown
 from ..engine.weights.components import fingerprint
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from comfy.cli_args import args
 
+from ..engine.cards.card import Card
 from ..engine.cards.kernels import require_kernels
 from ..engine.cards.libraries import require_libraries
 from ..engine.cards.preflight import preflight
@@ -17,11 +18,12 @@ from ..engine.limits import shown
 from ..engine.planning.placement import Fixed, place
 from ..engine.planning.places import Placement
 from ..engine.units import GIB
-from ..engine.weights.components import ComponentSpec, identities, require_fit, working_bytes
+from ..engine.weights.components import ComponentSpec, Replica
 from ..engine.weights.estimates import Edit
-from ..engine.weights.precision import MATH, ROLE_PRECISIONS, Card, Precision
+from ..engine.weights.precision import MATH, ROLE_PRECISIONS, Precision
+from ..engine.weights.room import require_fit, working_bytes
 from .checkpoints import get_checkpoint
-from .devices import DeviceLabels, device_labels, machine, torch_device
+from .devices import DeviceLabels, device_labels, machine
 from .memory import Handle, handle_for
 
 log = logging.getLogger("FireRed")
@@ -39,29 +41,28 @@ def open_component(role: str, checkpoint: str, precision: str, device: str, math
     Raises FireRedError where it cannot run or does not fit, or where a library is missing.
     """
     require_libraries()
-    spec, reason = _decide(role, checkpoint, precision, device, math)
-    log.info(
-        "%s, about %.1f GiB%s%s", spec, spec.nbytes() / GIB, f" ({reason})" if reason else "", _scores(spec)
-    )
-    require_kernels(spec.device)
-    require_fit(spec)
-    _require_library(spec.precision, spec.card)
-    if role == "transformer" and spec.math is torch.float16:
+    replica, reason = _decide(role, checkpoint, precision, device, math)
+    why, size = f" ({reason})" if reason else "", replica.spec.nbytes() / GIB
+    log.info("%s, about %.1f GiB%s%s", replica, size, why, _scores(replica))
+    require_kernels(replica.device)
+    require_fit(replica)
+    _require_library(replica.spec.precision, replica.card)
+    if role == "transformer" and replica.spec.math is torch.float16:
         log.warning(
             "fp16 arithmetic overflows in this transformer; the sampler will stop at the step where it does."
         )
-    return handle_for(spec)
+    return handle_for(replica)
 
 
-def _scores(spec: ComponentSpec) -> str:
+def _scores(replica: Replica) -> str:
     """What attention without a fused kernel costs a usual edit, for the log; nothing where there is one."""
-    if spec.fused:
+    if replica.fused:
         return ""
-    working = working_bytes(spec) / GIB
+    working = working_bytes(replica) / GIB
     return f", attention without a fused kernel: {working:.1f} GiB to work with for a usual edit"
 
 
-def _decide(role: str, checkpoint: str, precision: str, device: str, math: str) -> tuple[ComponentSpec, str]:
+def _decide(role: str, checkpoint: str, precision: str, device: str, math: str) -> tuple[Replica, str]:
     """A component as it will run here, and why so where somebody else than the user chose."""
     _require_choice("device", device, DeviceLabels(["auto", "cpu", "gpu:0", "gpu:1 and so on"]))
     _require_choice("precision", precision, ["auto", *ROLE_PRECISIONS[role]])
@@ -71,9 +72,8 @@ def _decide(role: str, checkpoint: str, precision: str, device: str, math: str) 
     placed = plan(found, fixed={role: chosen}).place(role)
     if placed.device.fault:
         raise FireRedError(f"The {placed.name} cannot run on {placed.device.card}. {placed.device.fault}")
-    card = placed.device.card
-    spec = ComponentSpec(role, found, placed.precision, torch_device(card), card, *identities(role, found))
-    return spec, placed.reason
+    replica = Replica(ComponentSpec.of(role, found, placed.precision), placed.device.card)
+    return replica, placed.reason
 
 
 def _require_choice(name: str, value: object, choices: list[str]) -> None:
@@ -126,10 +126,8 @@ def _with_flags(role: str, wish: Fixed) -> Fixed:
 
 def _require_library(precision: Precision, card: Card) -> None:
     """Raise FireRedError where what the precision needs is not installed or does not work on the card."""
-    if precision.needs_bitsandbytes:
-        from ..engine.weights.formats.bitsandbytes import require_bitsandbytes
-
-        require_bitsandbytes(precision, card, torch_device(card))
+    if precision.layer is not None:
+        precision.layer.require_usable(card, precision.math, precision.name)
 
 
 def _runs_here(role: str, precision: Precision, card: Card) -> bool:

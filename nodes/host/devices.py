@@ -10,10 +10,10 @@ import time
 import torch
 from comfy.cli_args import args
 
+from ..engine.cards.card import Card
 from ..engine.cards.preflight import preflight, unfused_attention
 from ..engine.planning.machine import Device, Machine, unusable
 from ..engine.units import GIB
-from ..engine.weights.precision import Card
 
 log = logging.getLogger("FireRed")
 
@@ -47,7 +47,7 @@ def machine() -> Machine:
     unified = mm.cpu_state == mm.CPUState.MPS or (
         bool(answering) and all(gpu.integrated for gpu in answering)
     )
-    card = Card("cpu", "cpu", native_bf16, memory, is_gpu=False, unfused=unfused_attention(cpu))
+    card = Card("cpu", "cpu", cpu, native_bf16, memory, is_gpu=False, unfused=unfused_attention(cpu))
     return Machine(gpus, Device(card, memory), unified)
 
 
@@ -65,7 +65,7 @@ def _describe_device(label: str, device: torch.device) -> Device:
     try:
         return _measure_device(label, device)
     except Exception as error:  # a driver raises whatever it likes
-        faulty = unusable(label, error)
+        faulty = unusable(label, device, error)
     if described != faulty:
         log.warning("%s is not used: %s", label, faulty.fault)
     _faulty[device] = time.monotonic(), faulty
@@ -78,7 +78,7 @@ def _measure_device(label: str, device: torch.device) -> Device:
 
     report, memory = preflight(device), mm.get_total_memory(device)
     native_bf16, unfused = report.speeds.bf16 is not None, unfused_attention(device)
-    card = Card(label, _card_model(device), native_bf16, memory, unfused=unfused)
+    card = Card(label, _card_model(device), device, native_bf16, memory, unfused=unfused)
     free = min(memory, free_memory(device, evicting=True)) - int((args.reserve_vram or 0) * GIB)
     return Device(card, free, report.speeds, measured=True, integrated=_is_integrated(device))
 
@@ -89,10 +89,6 @@ def _card_model(device: torch.device) -> str:
 
 def _is_integrated(device: torch.device) -> bool:
     return device.type == "cuda" and bool(torch.cuda.get_device_properties(device).is_integrated)
-
-
-def torch_device(card: Card) -> torch.device:
-    return accelerators()[int(card.label.partition(":")[2])] if card.is_gpu else torch.device("cpu")
 
 
 def accelerators() -> list[torch.device]:

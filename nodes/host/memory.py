@@ -17,8 +17,9 @@ from ..engine.cards.heartbeat import heartbeat_where_compiled
 from ..engine.errors import InputError
 from ..engine.limits import shown
 from ..engine.progress import before_each_block
-from ..engine.weights.components import ComponentSpec, require_room, working_bytes
+from ..engine.weights.components import Replica
 from ..engine.weights.estimates import RESERVED_BYTES
+from ..engine.weights.room import require_room, working_bytes
 from .devices import free_memory, machine
 from .progress import check_cancelled, progress_reporter
 from .storage import disk_cache
@@ -33,9 +34,9 @@ class Resident(torch.nn.Module):
     they stream back from disk.
     """
 
-    def __init__(self, spec: ComponentSpec):
+    def __init__(self, replica: Replica):
         super().__init__()
-        self.spec = spec
+        self.replica = replica
         self.device = torch.device("cpu")
         self.component: Any = None
         self.model_loaded_weight_memory = 0
@@ -47,10 +48,10 @@ class Resident(torch.nn.Module):
         from ..engine.models import loading
 
         started = time.monotonic()
-        with mm.cuda_device_context(self.spec.device):  # layers test kernels on the current device
-            self.component = loading.load(self.spec, progress_reporter(), disk_cache())
-        log.info("%s loaded in %.1f s", self.spec, time.monotonic() - started)
-        self.device, self.model_loaded_weight_memory = self.spec.device, nbytes
+        with mm.cuda_device_context(self.replica.device):  # layers test kernels on the current device
+            self.component = loading.load(self.replica, progress_reporter(), disk_cache())
+        log.info("%s loaded in %.1f s", self.replica, time.monotonic() - started)
+        self.device, self.model_loaded_weight_memory = self.replica.device, nbytes
 
     def unload(self) -> None:
         self.component = None
@@ -65,28 +66,28 @@ class Handle:
     `patcher` are forgotten first.
     """
 
-    spec: ComponentSpec
+    replica: Replica
     patcher: Any
 
 
 def require_handle(given: Any, role: str) -> Handle:
     """What a loader of that role made, unchanged. Raises InputError for anything else, such as a name."""
-    if not isinstance(given, Handle) or given.spec.role != role:
-        what = f"a {given.spec}" if isinstance(given, Handle) else shown(given)
+    if not isinstance(given, Handle) or given.replica.spec.role != role:
+        what = f"a {given.replica}" if isinstance(given, Handle) else shown(given)
         loader = "".join(word.capitalize() for word in role.split("_")).replace("Vae", "VAE")
         raise InputError(f"{role} is {what}. Connect the output of FireRedLoad{loader}.")
     return given
 
 
-_patchers: WeakValueDictionary[ComponentSpec, Any] = WeakValueDictionary()  # equal handles share one
+_patchers: WeakValueDictionary[Replica, Any] = WeakValueDictionary()  # equal handles share one
 # Weights on a card stay when their node's output is forgotten: they cost no host memory, another prompt may
 # want them, and ComfyUI evicts them when it needs the card.
-_on_cards: dict[ComponentSpec, Any] = {}
+_on_cards: dict[Replica, Any] = {}
 
 
-def handle_for(spec: ComponentSpec) -> Handle:
-    """What a loader node hands on for that component."""
-    return Handle(spec, _patchers.get(spec) or _make_patcher(spec))
+def handle_for(replica: Replica) -> Handle:
+    """What a loader node hands on for that replica."""
+    return Handle(replica, _patchers.get(replica) or _make_patcher(replica))
 
 
 @contextmanager
@@ -100,24 +101,24 @@ def borrow(handle: Handle, working: float | None = None) -> Iterator[Any]:
 
     from ..engine.models import loading
 
-    spec, patcher = handle.spec, handle.patcher
+    replica, patcher = handle.replica, handle.patcher
     if working is None:
-        working = working_bytes(spec)
+        working = working_bytes(replica)
     at_least = working - RESERVED_BYTES  # which is the driver's, and no longer free where it counts
-    require_room(spec, at_least, room(spec), "This", "Choose another device, or a precision that takes less.")
-    _release_replaced(spec)
+    remedy = "Choose another device, or a precision that takes less."
+    require_room(replica, at_least, room(replica), "This", remedy)
+    _release_replaced(replica)
     _forget_unloaded()
-    if spec.device.type == "cpu":
+    if replica.device.type == "cpu":
         _make_room_in_host_memory(patcher, patcher.model_size() + int(working))
     mm.load_models_gpu([patcher], memory_required=working, force_full_load=True)
-    loading.mark_used(spec, disk_cache())
-    if spec.card.is_gpu:
-        _on_cards[spec] = patcher
+    loading.mark_used(replica.spec, disk_cache())
+    if replica.card.is_gpu:
+        _on_cards[replica] = patcher
     component = patcher.model.component
-    module = getattr(component, "model", component)
-    stop = before_each_block(module, spec.device, check_cancelled)
-    alive = heartbeat_where_compiled(f"running the {spec}", spec.device)
-    with _kept_loaded(patcher), mm.cuda_device_context(spec.device), stop, alive:
+    stop = before_each_block(component.model, replica.device, check_cancelled)
+    alive = heartbeat_where_compiled(f"running the {replica}", replica.device)
+    with _kept_loaded(patcher), mm.cuda_device_context(replica.device), stop, alive:
         yield component
 
 
@@ -142,24 +143,25 @@ def _kept_loaded(patcher: Any) -> Iterator[None]:
             mm.current_loaded_models.insert(0, loaded)
 
 
-def _release_replaced(spec: ComponentSpec) -> None:
-    """Free what `spec` replaces, before it loads: its role on its device, or its checkpoint in host memory.
+def _release_replaced(replica: Replica) -> None:
+    """Free what a replica replaces, before it loads: its role on its device, its checkpoint in host memory.
 
-    Copies on several cards live together, and ComfyUI evicts them where it needs the card. From host memory
+    Replicas on several cards stay together, and ComfyUI evicts them where it needs the card. From host memory
     it evicts nothing, so a component that moves from the CPU to a card leaves none behind.
     """
     for other, patcher in list(_patchers.items()):
         in_host_memory = other.device.type == "cpu" or machine().unified
-        moved = other.checkpoint == spec.checkpoint and in_host_memory
-        if other != spec and other.role == spec.role and (other.device == spec.device or moved):
+        moved = other.spec.checkpoint == replica.spec.checkpoint and in_host_memory
+        same_role = other != replica and other.spec.role == replica.spec.role
+        if same_role and (other.device == replica.device or moved):
             patcher.detach()
 
 
 def _forget_unloaded() -> None:
     """Forget what ComfyUI has evicted. Never called while it evicts: it goes through that list."""
-    for spec, patcher in list(_on_cards.items()):
+    for replica, patcher in list(_on_cards.items()):
         if not patcher.loaded_size():
-            del _on_cards[spec]
+            del _on_cards[replica]
 
 
 def _make_room_in_host_memory(wanted: Any, nbytes: int) -> None:
@@ -172,18 +174,19 @@ def _make_room_in_host_memory(wanted: Any, nbytes: int) -> None:
             patcher.detach()
 
 
-def room(spec: ComponentSpec) -> int:
+def room(replica: Replica) -> int:
     """Bytes a component's device can give to it alone: with everything evicted, or, of memory that the system
     pages, all.
     """
-    if spec.device.type in ("cpu", "mps"):
-        return spec.card.memory
-    return free_memory(spec.device, evicting=True)
+    if replica.device.type in ("cpu", "mps"):
+        return replica.card.memory
+    return free_memory(replica.device, evicting=True)
 
 
-def _make_patcher(spec: ComponentSpec) -> Any:
-    patcher = _whole_model_patcher()(Resident(spec), spec.device, torch.device("cpu"), size=spec.nbytes())
-    _patchers[spec] = patcher
+def _make_patcher(replica: Replica) -> Any:
+    make, nbytes = _whole_model_patcher(), replica.spec.nbytes()
+    patcher = make(Resident(replica), replica.device, torch.device("cpu"), size=nbytes)
+    _patchers[replica] = patcher
     return patcher
 
 

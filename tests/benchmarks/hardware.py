@@ -13,13 +13,14 @@ import sys
 from collections.abc import Sequence
 
 import torch
+from engine.cards.card import Card
 from engine.cards.kernels import device_label
 from engine.cards.preflight import CardReport, Rate, host_memory, preflight
 from engine.cards.speeds import Speeds
 from engine.cards.transfer import links
 from engine.errors import FireRedError
 from engine.weights.estimates import Edit, Shape, step_seconds
-from engine.weights.precision import PRECISIONS, Card, resolve
+from engine.weights.precision import PRECISIONS, resolve
 
 SHAPE = Shape(layers=60, width=3072)  # FireRed's transformer
 PRECISIONS_SHOWN = ("fp32", "bf16", "int8", "int8-fast", "nf4")
@@ -118,7 +119,7 @@ def copy_rows(devices: Sequence[torch.device]) -> list[list[str]]:
 
 def projection_rows(speeds: Speeds, cards: int) -> list[list[str]]:
     """Seconds a step takes at 1024x1024 with one 1 MP reference and true CFG, a column a layout."""
-    card = Card("gpu:0", "", native_bf16=speeds.bf16 is not None, memory=0)
+    card = Card("gpu:0", "", torch.device("cpu"), native_bf16=speeds.bf16 is not None, memory=0)
     rows = []
     for name in PRECISIONS_SHOWN:
         row = resolve(PRECISIONS[name], card)

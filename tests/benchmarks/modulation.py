@@ -18,11 +18,13 @@ from pathlib import Path
 import real_checkpoint
 import tiny_checkpoint
 import torch
-from engine.files.checkpoint import Checkpoint, open_checkpoint, read_header, stored_bytes
+from engine.cards.card import Card
+from engine.files.checkpoint import Checkpoint, open_checkpoint
+from engine.files.tensors import read_header, stored_bytes
 from engine.models.config import TransformerConfig
 from engine.models.modulation import Modulation, is_folded
-from engine.weights.components import describe
-from engine.weights.precision import PRECISIONS, Card
+from engine.weights.components import ComponentSpec, Replica
+from engine.weights.precision import PRECISIONS
 from full_checkpoint import write_tensors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,11 +58,11 @@ def main(folder: str = "-", steps: str = "40", layers: str = "20") -> None:
 
 def fold(checkpoint: Checkpoint, steps: int) -> int:
     """As the sampler does for a new schedule; the bytes it read."""
-    card = Card("cpu", "cpu", native_bf16=False, memory=2**40, is_gpu=False)
-    spec = describe("transformer", checkpoint, PRECISIONS["fp32"], DEVICE, card)
+    card = Card("cpu", "cpu", torch.device("cpu"), native_bf16=False, memory=2**40, is_gpu=False)
+    replica = Replica(ComponentSpec.of("transformer", checkpoint, PRECISIONS["fp32"]), card)
     read: list[int] = []
     config = TransformerConfig.of(checkpoint.component("transformer").config())
-    modulation = Modulation(spec, config, None)
+    modulation = Modulation(replica, config, None)
     modulation.of(torch.linspace(1, 0.02, steps), lambda done, total: read.append(done))
     return read[-1]
 

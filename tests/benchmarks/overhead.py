@@ -15,7 +15,7 @@ from statistics import median
 
 import tiny_checkpoint
 import torch
-from conftest import spec_for
+from conftest import replica_for
 from diffusers import QwenImageEditPlusPipeline
 from engine.files.checkpoint import open_checkpoint
 from engine.models import loading, vae
@@ -74,22 +74,22 @@ def plain_diffusers(folder: Path) -> Callable[[int], object]:
 
 def our_engine(folder: Path) -> Callable[[int], object]:
     checkpoint = open_checkpoint(folder)
-    specs = {role: spec_for(checkpoint, role) for role in ("text_encoder", "vae", "transformer")}
+    specs = {role: replica_for(checkpoint, role) for role in ("text_encoder", "vae", "transformer")}
     encoder, autoencoder, transformer = map(loading.load, specs.values())
 
     def edit(seed: int) -> object:
-        references = [vae.encode_reference(autoencoder, specs["vae"], PHOTO, 1.0)]
+        references = [vae.encode_reference(autoencoder, PHOTO, 1.0)]
         conditions = {
             branch: from_conditioning(
                 to_conditioning(encoder.encode(text, [PHOTO]), references, PHOTO.size), branch, 128
             )
             for branch, text in ((POSITIVE, PROMPT), (NEGATIVE, " "))
         }
-        plan = sampling.plan_sampling(
+        run = sampling.prepare_run(
             specs["transformer"], conditions,
             steps=STEPS, true_cfg_scale=CFG, width=SIZE, height=SIZE, seed=seed,
         )  # fmt: skip
-        return vae.decode(autoencoder, specs["vae"], sampling.sample(transformer, plan))
+        return vae.decode(autoencoder, sampling.sample(transformer, run))
 
     return edit
 

@@ -21,27 +21,27 @@ from typing import Any
 
 import psutil
 import torch
+from engine.cards.card import Card
 from engine.files.cache import DiskCache
 from engine.files.checkpoint import open_checkpoint
 from engine.models import loading
 from engine.sampling.conditioning import NEGATIVE, POSITIVE, Condition
-from engine.sampling.sampling import plan_sampling
+from engine.sampling.sampling import prepare_run
 from engine.sampling.workers import LocalWorker
-from engine.weights import components
-from engine.weights.formats import FORMATS
-from engine.weights.precision import ROLE_PRECISIONS, Card
+from engine.weights.components import ComponentSpec, Replica
+from engine.weights.precision import PRECISIONS, ROLE_PRECISIONS, resolve
 
 GIB = 2**30
+LAYERS = {name: row.layer for name, row in PRECISIONS.items() if row.layer}
 SIZE, TEXT_TOKENS, CAP_GIB = 128, 250, 24
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def spec_for(folder: Path, role: str, precision: str, math: str = "fp32") -> components.ComponentSpec:
-    memory = torch.cuda.get_device_properties(0).total_memory
-    card = Card("gpu:0", torch.cuda.get_device_name(), native_bf16=math == "bf16", memory=memory)
-    return components.describe(
-        role, open_checkpoint(folder), ROLE_PRECISIONS[role][precision], DEVICE, card, math
-    )
+def replica_for(folder: Path, role: str, precision: str, math: str = "fp32") -> Replica:
+    memory, name = torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name()
+    card = Card("gpu:0", name, torch.device("cpu"), DEVICE, native_bf16=math == "bf16", memory=memory)
+    resolved = resolve(ROLE_PRECISIONS[role][precision], card, math)
+    return Replica(ComponentSpec.of(role, open_checkpoint(folder), resolved), card)
 
 
 def cap() -> None:
@@ -59,8 +59,8 @@ def timed(run: Callable[[], Any], repeats: int = 2) -> float:
     return (time.perf_counter() - started) / repeats
 
 
-def inputs(folder: Path, spec: components.ComponentSpec) -> tuple[Any, torch.Tensor]:
-    """A plan for the edit the step figures are for, and its packed noise."""
+def inputs(folder: Path, replica: Replica) -> tuple[Any, torch.Tensor]:
+    """A run of the edit the step figures are for, and its packed noise."""
     generator = torch.Generator().manual_seed(0)
     conditions = {
         branch: Condition(
@@ -70,19 +70,19 @@ def inputs(folder: Path, spec: components.ComponentSpec) -> tuple[Any, torch.Ten
         )
         for branch in (POSITIVE, NEGATIVE)
     }
-    plan = plan_sampling(spec, conditions, steps=4, true_cfg_scale=4.0, width=1024, height=1024, seed=0)
-    return plan, torch.randn(1, SIZE * SIZE // 4, 64, generator=generator).to(DEVICE)
+    run = prepare_run(replica, conditions, steps=4, true_cfg_scale=4.0, width=1024, height=1024, seed=0)
+    return run, torch.randn(1, SIZE * SIZE // 4, 64, generator=generator).to(DEVICE)
 
 
 def step(folder: Path, cache: DiskCache, precision: str, math: str, capped: bool) -> dict[str, Any]:
     """Memory and time of a step (two forwards) with our worker."""
     if capped:
         cap()
-    spec = spec_for(folder, "transformer", precision, math)
-    transformer = loading.load(spec, cache=cache)
-    plan, latents = inputs(folder, spec)
+    replica = replica_for(folder, "transformer", precision, math)
+    transformer = loading.load(replica, cache=cache)
+    run, latents = inputs(folder, replica)
     started = time.perf_counter()
-    worker = LocalWorker(transformer, spec, plan.schedule, plan.padded_size, plan.conditions)
+    worker = LocalWorker(transformer, run.schedule, run.padded_size, run.conditions)
     folded = time.perf_counter() - started
     torch.cuda.synchronize()
     weights = torch.cuda.memory_allocated()
@@ -114,12 +114,12 @@ def diffusers_step(folder: Path, cache: DiskCache, kind: str) -> dict[str, Any]:
     transformer = load_diffusers(folder, kind)
     loaded = time.perf_counter() - started
     host = host_peak() - idle
-    plan, latents = inputs(folder, spec_for(folder, "transformer", "fp32"))
-    condition = plan.conditions[POSITIVE]
+    run, latents = inputs(folder, replica_for(folder, "transformer", "fp32"))
+    condition = run.conditions[POSITIVE]
     arguments = dict(
         hidden_states=torch.cat([latents, latents], 1).to(dtype),
         encoder_hidden_states=condition.prompt_embeds.to(DEVICE, dtype),
-        timestep=plan.schedule.timesteps[1:2].to(DEVICE, dtype),
+        timestep=run.schedule.timesteps[1:2].to(DEVICE, dtype),
         img_shapes=[[(1, SIZE // 2, SIZE // 2)] * 2],
         return_dict=False,
     )
@@ -154,10 +154,10 @@ def load_diffusers(folder: Path, kind: str) -> Any:
 
 def load(folder: Path, cache: DiskCache, precision: str) -> dict[str, Any]:
     """Seconds and host memory above the idle process of one load."""
-    spec = spec_for(folder, "transformer", precision)
+    replica = replica_for(folder, "transformer", precision)
     torch.zeros(1, device=DEVICE)
     idle, started = host_peak(), time.perf_counter()
-    transformer = loading.load(spec, cache=cache)
+    transformer = loading.load(replica, cache=cache)
     torch.cuda.synchronize()
     total = sum(tensor.double().sum().item() for _, tensor in sorted(transformer.model.state_dict().items()))
     return {
@@ -195,7 +195,7 @@ def layers() -> None:
     }
     print(f"{'relative error against FP64':30}" + "".join(f"{name:>22}" for name in activations))
     linear = torch.nn.Linear
-    for name in ("bf16", "fp16", *FORMATS, "int8-bnb, threshold 0"):
+    for name in ("bf16", "fp16", *LAYERS, "int8-bnb, threshold 0"):
         compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
         with torch.device("meta"):
             layer = linear(width, out, bias=False)
@@ -203,7 +203,7 @@ def layers() -> None:
         if name in ("bf16", "fp16"):
             module = functools.partial(torch.nn.functional.linear, weight=weight.to(compute))
         else:
-            module = FORMATS[name.partition(",")[0]](layer, compute)
+            module = LAYERS[name.partition(",")[0]](layer, compute)
             module.bias = None
             module.set_weight(weight)
             module.prepare()
@@ -237,12 +237,12 @@ def edit(folder: Path, cache: DiskCache, precision: str, math: str, text: str) -
         torch.cuda.reset_peak_memory_stats()
 
     low = "bf16" if math == "bf16" else "fp32"
-    vae_spec = spec_for(folder, "vae", low, math)
+    vae_spec = replica_for(folder, "vae", low, math)
     autoencoder = loading.load(vae_spec)
-    references = [vae.encode_reference(autoencoder, vae_spec, picture, 1.0).cpu()]
+    references = [vae.encode_reference(autoencoder, picture, 1.0).cpu()]
     del autoencoder
     peak("vae encode")
-    encoder = loading.load(spec_for(folder, "text_encoder", text, math), cache=cache)
+    encoder = loading.load(replica_for(folder, "text_encoder", text, math), cache=cache)
     conditions = {}
     for branch, prompt in ((POSITIVE, "Add a red hat on the cat"), (NEGATIVE, " ")):
         embeds = encoder.encode(prompt, [picture]).cpu()
@@ -251,14 +251,14 @@ def edit(folder: Path, cache: DiskCache, precision: str, math: str, text: str) -
         )
     del encoder
     peak("text encoder")
-    spec = spec_for(folder, "transformer", precision, math)
-    transformer = loading.load(spec, cache=cache)
-    plan = plan_sampling(spec, conditions, steps=2, true_cfg_scale=4.0, width=0, height=0, seed=0)
-    latents = sampling.sample(transformer, plan)
+    replica = replica_for(folder, "transformer", precision, math)
+    transformer = loading.load(replica, cache=cache)
+    run = prepare_run(replica, conditions, steps=2, true_cfg_scale=4.0, width=0, height=0, seed=0)
+    latents = sampling.sample(transformer, run)
     del transformer
     peak("transformer")
     autoencoder = loading.load(vae_spec)
-    pixels = vae.decode(autoencoder, vae_spec, latents, "whole")
+    pixels = vae.decode(autoencoder, latents, "whole")
     peak("vae decode")
     return peaks | {"shape": list(pixels.shape)}
 

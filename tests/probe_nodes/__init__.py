@@ -181,8 +181,9 @@ class ProbeEviction(Probe):
     def execute(self, one, other, name):
         host = pack_host("memory")
         for handle in (one, other):
-            spec = replace(handle.spec, card=replace(handle.spec.card, is_gpu=True, label="gpu:0"))
-            with host.borrow(host.Handle(spec, host._make_patcher(spec))):
+            card = replace(handle.replica.card, is_gpu=True, label="gpu:0")
+            replica = replace(handle.replica, card=card)
+            with host.borrow(host.Handle(replica, host._make_patcher(replica))):
                 pass
         del handle
         gc.collect()
@@ -214,7 +215,7 @@ class ProbeBorrowed(Probe):
         return True
 
     def execute(self, one, name):
-        patcher, device = one.patcher, one.spec.device
+        patcher, device = one.patcher, one.replica.device
         with pack_host("memory").borrow(one) as component:
             freed = patcher.partially_unload(device, 1e30)
             mm.free_memory(1, device)
@@ -246,19 +247,20 @@ class ProbeCopies(Probe):
         return True
 
     def execute(self, one, name):
-        host, found = pack_host("memory"), []
+        host, found, same = pack_host("memory"), [], one.replica.spec
         places = {"cpu": "cpu", "gpu:0": "cuda:0", "gpu:1": "cuda:1"}
         for old, new, precision in (
-            ("gpu:0", "gpu:1", one.spec.precision.name),
+            ("gpu:0", "gpu:1", same.precision.name),
             ("gpu:0", "gpu:0", "another"),
             ("gpu:0", "cpu", "another"),
-            ("cpu", "gpu:0", one.spec.precision.name),
+            ("cpu", "gpu:0", same.precision.name),
         ):
-            there = replace(one.spec, device=torch.device(places[old]), identity="old")
+            cards = [replace(one.replica.card, device=torch.device(places[label])) for label in (old, new)]
+            there = replace(one.replica, spec=replace(same, identity="old"), card=cards[0])
             patcher = host._make_patcher(there)
             patcher.model.model_loaded_weight_memory = 1
-            changed = replace(there.precision, name=precision)
-            host._release_replaced(replace(there, device=torch.device(places[new]), precision=changed))
+            changed = replace(there.spec, precision=replace(same.precision, name=precision))
+            host._release_replaced(replace(there, spec=changed, card=cards[1]))
             found.append([old, new, bool(patcher.loaded_size())])
             patcher.detach()
         (Path(folder_paths.get_output_directory()) / f"{name}.json").write_text(json.dumps(found))
@@ -284,7 +286,7 @@ class ProbeBrokenCard(Probe):
         devices.accelerators = lambda: [torch.device("cpu"), torch.device("cuda", 99)]
         try:
             chosen = [
-                components.open_component(role, checkpoint, "auto", "auto").spec.card.label
+                components.open_component(role, checkpoint, "auto", "auto").replica.card.label
                 for role in ("transformer", "text_encoder", "vae")
             ]
             for _ in range(2):

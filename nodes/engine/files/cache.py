@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 
 from ..errors import CheckpointError
 from ..notices import first_time
-from .checkpoint import DTYPE_NAMES, Layout, read_header, read_tensors
+from .tensors import DTYPE_NAMES, Layout, read_header, read_tensors
 
 log = logging.getLogger("FireRed")
 

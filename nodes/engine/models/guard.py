@@ -13,7 +13,7 @@ import torch
 
 from ..errors import NonFiniteError
 from ..limits import Choice
-from ..weights.components import ComponentSpec
+from ..weights.components import ComponentSpec, Replica
 from ..weights.precision import ROLE_PRECISIONS
 from .trace import FP16_MAX, Culprit, find_culprit, magnitude, tensors_in, watch_outputs
 
@@ -22,7 +22,6 @@ log = logging.getLogger("FireRed")
 STOP, WARN, OFF = GUARDS = ("stop", "warn", "off")
 GUARD = Choice("guard", GUARDS)
 Trace = Callable[[], Culprit | None]
-SAFE_PRECISIONS = ("fp32", "int8")  # FP32's range on every card
 
 
 class Guard:
@@ -32,8 +31,8 @@ class Guard:
     on, `off` looks at nothing.
     """
 
-    def __init__(self, spec: ComponentSpec, level: str = STOP):
-        self.spec, self._level = spec, GUARD.require(level)
+    def __init__(self, replica: Replica, level: str = STOP):
+        self.replica, self._level = replica, GUARD.require(level)
         self._largest = 0.0  # of what passed so far
         self._warned = False
 
@@ -81,7 +80,7 @@ class Guard:
             peaks.extend(magnitude(tensor) for tensor in tensors_in(output))
 
         blocks: Any = ()
-        if self._level != OFF and self.spec.math is torch.float16:
+        if self._level != OFF and self.replica.spec.math is torch.float16:
             blocks = getattr(transformer, "transformer_blocks", ())
         with watch_outputs({str(number): block for number, block in enumerate(blocks)}, keep):
             yield peaks
@@ -89,7 +88,7 @@ class Guard:
     def _message(self, tensor: torch.Tensor, what: str, trace: Trace | None) -> str:
         finite = bool(tensor.isfinite().all())
         wrong = f"{what} was clipped to FP16's limit of 65504 inside" if finite else _count(tensor, what)
-        said = [f"{wrong}, computed by the {self.spec}."]
+        said = [f"{wrong}, computed by the {self.replica}."]
         if self._largest:
             said.append(f"What it computed before stayed within {self._largest:.4g}.")
         culprit = trace() if trace is not None else None
@@ -102,7 +101,7 @@ class Guard:
                 "copies between cards). Run it again, or on another device."
             )
         else:
-            said.append(_remedy(self.spec, culprit))
+            said.append(_remedy(self.replica.spec, culprit))
         return " ".join(said)
 
 
@@ -114,13 +113,13 @@ def require_finite_input(tensor: torch.Tensor, what: str) -> torch.Tensor:
 
 
 def _remedy(spec: ComponentSpec, culprit: Culprit | None) -> str:
-    fp16 = torch.float16 in (spec.math, spec.precision.storage) or spec.precision.fp16_inside
+    fp16 = spec.precision.is_fp16 or spec.precision.fp16_inside
     if culprit is not None and culprit.bad_parameters and not fp16:
         names = " and ".join(culprit.bad_parameters)
         return f"Its {names} holds NaN or infinity: the file is damaged. Download the {spec.role} again."
     if spec.math is torch.float32 and not fp16:
         return "Check the checkpoint: even FP32 arithmetic overflowed."
-    names = " or ".join(name for name in SAFE_PRECISIONS if name in ROLE_PRECISIONS[spec.role])
+    names = " or ".join(row.name for row in ROLE_PRECISIONS[spec.role].values() if row.remedy)
     forced = ", and math to fp32" if spec.role == "transformer" else ""
     return f"Set its precision to {names}{forced}: safe on every card."
 

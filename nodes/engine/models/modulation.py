@@ -22,9 +22,10 @@ from diffusers.models.embeddings import get_timestep_embedding
 from ..arithmetic import computing_environment, exact_fp32
 from ..errors import CheckpointError
 from ..files.cache import DiskCache, digest
-from ..files.checkpoint import Layout, stored_bytes
+from ..files.tensors import Layout, stored_bytes
 from ..progress import OnProgress, ignore_progress
-from ..weights.components import FOLDED, ComponentSpec
+from ..weights.components import Replica
+from ..weights.names import FOLDED
 from .config import TransformerConfig
 
 log = logging.getLogger("FireRed")
@@ -79,8 +80,8 @@ class ScheduleModulation:
 class Modulation:
     """Makes a schedule's results from the weights, or finds them in memory or in the cache."""
 
-    def __init__(self, spec: ComponentSpec, config: TransformerConfig, cache: DiskCache | None):
-        self._spec, self._config, self._cache = spec, config, cache
+    def __init__(self, replica: Replica, config: TransformerConfig, cache: DiskCache | None):
+        self._replica, self._config, self._cache = replica, config, cache
         self._tables: OrderedDict[str, Table] = OrderedDict()
 
     @exact_fp32()
@@ -90,7 +91,9 @@ class Modulation:
         on_progress: told of the bytes of weights read, where they are.
         """
         table = self._find(timesteps) or self._compute(timesteps, on_progress)
-        return ScheduleModulation(table, self._config.zero_cond_t, self._spec.device, self._spec.math)
+        return ScheduleModulation(
+            table, self._config.zero_cond_t, self._replica.device, self._replica.spec.math
+        )
 
     def _find(self, timesteps: torch.Tensor) -> Table | None:
         """From memory or from the cache, marked as just used."""
@@ -111,7 +114,7 @@ class Modulation:
         if not self._is_right(table, timesteps):
             log.warning("the modulation of this schedule holds NaN or infinity: it is not kept")
             return table
-        self._spec.require_unchanged()  # or the table of other weights would bear the name of these
+        self._replica.spec.require_unchanged()  # or the table of other weights would bear the name of these
         writer = self._cache.create(name, _layout(table)) if self._cache else None
         if writer is not None:
             for part, rows in table.items():
@@ -130,9 +133,9 @@ class Modulation:
 
     def _name(self, timesteps: torch.Tensor) -> str:
         """Of the schedule's file: all that its bits depend on."""
-        spec = self._spec
-        computed = computing_environment(spec.device)
-        key = digest(RECIPE, timesteps.float(), spec.device.type, spec.card.name, computed)
+        spec, card = self._replica.spec, self._replica.card
+        computed = computing_environment(card.device)
+        key = digest(RECIPE, timesteps.float(), card.device.type, card.name, computed)
         return f"{spec.checkpoint.name}-modulation-{spec.identity}-{key}"
 
     def _empty(self, timesteps: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -150,7 +153,7 @@ class Modulation:
 
     def _compute_table(self, timesteps: torch.Tensor, on_progress: OnProgress) -> Table:
         """Read every folded weight once, in the order of the files, the next while the last is multiplied."""
-        component, device = self._spec.checkpoint.component("transformer"), self._spec.device
+        component, device = self._replica.spec.checkpoint.component("transformer"), self._replica.device
         total = sum(stored_bytes(info) for name, info in component.stored().items() if is_folded(name))
         log.info("computing modulation for %d steps: reading %.2f GB", len(timesteps), total / 1e9)
         done, started = 0, time.perf_counter()
@@ -189,7 +192,7 @@ class Modulation:
 
     def _time_embedding(self, levels: torch.Tensor) -> torch.Tensor:
         """The model's own timestep embedding (n, width), in FP32 from the unquantised weights."""
-        component, device = self._spec.checkpoint.component("transformer"), self._spec.device
+        component, device = self._replica.spec.checkpoint.component("transformer"), self._replica.device
         stored = component.tensors(lambda name: name.startswith(TIME_EMBEDDER))
         weights = {name.removeprefix(TIME_EMBEDDER): tensor.to(device).float() for name, tensor in stored}
         x = get_timestep_embedding(

@@ -13,7 +13,7 @@ from ..arithmetic import exact_fp32
 from ..errors import InputError
 from ..latents import dimensions_for_area
 from ..limits import require_text
-from ..weights.components import ComponentSpec
+from ..weights.components import Replica
 from .guard import STOP, Guard
 
 # Source of the template, of the tokens it costs and of the condition size: diffusers'
@@ -35,9 +35,9 @@ MAX_PROMPT_TOKENS = 1024  # of the user's text alone; diffusers' limit for this 
 class TextEncoder:
     """Qwen2.5-VL without its output head, with the processor that tokenises text and pictures for it."""
 
+    replica: Replica
     model: transformers.Qwen2_5_VLModel
     processor: transformers.Qwen2VLProcessor
-    spec: ComponentSpec
 
     @torch.inference_mode()
     @exact_fp32()
@@ -66,13 +66,13 @@ class TextEncoder:
             images=resized or None,
             padding=True,
             return_tensors="pt",
-        ).to(self.spec.device)
+        ).to(self.replica.device)
 
         def embed() -> torch.Tensor:
             hidden_states = self.model(**inputs, use_cache=False).last_hidden_state
             return hidden_states[:, PROMPT_TEMPLATE_TOKENS:].float()
 
-        return Guard(self.spec, guard).run(embed, f"{what}'s embedding", self.model)
+        return Guard(self.replica, guard).run(embed, f"{what}'s embedding", self.model)
 
     def require_prompt(self, prompt: str, what: str) -> None:
         """Raise InputError, as encode does, for a prompt that it would not take."""

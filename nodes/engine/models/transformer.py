@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.nn import Linear, Module, ModuleList
 
 from ..latents import LATENT_CHANNELS, PATCH
+from ..weights.components import Replica
 from .config import TransformerConfig
 from .modulation import Modulation, StepModulation
 
@@ -217,6 +218,7 @@ class QwenImageTransformer(Module):
 class Transformer:
     """A loaded transformer. arithmetic: the kernels its layers chose by a test on the card, in words."""
 
+    replica: Replica
     model: QwenImageTransformer
     modulation: Modulation
     arithmetic: str

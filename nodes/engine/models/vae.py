@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -20,8 +21,9 @@ from ..cards.transfer import cross
 from ..images import from_pixels
 from ..latents import MEGAPIXEL, MIN_SIZE, TOKEN_PIXELS, VAE_SCALE, dimensions_for_area, require_latents
 from ..limits import REFERENCE_MEGAPIXELS, TILING
-from ..weights.components import ComponentSpec, require_room
+from ..weights.components import Replica
 from ..weights.estimates import SMALLEST_TILE, decode_bytes
+from ..weights.room import require_room
 from .guard import STOP, Guard, require_finite_input
 
 log = logging.getLogger("FireRed")
@@ -32,11 +34,18 @@ HALO = 13
 TILES = (96, 64, SMALLEST_TILE)  # latents a side, halo included
 
 
+@dataclass(frozen=True)
+class VAE:
+    """A loaded VAE. model: for single frames, see layers.keep_single_frames."""
+
+    replica: Replica
+    model: diffusers.AutoencoderKLQwenImage
+
+
 @torch.inference_mode()
 @exact_fp32()
 def encode_reference(
-    vae: diffusers.AutoencoderKLQwenImage,
-    spec: ComponentSpec,
+    vae: VAE,
     picture: Image.Image,
     megapixels: float,
     guard: str = STOP,
@@ -48,17 +57,18 @@ def encode_reference(
     pixels = VaeImageProcessor(vae_scale_factor=TOKEN_PIXELS).preprocess(picture, height, width).unsqueeze(2)
 
     def encode() -> torch.Tensor:
-        moments = vae.quant_conv(vae.encoder(pixels.to(spec.device, spec.math)))
+        inputs = pixels.to(vae.replica.device, vae.replica.spec.math)
+        moments = vae.model.quant_conv(vae.model.encoder(inputs))
         return moments.chunk(2, dim=1)[0].float()  # the distribution's mode is its mean
 
-    return Guard(spec, guard).run(encode, f"The reference latent of a {width}x{height} picture", vae)
+    what = f"The reference latent of a {width}x{height} picture"
+    return Guard(vae.replica, guard).run(encode, what, vae.model)
 
 
 @torch.inference_mode()
 @exact_fp32()
 def decode(
-    vae: diffusers.AutoencoderKLQwenImage,
-    spec: ComponentSpec,
+    vae: VAE,
     samples: torch.Tensor,
     tiling: str = "auto",
     free: float = math.inf,
@@ -76,31 +86,35 @@ def decode(
     if guard == STOP:
         require_finite_input(latents, "The latent to decode")
     *_, height, width = latents.shape
-    tiles = _tiles(spec, height, width, tiling, free)
-    watched = Guard(spec, guard)
+    tiles = _tiles(vae.replica, height, width, tiling, free)
+    watched = Guard(vae.replica, guard)
     return torch.cat([from_pixels(_decode_one(vae, watched, raw, tiles)) for raw in latents.split(1)])
 
 
-def decoding_bytes(spec: ComponentSpec, height: int, width: int, tiling: str) -> int:
+def decoding_bytes(replica: Replica, height: int, width: int, tiling: str) -> int:
     """What decoding latents of that size takes at least beside the weights."""
-    smallest = _tiles(spec, height, width, tiling, 0)[-1]
-    return decode_bytes(spec.checkpoint, spec.math, height, width, smallest, spec.fused)
+    return _decode_bytes(replica, height, width, _tiles(replica, height, width, tiling, 0)[-1])
 
 
-def require_room_to_decode(spec: ComponentSpec, height: int, width: int, tiling: str, room: float) -> None:
+def _decode_bytes(replica: Replica, height: int, width: int, tile: int) -> int:
+    spec = replica.spec
+    return decode_bytes(spec.checkpoint, spec.math, height, width, tile, replica.fused)
+
+
+def require_room_to_decode(replica: Replica, height: int, width: int, tiling: str, room: float) -> None:
     """Raise DoesNotFitError where latents of that size will not decode in `room` bytes, weights included."""
     how = "whole" if tiling == "whole" else "even in tiles"
     advice = "Set tiling to auto" if tiling == "whole" else "Choose another device for the VAE"
     require_room(
-        spec,
-        decoding_bytes(spec, height, width, tiling),
+        replica,
+        decoding_bytes(replica, height, width, tiling),
         room,
         f"Decoding {width * VAE_SCALE}x{height * VAE_SCALE} {how}",
         f"{advice}, or sample a smaller picture. What was sampled is kept.",
     )
 
 
-def _tiles(spec: ComponentSpec, height: int, width: int, tiling: str, free: float) -> list[int]:
+def _tiles(replica: Replica, height: int, width: int, tiling: str, free: float) -> list[int]:
     """The tile sizes to try, in turn."""
     whole = max(height, width)
     if TILING.require(tiling) == "whole":
@@ -109,37 +123,35 @@ def _tiles(spec: ComponentSpec, height: int, width: int, tiling: str, free: floa
     if tiling == "tiled":
         return smaller
     sizes = [whole, *smaller]
-    costs = [decode_bytes(spec.checkpoint, spec.math, height, width, size, spec.fused) for size in sizes]
+    costs = [_decode_bytes(replica, height, width, size) for size in sizes]
     fitting = [size for size, cost in zip(sizes, costs, strict=True) if cost <= free]
     return fitting or sizes[-1:]
 
 
-def _decode_one(
-    vae: diffusers.AutoencoderKLQwenImage, guard: Guard, raw: torch.Tensor, tiles: list[int]
-) -> torch.Tensor:
+def _decode_one(vae: VAE, guard: Guard, raw: torch.Tensor, tiles: list[int]) -> torch.Tensor:
     """Pixels (1, 3, 1, 8h, 8w). Sizes for which memory runs out are taken off `tiles`, for all pictures."""
-    spec = guard.spec
+    model, replica = vae.model, vae.replica
 
     def attend() -> torch.Tensor:
-        part = vae.post_quant_conv(cross(raw, spec.device).to(spec.math))
-        return vae.decoder.mid_block(vae.decoder.conv_in(part))
+        part = model.post_quant_conv(cross(raw, replica.device).to(replica.spec.math))
+        return model.decoder.mid_block(model.decoder.conv_in(part))
 
-    features = guard.run(attend, "The picture being decoded", vae)
+    features = guard.run(attend, "The picture being decoded", model)
     while len(tiles) > 1:
         try:
-            return _decode_features(vae, guard, features, tiles[0])
+            return _decode_features(model, guard, features, tiles[0])
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             tile, smaller, *_ = (size * VAE_SCALE for size in tiles)
             log.warning(
                 "%s is out of memory for tiles of %d pixels: decoding in tiles of %d",
-                spec.card,
+                replica.card,
                 tile,
                 smaller,
             )
         del tiles[0]
-    return _decode_features(vae, guard, features, tiles[0])
+    return _decode_features(model, guard, features, tiles[0])
 
 
 def _decode_features(

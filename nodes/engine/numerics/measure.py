@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ..errors import InputError
-from ..latents import draw_noise, normalize, pack, pad_to_patches, require_latents
+from ..latents import LatentStatistics, draw_noise, pack, pad_to_patches, require_latents
 from ..limits import STEPS, require_text
 from ..models.guard import OFF, require_finite_input
 from ..models.text import TextEncoder
@@ -19,9 +19,8 @@ from ..models.trace import FP16_MAX, tensors_in, watch_outputs
 from ..models.transformer import Transformer
 from ..progress import OnProgress, ignore_progress
 from ..sampling.conditioning import POSITIVE
-from ..sampling.sampling import SamplingPlan
+from ..sampling.sampling import SamplingRun
 from ..sampling.workers import LocalWorker
-from ..weights.components import ComponentSpec
 from .ranges import OUTLIER, BlockRange
 
 BLOCKS = re.compile(r"(transformer_blocks|visual\.blocks|language_model\.layers)\.(\d+)(\..*)?")
@@ -45,26 +44,26 @@ def parse_steps(text: str, steps: int) -> list[int]:
 
 def measure_transformer(
     transformer: Transformer,
-    plan: SamplingPlan,
+    run: SamplingRun,
     steps: Sequence[int],
     samples: torch.Tensor | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> dict[str, list[BlockRange]]:
     """The positive branch's ranges at `steps` (from 1), by a label for each.
 
-    samples: raw latents (B, 16, 1, h, w) of the plan's size whose first picture, noised to a step's level, is
+    samples: raw latents (B, 16, 1, h, w) of the run's size whose first picture, noised to a step's level, is
     the state looked at; without any, or with zeros, it is noise alone. Raises InputError and NonFiniteError.
     """
-    looked_at = {POSITIVE: plan.conditions[POSITIVE]}
-    worker = LocalWorker(transformer, plan.spec, plan.schedule, plan.padded_size, looked_at, OFF)
-    noise = pack(next(draw_noise(plan.padded_size, plan.seed, plan.draws)))
+    looked_at = {POSITIVE: run.conditions[POSITIVE]}
+    worker = LocalWorker(transformer, run.schedule, run.padded_size, looked_at, OFF)
+    noise = pack(next(draw_noise(run.padded_size, run.seed, run.draws)))
     picture = torch.zeros_like(noise)
     if samples is not None and bool(samples.any()):
-        picture = _packed(plan.spec, samples)
+        picture = _packed(run.conditions[POSITIVE].statistics, samples)
     ranges = {}
     for done, step in enumerate(steps, start=1):
-        sigma = plan.schedule.sigmas[step - 1]
-        latents = ((1 - sigma) * picture + sigma * noise).to(plan.spec.device)
+        sigma = run.schedule.sigmas[step - 1]
+        latents = ((1 - sigma) * picture + sigma * noise).to(run.replica.device)
         forward = functools.partial(worker.predict, latents, step - 1)
         ranges[f"step {step}"] = measure(transformer.model, forward)
         on_progress(done, len(steps))
@@ -156,7 +155,7 @@ def _count_reaching(peaks: torch.Tensor, limit: float) -> torch.Tensor:
     return torch.logical_not(peaks < limit).sum().float()
 
 
-def _packed(spec: ComponentSpec, samples: torch.Tensor) -> torch.Tensor:
+def _packed(statistics: LatentStatistics, samples: torch.Tensor) -> torch.Tensor:
     """The first picture of a LATENT's raw latents, normalised and packed: (1, tokens, 64) FP32 on the CPU."""
     raw = require_finite_input(require_latents(samples, "The latent")[:1], "The latent").cpu().float()
-    return pack(normalize(pad_to_patches(raw), *spec.checkpoint.latent_statistics()))
+    return pack(statistics.normalize(pad_to_patches(raw)))

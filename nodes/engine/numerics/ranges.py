@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..models.trace import FP16_MAX
-from ..weights.components import ComponentSpec
+from ..weights.components import Replica
 from ..weights.precision import ROLE_PRECISIONS, Precision
 
 OUTLIER = 6.0  # LLM.int8's threshold, https://huggingface.co/papers/2208.07339
@@ -65,9 +65,9 @@ def judge(role: str, ranges: Ranges) -> list[Verdict]:
     return [_judge(precision, blocks) for precision in ROLE_PRECISIONS[role].values()]
 
 
-def report(spec: ComponentSpec, ranges: Ranges) -> str:
+def report(replica: Replica, ranges: Ranges) -> str:
     """What was measured and the verdicts, as a few lines of text."""
-    lines = [f"Measured on the {spec}:"]
+    lines = [f"Measured on the {replica}:"]
     for label, blocks in ranges.items():
         block = max(blocks, key=lambda block: _order(block.largest))
         columns = max(blocks, key=lambda block: block.outliers)
@@ -77,7 +77,7 @@ def report(spec: ComponentSpec, ranges: Ranges) -> str:
             f"{columns.outliers:.1%} of columns reach {OUTLIER:.0f} in {columns.name}; "
             f"{channels.overflows:.1%} of channels reach {FP16_MAX:.0f} in {channels.name}"
         )
-    lines += [f"{row.precision}: {row.verdict} ({row.why})" for row in judge(spec.role, ranges)]
+    lines += [f"{row.precision}: {row.verdict} ({row.why})" for row in judge(replica.spec.role, ranges)]
     return "\n".join(lines)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from ..cards.card import Card
 from ..cards.kernels import no_answer
 from ..cards.speeds import Speeds
 from ..errors import FireRedError, InputError
 from ..weights.estimates import RESERVED_BYTES
-from ..weights.precision import Card
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,10 @@ class Machine:
         return one == other or self.unified
 
 
-def unusable(label: str, error: Exception) -> Device:
+def unusable(label: str, device: torch.device, error: Exception) -> Device:
     """A card that raised `error` when it was asked something: a place without room, and why.
 
     Nothing else is said of it: the next question would fail as well.
     """
     told = error if isinstance(error, FireRedError) else no_answer(label, error)
-    return Device(Card(label, label, native_bf16=False, memory=0), free=0, fault=str(told))
+    return Device(Card(label, label, device, native_bf16=False, memory=0), free=0, fault=str(told))

@@ -10,14 +10,13 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-
+from ..cards.card import Card
 from ..errors import CheckpointError
 from ..files.checkpoint import Checkpoint
 from ..units import GIB
-from ..weights.components import ComponentSpec, require_beside, require_usable
-from ..weights.estimates import Edit, Shape, step_seconds, workspace_bytes
-from ..weights.precision import ROLE_PRECISIONS, Card, Precision, preferences, resolve
+from ..weights.checks import require_beside, require_usable
+from ..weights.estimates import Edit, Shape, step_seconds, weight_bytes, workspace_bytes
+from ..weights.precision import ROLE_PRECISIONS, Precision, preferences, resolve
 from .machine import Device, Machine
 from .places import Place, Placement, names, take_turns
 
@@ -166,8 +165,7 @@ class _Planner:
         """The component there at that precision, the VAE in tiles where a whole picture does not fit."""
         precision = resolve(ROLE_PRECISIONS[role][name], device.card, wish.math)
         if (role, precision) not in self.sizes:
-            spec = ComponentSpec(role, self.checkpoint, precision, torch.device("cpu"), device.card, "")
-            self.sizes[role, precision] = spec.nbytes()
+            self.sizes[role, precision] = weight_bytes(role, self.checkpoint, precision)
         assert precision.compute is not None
         fused = (role, precision.compute) not in device.card.unfused
         needs = functools.partial(workspace_bytes, role, self.checkpoint, precision, self.edit)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..errors import CheckpointError
 from ..units import GIB
-from ..weights.estimates import Edit
+from ..weights.estimates import Edit, fits
 from ..weights.precision import Precision
 from .machine import Device, Machine
 
@@ -49,7 +49,7 @@ class Place:
     @property
     def fits(self) -> bool:
         """With nothing else there."""
-        return self.weights + self.workspace <= self.device.usable
+        return fits(self.weights, self.workspace, self.device.usable)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 A CONDITIONING is [[embeds (1, L, width), {"attention_mask": (1, L)?, "reference_latents": [raw latents]?}]],
 as core's TextEncodeQwenImageEditPlus makes it. Ours also says "image_size": (width, height) of the first
-picture, which a reference latent only holds rounded.
+picture, which a reference latent only holds rounded, and "latent_statistics", those of the VAE that made the
+reference latents.
 
 Every other key is in one of the lists below, or said in the log once: nothing that would change the picture
 in core's sampler is dropped without a word.
@@ -21,14 +22,29 @@ import torch
 
 from ..errors import InputError
 from ..images import require_picture_count
-from ..latents import PATCH, VAE_SCALE, is_all_ones, require_latents, require_tensor
+from ..latents import (
+    LATENT_CHANNELS,
+    PATCH,
+    QWEN_STATISTICS,
+    VAE_SCALE,
+    LatentStatistics,
+    is_all_ones,
+    require_latents,
+    require_tensor,
+)
 from ..limits import as_number, shown
 from ..models.guard import require_finite_input
 from ..notices import first_time
 
 log = logging.getLogger("FireRed")
 
-OBEYED = {"attention_mask", "reference_latents", "reference_latents_method", "image_size"}
+OBEYED = {
+    "attention_mask",
+    "reference_latents",
+    "reference_latents_method",
+    "image_size",
+    "latent_statistics",
+}
 # What changes nothing in core either, for this model and one entry: core's text encoders set the first, the
 # rest only acts with what is refused below.
 WITHOUT_EFFECT = {
@@ -104,12 +120,14 @@ class Condition:
     prompt_embeds: (1, L, width). mask: (1, L) bool, or None when every token counts.
     reference_latents: raw, (1, 16, 1, h, w) each, in the order of the pictures.
     image_size: width and height in pixels of the first picture, as far as known.
+    statistics: of the VAE in use: of the reference latents, and of what is to be decoded.
     """
 
     prompt_embeds: torch.Tensor
     mask: torch.Tensor | None
     reference_latents: tuple[torch.Tensor, ...]
     image_size: tuple[int, int] | None = None
+    statistics: LatentStatistics = QWEN_STATISTICS
 
     @property
     def tokens(self) -> int:
@@ -119,23 +137,36 @@ class Condition:
 
 
 def to_conditioning(
-    prompt_embeds: torch.Tensor, reference_latents: list[torch.Tensor], image_size: tuple[int, int]
+    prompt_embeds: torch.Tensor,
+    reference_latents: list[torch.Tensor],
+    image_size: tuple[int, int],
+    statistics: LatentStatistics | None = None,
 ) -> list[list[Any]]:
-    """A CONDITIONING of one entry. image_size: width and height in pixels of the first picture."""
+    """A CONDITIONING of one entry.
+
+    image_size: width and height in pixels of the first picture. statistics: of the VAE, if there is one.
+    """
     extras: dict[str, Any] = {"image_size": image_size}
+    if statistics is not None:
+        extras["latent_statistics"] = tuple(statistics)  # plain numbers, which any node can save
     if reference_latents:
         extras["reference_latents"] = reference_latents
     return [[prompt_embeds, extras]]
 
 
 def from_conditioning(
-    conditioning: Any, branch: str, width: int, method: ReferenceMethod = ReferenceMethod.INDEX
+    conditioning: Any,
+    branch: str,
+    width: int,
+    method: ReferenceMethod = ReferenceMethod.INDEX,
+    statistics: LatentStatistics = QWEN_STATISTICS,
 ) -> Condition:
     """Read a CONDITIONING of one entry, ours or core's.
 
     branch: its name in errors. width: what the transformer expects of embeddings. method: what it makes of
-    reference latents. Raises InputError for several entries, another shape or width, more pictures than an
-    edit takes, and what core's sampler would obey and ours does not; NonFiniteError for NaN.
+    reference latents. statistics: of latents where the conditioning names no VAE's. Raises InputError for
+    several entries, another shape or width, more pictures than an edit takes, and what core's sampler would
+    obey and ours does not; NonFiniteError for NaN.
     """
     embeds, extras = _only_entry(conditioning, branch)
     if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[1] == 0:
@@ -161,7 +192,7 @@ def from_conditioning(
     size = _image_size(extras.get("image_size"))
     if size is None and references:
         size = (references[0].shape[-1] * VAE_SCALE, references[0].shape[-2] * VAE_SCALE)
-    return Condition(embeds, mask, references, size)
+    return Condition(embeds, mask, references, size, _statistics(extras.get("latent_statistics"), statistics))
 
 
 def _only_entry(conditioning: Any, branch: str) -> tuple[torch.Tensor, Mapping[str, Any]]:
@@ -230,6 +261,18 @@ def _image_size(size: Any) -> tuple[int, int] | None:
     if isinstance(size, list | tuple) and len(size) == 2 and all(_is_number(s, 1, math.inf) for s in size):
         return int(size[0]), int(size[1])
     return None
+
+
+def _statistics(given: Any, default: LatentStatistics) -> LatentStatistics:
+    """Those of the VAE that made the latents, unless another pack uses the key for something else."""
+    if not isinstance(given, list | tuple) or len(given) != 2:
+        return default
+    for values, lowest in zip(given, (-math.inf, 1e-9), strict=True):
+        numbers = isinstance(values, list | tuple) and len(values) == LATENT_CHANNELS
+        if not numbers or not all(_is_number(value, lowest, math.inf) for value in values):
+            return default
+    mean, std = given
+    return LatentStatistics(tuple(mean), tuple(std))
 
 
 def _trim(embeds: torch.Tensor, given: Any, branch: str) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -9,24 +9,24 @@ from PIL import Image
 
 from ..arithmetic import computing_environment
 from ..files.cache import DiskCache, digest, warn_not_kept
-from ..weights.components import ComponentSpec
+from ..weights.components import Replica
 
 RECIPE = 1  # raise it when text.py or vae.encode_reference compute something else
 KEY = "encoded"  # the one tensor's name in a file
 
 
-def embedding_name(spec: ComponentSpec, prompt: str, pictures: Sequence[Image.Image]) -> str:
+def embedding_name(replica: Replica, prompt: str, pictures: Sequence[Image.Image]) -> str:
     """The file of a prompt's embedding about these pictures (8-bit RGB, in order)."""
-    computed = computing_environment(spec.device, "transformers", "bitsandbytes")
-    key = digest(RECIPE, *_identity(spec), computed, prompt, *_contents(pictures))
-    return f"{spec.checkpoint.name}-embedding-{key}"
+    computed = computing_environment(replica.device, "transformers", "bitsandbytes")
+    key = digest(RECIPE, *_identity(replica), computed, prompt, *_contents(pictures))
+    return f"{replica.spec.checkpoint.name}-embedding-{key}"
 
 
-def reference_name(spec: ComponentSpec, picture: Image.Image, megapixels: float) -> str:
+def reference_name(replica: Replica, picture: Image.Image, megapixels: float) -> str:
     """The file of a picture's reference latent at that size."""
-    computed = computing_environment(spec.device, "diffusers")
-    key = digest(RECIPE, *_identity(spec), computed, float(megapixels), *_contents([picture]))
-    return f"{spec.checkpoint.name}-reference-{key}"
+    computed = computing_environment(replica.device, "diffusers")
+    key = digest(RECIPE, *_identity(replica), computed, float(megapixels), *_contents([picture]))
+    return f"{replica.spec.checkpoint.name}-reference-{key}"
 
 
 def recall(
@@ -56,9 +56,10 @@ def _keep(cache: DiskCache, name: str, tensor: torch.Tensor) -> None:
         warn_not_kept(cache.path(name), error)
 
 
-def _identity(spec: ComponentSpec) -> tuple[object, ...]:
+def _identity(replica: Replica) -> tuple[object, ...]:
     """What of an encoder decides what it computes."""
-    return spec.role, spec.identity, spec.processor, spec.precision
+    spec = replica.spec
+    return spec.role, spec.identity, spec.processor, *spec.precision.identity
 
 
 def _contents(pictures: Sequence[Image.Image]) -> list[bytes | tuple[int, int]]:

@@ -21,7 +21,6 @@ from ..latents import (
     TOKEN_PIXELS,
     VAE_SCALE,
     WIDTH,
-    denormalize,
     draw_noise,
     empty_as_qwen,
     output_size,
@@ -34,9 +33,10 @@ from ..limits import SEED, STEPS, TRUE_CFG_SCALE
 from ..models.guard import STOP
 from ..models.transformer import Transformer
 from ..progress import OnProgress, ignore_progress
-from ..weights.components import ComponentSpec, has_room, require_room
+from ..weights.components import Replica
 from ..weights.estimates import transformer_bytes
 from ..weights.precision import ROLE_PRECISIONS, resolve
+from ..weights.room import at_precision, has_room, require_room
 from .conditioning import NEGATIVE, POSITIVE, Condition, ReferenceMethod, from_conditioning
 from .denoise import StepState, denoise
 from .resume import RunState, SavedRun, run_name
@@ -52,14 +52,14 @@ ROTARY_POSITIONS = 4096  # each way from 0, in the transformer's table (diffuser
 
 
 @dataclass(frozen=True)
-class SamplingPlan:
+class SamplingRun:
     """A run that passed every check.
 
     conditions: by branch; both where the run is guided. draws: for each picture which of the seed's draws is
     its noise. height, width: of the latents asked for; the loop works on the next even size.
     """
 
-    spec: ComponentSpec
+    replica: Replica
     conditions: Mapping[str, Condition]
     schedule: Schedule
     true_cfg_scale: float
@@ -81,22 +81,23 @@ class SamplingPlan:
         """What the transformer needs beside its weights."""
         height, width = self.padded_size
         tokens = height * width // PATCH**2 + max(condition.tokens for condition in self.conditions.values())
-        return transformer_bytes(self.spec.checkpoint, self.spec.precision, tokens, self.spec.fused)
+        spec = self.replica.spec
+        return transformer_bytes(spec.checkpoint, spec.precision, tokens, self.replica.fused)
 
     def require_room(self, room: float) -> None:
         """Raise DoesNotFitError where the run does not go into `room` bytes, all that its device can give."""
-        if has_room(self.spec, self.working_bytes(), room):
+        if has_room(self.replica, self.working_bytes(), room):
             return
         alternatives = (self._smaller(), self._with_fewer_references(), self._at_other_precisions())
         fitting = [
             words
             for ways in alternatives
-            for words, plan in itertools.islice(
-                (way for way in ways if has_room(way[1].spec, way[1].working_bytes(), room)), 1
+            for words, _ in itertools.islice(
+                (way for way in ways if has_room(way[1].replica, way[1].working_bytes(), room)), 1
             )
         ]
         remedy = f"What would fit: {', or '.join(fitting)}." if fitting else "Choose a bigger card, or cpu."
-        require_room(self.spec, self.working_bytes(), room, f"Sampling {self._task}", remedy)
+        require_room(self.replica, self.working_bytes(), room, f"Sampling {self._task}", remedy)
 
     @property
     def _references(self) -> int:
@@ -106,7 +107,7 @@ class SamplingPlan:
     def _task(self) -> str:
         return f"{self.width * VAE_SCALE}x{self.height * VAE_SCALE} with {_pictures(self._references)}"
 
-    def _smaller(self) -> Iterator[tuple[str, SamplingPlan]]:
+    def _smaller(self) -> Iterator[tuple[str, SamplingRun]]:
         """This run at smaller sizes of its shape, the largest first."""
         for percent in range(95, 0, -5):
             height, width = (side * percent // 100 // PATCH * PATCH for side in (self.height, self.width))
@@ -114,7 +115,7 @@ class SamplingPlan:
                 return
             yield f"{width * VAE_SCALE}x{height * VAE_SCALE}", replace(self, height=height, width=width)
 
-    def _with_fewer_references(self) -> Iterator[tuple[str, SamplingPlan]]:
+    def _with_fewer_references(self) -> Iterator[tuple[str, SamplingRun]]:
         for count in reversed(range(self._references)):
             conditions = {
                 branch: replace(condition, reference_latents=condition.reference_latents[:count])
@@ -122,45 +123,47 @@ class SamplingPlan:
             }
             yield _pictures(count), replace(self, conditions=conditions)
 
-    def _at_other_precisions(self) -> Iterator[tuple[str, SamplingPlan]]:
+    def _at_other_precisions(self) -> Iterator[tuple[str, SamplingRun]]:
         """At the other precisions that are safe, the largest first."""
-        spec = self.spec
-        rows = (row for name, row in ROLE_PRECISIONS[spec.role].items() if name != "fp16")
-        others = [replace(spec, precision=resolve(row, spec.card)) for row in rows]
-        for other in sorted(others, key=lambda other: -other.nbytes()):
-            yield f"precision {other.precision.name}", replace(self, spec=other)
+        replica = self.replica
+        rows = (row for row in ROLE_PRECISIONS[replica.spec.role].values() if not row.is_fp16)
+        others = [at_precision(replica, resolve(row, replica.card)) for row in rows]
+        for other in sorted(others, key=lambda other: -other.spec.nbytes()):
+            yield f"precision {other.spec.precision.name}", replace(self, replica=other)
 
     def name(self, guard: str = STOP) -> str:
         """The run's name: a digest of everything its result depends on.
 
         guard: what it let pass, which a stricter one must not take over.
         """
-        spec, schedule = self.spec, self.schedule
-        parts: list[object] = [guard, spec.identity, spec.precision, spec.card.name, self.padded_size]
+        spec, card, schedule = self.replica.spec, self.replica.card, self.schedule
+        parts: list[object] = [guard, spec.identity, *spec.precision.identity, card.name, self.padded_size]
         parts += [schedule.sigmas, schedule.timesteps, self.true_cfg_scale, self.seed, self.draws]
-        parts += [self.height, self.width, *spec.checkpoint.latent_statistics()]
+        parts += [self.height, self.width]
         for branch, condition in self.conditions.items():
             references = condition.reference_latents
             parts += [branch, condition.prompt_embeds, condition.mask, len(references), *references]
-        return run_name(spec.device, *parts)
+            parts += [condition.statistics]
+        return run_name(card.device, *parts)
 
 
 def _pictures(count: int) -> str:
     return f"{count or 'no'} reference picture{'s' * (count > 1)}"
 
 
-def read_conditions(spec: ComponentSpec, branches: Mapping[str, Any]) -> dict[str, Condition]:
+def read_conditions(replica: Replica, branches: Mapping[str, Any]) -> dict[str, Condition]:
     """Each branch's CONDITIONING as this transformer takes it. Raises InputError and NonFiniteError."""
-    config = spec.checkpoint.component("transformer").config()
+    checkpoint = replica.spec.checkpoint
+    config, statistics = checkpoint.component("transformer").config(), checkpoint.latent_statistics()
     method = ReferenceMethod.of(config)
     return {
-        branch: from_conditioning(given, branch, config["joint_attention_dim"], method)
+        branch: from_conditioning(given, branch, config["joint_attention_dim"], method, statistics)
         for branch, given in branches.items()
     }
 
 
-def plan_sampling(
-    spec: ComponentSpec,
+def prepare_run(
+    replica: Replica,
     conditions: Mapping[str, Condition],
     *,
     steps: int,
@@ -170,7 +173,7 @@ def plan_sampling(
     seed: int,
     samples: torch.Tensor | None = None,
     draws: Sequence[int] | None = None,
-) -> SamplingPlan:
+) -> SamplingRun:
     """Check a run and decide its size and schedule.
 
     conditions: POSITIVE and, for guidance above 1, NEGATIVE. width, height: pixels, 0 to follow the first
@@ -194,9 +197,9 @@ def plan_sampling(
         _require_positions(condition, branch, (height, width))
     warn_of_many_pictures(max(len(condition.reference_latents) for condition in used.values()))
     tokens = -(-height // PATCH) * -(-width // PATCH)
-    schedule = make_schedule(spec.checkpoint.component("scheduler").config(), steps, tokens)
+    schedule = make_schedule(replica.spec.checkpoint.component("scheduler").config(), steps, tokens)
     scale = true_cfg_scale if guided else 1.0
-    return SamplingPlan(spec, used, schedule, scale, seed, tuple(draws or range(batch)), height, width)
+    return SamplingRun(replica, used, schedule, scale, seed, tuple(draws or range(batch)), height, width)
 
 
 def _require_positions(condition: Condition, branch: str, size: tuple[int, int]) -> None:
@@ -222,70 +225,71 @@ def _require_positions(condition: Condition, branch: str, size: tuple[int, int])
 
 def sample(
     transformer: Transformer,
-    plan: SamplingPlan,
+    run: SamplingRun,
     on_step: OnStep = lambda done, total, denoised: None,
     on_fold: OnProgress = ignore_progress,
     saved: SavedRun | None = None,
     guard: str = STOP,
 ) -> torch.Tensor:
-    """Run the plan: raw latents (B, 16, 1, h, w), FP32 on the CPU.
+    """Do the run: raw latents (B, 16, 1, h, w), FP32 on the CPU.
 
     on_fold: told how far the schedule's modulation is, before the first step. What either callback raises
     stops the run. saved: where the run is kept; one that was interrupted goes on at its last step, to the
     same bits.
     """
-    size, steps = plan.padded_size, plan.schedule.steps
-    mean, std = plan.spec.checkpoint.latent_statistics()
-    resumed = _resume(plan, transformer, saved)
-    results = list(resumed.finished) if resumed else []
-    if len(results) == plan.batch:
-        return torch.cat(results)
-    worker = LocalWorker(transformer, plan.spec, plan.schedule, size, plan.conditions, guard, on_fold)
-    noise = map(pack, draw_noise(size, plan.seed, plan.draws[len(results) :]))
+    size = run.padded_size
+    resumed = _resume(run, transformer, saved)
+    finished = list(resumed.finished) if resumed else []
+    if len(finished) == run.batch:
+        return torch.cat(finished)
+    worker = LocalWorker(transformer, run.schedule, size, run.conditions, guard, on_fold)
+    noise = map(pack, draw_noise(size, run.seed, run.draws[len(finished) :]))
     first = next(noise)
     state = resumed or RunState(0, first)
-    while len(results) < plan.batch:
-        done_before, finished = len(results) * steps, tuple(results)
-
-        def report(step: StepState, done_before: int = done_before, finished: Any = finished) -> None:
-            if saved is not None:
-                saved.update(RunState(step.step, step.latents, finished))
-            on_step(done_before + step.step, plan.batch * steps, unpack(step.denoised, *size))
-
-        try:
-            final = denoise(
-                worker.predict,
-                state.latents.to(plan.spec.device, torch.float32),
-                plan.schedule,
-                plan.true_cfg_scale,
-                report,
-                state.step,
-            )
-        except BaseException:
-            if saved is not None:
-                saved.flush()
-            raise
-        raw = denormalize(cross(unpack(final, *size), torch.device("cpu")), mean, std)
-        results.append(raw[..., : plan.height, : plan.width])
-        state = RunState(0, next(noise, first[:0]), tuple(results))
+    statistics = run.conditions[POSITIVE].statistics
+    while len(finished) < run.batch:
+        latents = _sample_picture(run, worker, state, on_step, saved)
+        raw = statistics.denormalize(cross(unpack(latents, *size), torch.device("cpu")))
+        finished.append(raw[..., : run.height, : run.width])
+        state = RunState(0, next(noise, first[:0]), tuple(finished))
         if saved is not None:
-            saved.update(state, now=len(results) == plan.batch)
-    return torch.cat(results)
+            saved.update(state, now=len(finished) == run.batch)
+    return torch.cat(finished)
 
 
-def _resume(plan: SamplingPlan, transformer: Transformer, saved: SavedRun | None) -> RunState | None:
+def _sample_picture(
+    run: SamplingRun, worker: LocalWorker, start: RunState, on_step: OnStep, saved: SavedRun | None
+) -> torch.Tensor:
+    """The packed latents (1, tokens, 64) of the picture after the finished ones, on the run's device."""
+    steps, done_before = run.schedule.steps, len(start.finished) * run.schedule.steps
+
+    def report(step: StepState) -> None:
+        if saved is not None:
+            saved.update(RunState(step.step, step.latents, start.finished))
+        on_step(done_before + step.step, run.batch * steps, unpack(step.denoised, *run.padded_size))
+
+    latents = start.latents.to(run.replica.device, torch.float32)
+    try:
+        return denoise(worker.predict, latents, run.schedule, run.true_cfg_scale, report, start.step)
+    except BaseException:
+        if saved is not None:
+            saved.flush()
+        raise
+
+
+def _resume(run: SamplingRun, transformer: Transformer, saved: SavedRun | None) -> RunState | None:
     """Where an interrupted run goes on, if there is one whose state is whole."""
     state = saved.open(transformer.arithmetic) if saved is not None else None
     if saved is None or state is None:
         return None
-    if saved.finished(state, plan.batch) is not None:
+    if saved.finished(state, run.batch) is not None:
         return state
-    if len(state.finished) >= plan.batch or not 0 <= state.step <= plan.schedule.steps:
+    if len(state.finished) >= run.batch or not 0 <= state.step <= run.schedule.steps:
         return None
-    height, width = plan.padded_size
+    height, width = run.padded_size
     tokens = (1, height * width // PATCH**2, LATENT_CHANNELS * PATCH**2)
     if state.latents.shape != tokens or not bool(state.latents.isfinite().all()):
         return None
-    picture = f" of picture {len(state.finished) + 1}" if plan.batch > 1 else ""
-    log.info("resuming the interrupted run at step %d/%d%s", state.step + 1, plan.schedule.steps, picture)
+    picture = f" of picture {len(state.finished) + 1}" if run.batch > 1 else ""
+    log.info("resuming the interrupted run at step %d/%d%s", state.step + 1, run.schedule.steps, picture)
     return state

@@ -10,12 +10,12 @@ import torch
 
 from ..arithmetic import exact_fp32
 from ..cards.transfer import cross
-from ..latents import PATCH, normalize, pack, pad_to_patches
+from ..latents import PATCH, pack, pad_to_patches
 from ..models.guard import STOP, Guard
 from ..models.modulation import StepModulation
 from ..models.transformer import QwenImageTransformer, Transformer, rotary_embedding
 from ..progress import OnProgress, ignore_progress
-from ..weights.components import ComponentSpec
+from ..weights.components import Replica
 from .conditioning import Condition
 from .schedule import Schedule
 
@@ -37,7 +37,6 @@ class LocalWorker:
     def __init__(
         self,
         transformer: Transformer,
-        spec: ComponentSpec,
         schedule: Schedule,
         latent_size: tuple[int, int],
         conditions: Mapping[str, Condition],
@@ -50,12 +49,12 @@ class LocalWorker:
         modulation is, which is made ready first.
         """
         self.model, self._steps = transformer.model, schedule.steps
-        self._device, self._compute = spec.device, spec.math
-        self._guard = Guard(spec, guard)
+        replica = transformer.replica
+        self._device, self._compute = replica.device, replica.spec.math
+        self._guard = Guard(replica, guard)
         self._modulation = transformer.modulation.of(schedule.timesteps, on_fold)
-        mean, std = spec.checkpoint.latent_statistics()
         self._branches = {
-            name: _Branch(condition, latent_size, mean, std, self.model, spec)
+            name: _Branch(condition, latent_size, self.model, replica)
             for name, condition in conditions.items()
         }
 
@@ -82,16 +81,14 @@ class _Branch:
         self,
         condition: Condition,
         latent_size: tuple[int, int],
-        mean: torch.Tensor,
-        std: torch.Tensor,
         model: QwenImageTransformer,
-        spec: ComponentSpec,
+        replica: Replica,
     ):
-        device, compute = spec.device, spec.math
+        device, compute = replica.device, replica.spec.math
         padded = [pad_to_patches(cross(raw, device)) for raw in condition.reference_latents]
         sizes = [latent_size, *(raw.shape[-2:] for raw in padded)]
         grids = [(height // PATCH, width // PATCH) for height, width in sizes]
-        self._references = [pack(normalize(raw, mean, std)).to(compute) for raw in padded]
+        self._references = [pack(condition.statistics.normalize(raw)).to(compute) for raw in padded]
         self._text = cross(condition.prompt_embeds, device).to(compute)
         self._mask = None if condition.mask is None else condition.mask.to(device)
         self._rotary = rotary_embedding(model.config, grids, self._text.shape[1], device)

@@ -12,8 +12,10 @@ import torch
 
 from ..cards.speeds import Speeds
 from ..files.checkpoint import Checkpoint
+from ..files.tensors import stored_bytes
 from ..latents import MEGAPIXEL, TOKEN_PIXELS, VAE_SCALE
 from ..units import GIB
+from .names import is_big_matrix, model_name
 from .precision import Precision
 
 # What the driver, CUDA's kernels and holes between allocations take of a card. Not measured: a usual figure.
@@ -56,6 +58,10 @@ FUSED_INT8_SECONDS = 0.23  # int8-fast in FP32 with Triton: 1.55 s a forward, 1.
 
 PROMPT_TOKENS = 54  # of a sentence; with one picture that makes the 250 text tokens of the measurements
 PICTURE_TOKENS = 196  # a reference adds for the text encoder: 384x384 pixels, 28x28 a token
+
+
+ESTIMATE_ERROR = 0.03  # of working bytes: what may be less than estimated is not refused
+CONV_3D = 5  # dimensions of its weight
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,35 @@ class Shape:
         return 4.0 * tokens**2 * self.width * self.layers
 
 
+def fits(weights: float, working: float, room: float) -> bool:
+    """Whether weights and what they work with go into `room` bytes. The one rule for all who ask."""
+    return weights + working * (1 - ESTIMATE_ERROR) <= room
+
+
+def weight_bytes(role: str, checkpoint: Checkpoint, precision: Precision) -> int:
+    """About how many bytes a component's weights take once loaded, read off its files' headers.
+
+    precision: resolved for its card.
+    """
+    total, layer = 0.0, precision.layer
+    for stored, info in checkpoint.component(role).stored().items():
+        name = model_name(role, stored)
+        if name is None:
+            continue
+        numel = torch.Size(info["shape"]).numel()
+        if role == "vae" and len(info["shape"]) == CONV_3D:
+            # for single frames one time tap is kept, and nothing across time (layers.keep_single_frames)
+            numel = 0 if "time_conv" in name else numel // info["shape"][2]
+        if len(info["shape"]) != 2 or not name.endswith(".weight"):
+            total += numel * precision.math.itemsize
+        elif layer is not None and is_big_matrix(role, name):
+            total += numel * layer.weight_bytes
+        else:
+            storage = precision.storage
+            total += numel * storage.itemsize if storage else stored_bytes(info)
+    return int(total)
+
+
 def workspace_bytes(
     role: str,
     checkpoint: Checkpoint,
@@ -147,7 +182,8 @@ def transformer_bytes(checkpoint: Checkpoint, precision: Precision, tokens: int,
     """Bytes a forward over so many tokens needs beside the weights. precision: resolved for its card."""
     shape = Shape.of(checkpoint)
     scores = 0 if fused else score_bytes(shape.heads, shape.width, tokens)
-    channel = max(TRANSFORMER_VECTORS * precision.math.itemsize, precision.product_bytes)
+    products = precision.layer.product_bytes if precision.layer else 0.0
+    channel = max(TRANSFORMER_VECTORS * precision.math.itemsize, products)
     return int(channel * shape.width * tokens) + scores
 
 

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 
-from .components import is_big_matrix
-from .formats import FORMATS
+from .names import is_big_matrix
 from .precision import Precision
 
 
@@ -42,8 +41,8 @@ def prepare_layers(model: torch.nn.Module, role: str, precision: Precision) -> N
     for path, module in list(model.named_modules()):
         for name, child in list(module.named_children()):
             full_name = f"{path}.{name}.weight" if path else f"{name}.weight"
-            if type(child) is torch.nn.Linear and precision.format and is_big_matrix(role, full_name):
-                setattr(module, name, FORMATS[precision.format](child, precision.compute))
+            if type(child) is torch.nn.Linear and precision.layer and is_big_matrix(role, full_name):
+                setattr(module, name, precision.layer(child, precision.compute))
             elif precision.storage == precision.compute:
                 continue
             elif type(child) is torch.nn.Linear:
@@ -69,8 +68,8 @@ class FrameConv(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(conv.weight[:, :, -1].clone(), requires_grad=False)
         self.bias = conv.bias
-        left, _, top, *_ = conv._padding
-        self.padding, self.stride = (top, left), conv.stride[1:]
+        self.padding = tuple(size // 2 for size in conv.kernel_size[1:])  # all of this model's keep the size
+        self.stride = conv.stride[1:]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x[:, :, 0], self.weight, self.bias, self.stride, self.padding).unsqueeze(2)

@@ -1,6 +1,7 @@
-"""Storage and arithmetic pairs, and which of them a device should get when nobody chose one.
+"""The precisions: how weights are stored, in which arithmetic they are used, and what a card should get.
 
-A row here and, for a new way to store a matrix, a class in formats/ are all a new precision takes.
+A row of the table here is all that a new precision takes and, where it stores matrices in a new way, a class
+in formats/.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..cards.card import Card
 from ..errors import InputError
+from .formats import Int8BnbLinear, Int8FastLinear, Int8Linear, Nf4Linear, QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -18,19 +21,19 @@ class Precision:
 
     storage: dtype of the matrices while resident; None keeps the checkpoint's own. compute: dtype of
     activations, of every product, and of small parameters (norms, biases); None is BF16 where the card has
-    it, else FP32.
-    format: the class in formats/ that stores the big matrices another way, and weight_bytes what that takes a
-    weight. product_bytes: what its products take at least for each token and channel of the model's width.
+    it, else FP32. layer: the class that stores the big matrices in another way.
+    loss: what storing weights so costs the picture, in order; 0 is lossless. automatic: whether `auto` may
+    choose it. remedy: whether it runs on every card and keeps FP32's range there: what to choose where
+    another precision overflows.
     """
 
     name: str
     storage: torch.dtype | None
     compute: torch.dtype | None
-    format: str | None = None
-    weight_bytes: float = 0.0
-    product_bytes: float = 0.0
-    needs_bitsandbytes: bool = False
-    fp16_inside: bool = False  # whatever `compute` says
+    layer: type[QuantizedLinear] | None = None
+    loss: int = 0
+    automatic: bool = False
+    remedy: bool = False
 
     @property
     def math(self) -> torch.dtype:
@@ -38,22 +41,31 @@ class Precision:
         assert self.compute is not None
         return self.compute
 
+    @property
+    def fp16_inside(self) -> bool:
+        """Whether its products are computed in FP16, whatever `compute` says."""
+        return self.layer is not None and self.layer.fp16_inside
 
-_INT8_BYTES = 1 + 4 / 3072  # a byte each and an FP32 scale a row
-# INT32 sums of the MLP, four times as wide as the model, and what lives beside them: 0.74 GiB in BF16 at 8442
-# tokens of 3072 on an H100.
-_INT32_BYTES = 30.6
-_NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # half a byte each, and double-quantised scales of blocks of 64
+    @property
+    def is_fp16(self) -> bool:
+        """Whether FP16 is what it stores or computes; such a precision is never proposed."""
+        return torch.float16 in (self.storage, self.compute)
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """All of it that a result depends on."""
+        return self.name, self.storage, self.compute
+
 
 PRECISIONS = {
     row.name: row
     for row in (
-        Precision("bf16", torch.bfloat16, torch.bfloat16),
-        Precision("fp32", None, torch.float32),
-        Precision("int8", None, None, "int8", _INT8_BYTES),
-        Precision("int8-fast", None, None, "int8-fast", _INT8_BYTES, _INT32_BYTES),
-        Precision("nf4", None, None, "nf4", _NF4_BYTES, needs_bitsandbytes=True),
-        Precision("int8-bnb", None, None, "int8-bnb", _INT8_BYTES, needs_bitsandbytes=True, fp16_inside=True),
+        Precision("bf16", torch.bfloat16, torch.bfloat16, automatic=True),
+        Precision("fp32", None, torch.float32, automatic=True, remedy=True),
+        Precision("int8", None, None, Int8Linear, loss=1, automatic=True, remedy=True),
+        Precision("int8-fast", None, None, Int8FastLinear, loss=2),
+        Precision("nf4", None, None, Nf4Linear, loss=3, automatic=True),
+        Precision("int8-bnb", None, None, Int8BnbLinear, loss=2),
         Precision("fp16", torch.float16, torch.float16),
     )
 }
@@ -69,25 +81,6 @@ ROLE_PRECISIONS: dict[str, dict[str, Precision]] = {
 MATH = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class Card:
-    """What one device can do, as far as choosing a precision needs to know.
-
-    memory: bytes in all. is_gpu: an accelerator rather than the CPU. unfused: (role, dtype of its arithmetic)
-    in which no kernel there does attention without holding all its scores.
-    """
-
-    label: str
-    name: str
-    native_bf16: bool
-    memory: int
-    is_gpu: bool = True
-    unfused: frozenset[tuple[str, torch.dtype]] = frozenset()
-
-    def __str__(self) -> str:
-        return self.label if self.label == self.name else f"{self.label} ({self.name})"
-
-
 def resolve(precision: Precision, card: Card, math: str = "auto") -> Precision:
     """The precision with its arithmetic decided for this card.
 
@@ -97,14 +90,13 @@ def resolve(precision: Precision, card: Card, math: str = "auto") -> Precision:
         if math not in MATH:
             raise InputError(f"math is {math!r}; choose auto, {' or '.join(MATH)}.")
         return replace(precision, compute=MATH[math])
-    if precision.compute is None or (
-        precision.compute is torch.bfloat16 and card.is_gpu and not card.native_bf16
-    ):
-        return replace(precision, compute=torch.bfloat16 if card.native_bf16 else torch.float32)
-    return precision
+    native = torch.bfloat16 if card.native_bf16 else torch.float32
+    emulated = precision.compute is torch.bfloat16 and card.is_gpu and not card.native_bf16
+    return replace(precision, compute=native) if precision.compute is None or emulated else precision
 
 
 def preferences(role: str, card: Card) -> tuple[str, ...]:
-    """What a card nobody chose a precision for should try, lossless first: the first that fits is the one."""
-    native = "bf16" if card.native_bf16 else "fp32"
-    return (native, *(name for name in ("int8", "nf4") if name in ROLE_PRECISIONS[role]))
+    """What a card should try where nobody chose a precision, lossless first: the first that fits is taken."""
+    native = torch.bfloat16 if card.native_bf16 else torch.float32
+    rows = ROLE_PRECISIONS[role].values()
+    return tuple(row.name for row in rows if row.automatic and row.compute in (None, native))

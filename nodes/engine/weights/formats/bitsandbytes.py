@@ -6,13 +6,13 @@ import functools
 import importlib
 import logging
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from ...cards.card import Card
 from ...cards.libraries import require_libraries
 from ...errors import FireRedError, first_line
-from ..precision import Card, Precision
 from .linear import QuantizedLinear
 
 # Columns with a value of 6 or more leave INT8 for a product of their own
@@ -21,8 +21,6 @@ from .linear import QuantizedLinear
 OUTLIER_THRESHOLD = 6.0
 ALTERNATIVES = "choose int8, int8-fast or fp32, which run anywhere."
 TEST_ROWS, TEST_SIDE = 32, 256  # of the product that is tried
-# The relative error a right product may have against FP64: rounding makes 1.0 % (int8-bnb) and 9.2 % (nf4).
-MAX_ERROR = {"int8-bnb": 0.03, "nf4": 0.15}
 
 
 def import_bitsandbytes() -> ModuleType:
@@ -37,27 +35,38 @@ def import_bitsandbytes() -> ModuleType:
     return library
 
 
-def require_bitsandbytes(precision: Precision, card: Card, device: torch.device) -> None:
-    """Raise FireRedError where bitsandbytes cannot multiply on the card's device: tried, not assumed."""
-    import_bitsandbytes()
-    if not card.is_gpu:
-        raise FireRedError(
-            f"{precision.name} needs a GPU that bitsandbytes supports, and this is {card}: {ALTERNATIVES}"
-        )
-    assert precision.format is not None and precision.compute is not None
-    try:
-        fault = product_fault(precision.format, precision.compute, device)
-    except torch.OutOfMemoryError as error:
-        raise FireRedError(f"{card} is full. Close other programs that use it.") from error
-    if fault:
-        raise FireRedError(f"{precision.name} does not run on {card} ({fault}): {ALTERNATIVES}")
+class BitsAndBytesLinear(QuantizedLinear):
+    """What the two layers share. max_error: the relative error a right product may have against FP64."""
+
+    max_error: ClassVar[float]
+
+    def __init__(self, layer: torch.nn.Linear, compute: torch.dtype):
+        super().__init__(layer, compute)
+        self._library = import_bitsandbytes()
+
+    @classmethod
+    def require_usable(cls, card: Card, compute: torch.dtype, name: str) -> None:
+        """Raise FireRedError where bitsandbytes cannot multiply on the card: tried, not assumed."""
+        import_bitsandbytes()
+        if not card.is_gpu:
+            raise FireRedError(
+                f"{name} needs a GPU that bitsandbytes supports, and this is {card}: {ALTERNATIVES}"
+            )
+        try:
+            fault = product_fault(cls, compute, card.device)  # type: ignore[arg-type]
+        except torch.OutOfMemoryError as error:
+            raise FireRedError(f"{card} is full. Close other programs that use it.") from error
+        if fault:
+            raise FireRedError(f"{name} does not run on {card} ({fault}): {ALTERNATIVES}")
 
 
 @functools.cache
-def product_fault(format: str, compute: torch.dtype, device: torch.device) -> str | None:
+def product_fault(
+    layer_class: type[BitsAndBytesLinear], compute: torch.dtype, device: torch.device
+) -> str | None:
     """What is wrong with a small product of such a layer on the device, tried once; None if nothing is.
 
-    format: "nf4" or "int8-bnb". compute: the dtype of the activations.
+    compute: the dtype of the activations.
     """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(TEST_SIDE, TEST_SIDE, generator=generator)
@@ -65,9 +74,8 @@ def product_fault(format: str, compute: torch.dtype, device: torch.device) -> st
     tokens[:, ::64] *= 10  # past the threshold
     expected = tokens.double() @ weight.double().T
     try:
-        layer = LAYERS[format](
-            torch.nn.utils.skip_init(torch.nn.Linear, TEST_SIDE, TEST_SIDE, bias=False), compute
-        )
+        empty = torch.nn.utils.skip_init(torch.nn.Linear, TEST_SIDE, TEST_SIDE, bias=False)
+        layer = layer_class(empty, compute)
         layer.set_weight(weight.to(device, compute))
         product = layer(tokens.to(device, compute)).double().cpu()
     except torch.OutOfMemoryError:
@@ -75,18 +83,16 @@ def product_fault(format: str, compute: torch.dtype, device: torch.device) -> st
     except Exception as error:  # an absent native library raises a RuntimeError of its own
         return first_line(error)
     wrong = float((product - expected).norm() / expected.norm())
-    return None if wrong < MAX_ERROR[format] else f"a product is wrong by {wrong:.0%}"
+    return None if wrong < layer_class.max_error else f"a product is wrong by {wrong:.0%}"
 
 
-class Nf4Linear(QuantizedLinear):
+class Nf4Linear(BitsAndBytesLinear):
     """4-bit NormalFloat with double-quantised scales (https://huggingface.co/papers/2305.14314)."""
 
+    weight_bytes = 0.5 + (1 + 4 / 256) / 64  # half a byte each, and double-quantised scales of blocks of 64
+    max_error = 0.15  # rounding makes 9.2 %
     weight: torch.Tensor
     quant_state: Any = None
-
-    def __init__(self, layer: torch.nn.Linear, compute: torch.dtype):
-        super().__init__(layer, compute)
-        self._library = import_bitsandbytes()
 
     def set_weight(self, weight: torch.Tensor) -> None:
         packed, self.quant_state = self._library.functional.quantize_4bit(
@@ -98,14 +104,17 @@ class Nf4Linear(QuantizedLinear):
         return self._library.matmul_4bit(x, self.weight.t(), quant_state=self.quant_state, bias=self.bias)
 
 
-class Int8BnbLinear(QuantizedLinear):
+class Int8BnbLinear(BitsAndBytesLinear):
     """LLM.int8(): the reference recipe, FP16 inside, kept to compare with."""
 
+    weight_bytes = 1 + 4 / 3072  # a byte each and an FP32 scale a row
+    integer_products = True
+    fp16_inside = True
+    max_error = 0.03  # rounding makes 1.0 %
     weight: torch.Tensor
 
     def __init__(self, layer: torch.nn.Linear, compute: torch.dtype):
         super().__init__(layer, compute)
-        self._library = import_bitsandbytes()
         self._state = self._library.MatmulLtState()
         self._state.threshold = OUTLIER_THRESHOLD
         self._state.has_fp16_weights = False
@@ -118,6 +127,3 @@ class Int8BnbLinear(QuantizedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._library.matmul(x, self.weight, bias=self.bias, state=self._state)
-
-
-LAYERS: dict[str, type[QuantizedLinear]] = {"nf4": Nf4Linear, "int8-bnb": Int8BnbLinear}

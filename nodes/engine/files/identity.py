@@ -1,0 +1,72 @@
+"""Which files these are: an identity that changes when what they hold does."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import CheckpointError
+from .tensors import read_header_and_start
+
+SAMPLED_BYTES = 2**22  # about what is read of a big file to recognise it
+MIN_SAMPLE_BYTES = 2**12  # of each tensor
+
+
+def folder_identity(folder: Path) -> str:
+    """A short hash of the files below a folder: names, sizes, times and what they hold.
+
+    Of small files it is all they hold; of big ones the header, a block from the middle of every tensor, and
+    the end. So two fine-tunes differ, also where every file has one size and one time. What it cannot tell
+    apart is a change inside big tensors that leaves their sampled blocks, the size and the times as they
+    were. Each version of a file is read once in a process. Hidden files do not count. Raises CheckpointError.
+    """
+    try:
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+        shown = [name for name in sorted(files) if not name.startswith(".") and "/." not in name]
+        parts = [(name, *file_identity(files[name])) for name in shown if files[name].is_file()]
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read ({error}). Check the permissions.") from error
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def file_identity(path: Path) -> tuple[int, int, str]:
+    """A file's size, its time in nanoseconds and a digest of what it holds (see folder_identity).
+
+    All zero and empty where it cannot be read.
+    """
+    try:
+        stat = path.stat()
+        version = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+        return stat.st_size, stat.st_mtime_ns, _content(os.fspath(path), *version)
+    except (OSError, ValueError):
+        return 0, 0, ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _content(path: str, size: int, *version: int) -> str:
+    """A digest of samples of a file. version: of the file, so that each is read once."""
+    hashed = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        for start, length in _samples(Path(path), size):
+            file.seek(start)
+            hashed.update(file.read(length))
+    return hashed.hexdigest()
+
+
+def _samples(path: Path, size: int) -> Iterator[tuple[int, int]]:
+    """Start and length of what is read of a file, in its order."""
+    if size <= SAMPLED_BYTES or path.suffix == ".json":
+        yield 0, size
+        return
+    try:
+        header, start_of_data = read_header_and_start(path)
+    except CheckpointError:
+        header, start_of_data = {}, SAMPLED_BYTES
+    yield 0, start_of_data
+    length = max(MIN_SAMPLE_BYTES, SAMPLED_BYTES // max(len(header), 1))
+    for start, end in sorted(info["data_offsets"] for info in header.values()):
+        yield start_of_data + max(start, (start + end - length) // 2), min(length, end - start)
+    yield size - MIN_SAMPLE_BYTES, MIN_SAMPLE_BYTES

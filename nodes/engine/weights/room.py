@@ -1,0 +1,73 @@
+"""Whether a component fits where it is to run, and what to say where it does not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..errors import FireRedError
+from ..units import GIB
+from .components import Replica
+from .estimates import RESERVED_BYTES, Edit, fits, workspace_bytes
+from .precision import ROLE_PRECISIONS, Precision, resolve
+
+
+class DoesNotFitError(FireRedError):
+    """A component too big for its card, found before anything was loaded."""
+
+
+def working_bytes(replica: Replica, edit: Edit = Edit()) -> int:  # noqa: B008 - it is frozen
+    """What the component needs at least beside its weights, the driver's share included."""
+    reserved = RESERVED_BYTES if replica.card.is_gpu else 0
+    spec = replica.spec
+    needed = workspace_bytes(
+        spec.role, spec.checkpoint, spec.precision, edit, tiled=True, fused=replica.fused
+    )
+    return needed + reserved
+
+
+def has_room(replica: Replica, working: float, room: float) -> bool:
+    """Whether weights and `working` bytes beside them go into `room`, all that the device can give."""
+    return fits(replica.spec.nbytes(), working, room)
+
+
+def require_room(replica: Replica, working: float, room: float, task: str, remedy: str) -> None:
+    """Raise DoesNotFitError, before anything is loaded, where a task cannot fit its device.
+
+    task: as in "Sampling 1024x1024". remedy: what to do, in a sentence.
+    """
+    if not has_room(replica, working, room):
+        scores = "" if replica.fused else " (no fused attention kernel runs there in this arithmetic)"
+        raise DoesNotFitError(
+            f"{task} takes {replica.spec.nbytes() / GIB:.1f} GiB for the {replica} and {working / GIB:.1f} "
+            f"GiB to work with{scores}; {replica.card} can give {room / GIB:.1f} GiB. {remedy}"
+        )
+
+
+def require_fit(replica: Replica) -> None:
+    """Raise DoesNotFitError, with what would fit instead, where the card is too small for a usual edit."""
+    if _fits_card(replica):
+        return
+    smaller = []
+    for name, row in ROLE_PRECISIONS[replica.spec.role].items():
+        other = at_precision(replica, resolve(row, replica.card))
+        if _fits_card(other) and not row.is_fp16:
+            smaller.append(f"{name} ({other.spec.nbytes() / GIB:.1f} GiB)")
+    needs = f"{replica.spec.nbytes() / GIB:.1f} GiB and {working_bytes(replica) / GIB:.1f} GiB to work with"
+    remedy = f"What fits: {', '.join(smaller)}." if smaller else "Choose a bigger card, or cpu."
+    card = replica.card
+    raise DoesNotFitError(f"{replica} needs {needs}; {card} has {card.memory / GIB:.1f} GiB. {remedy}")
+
+
+def at_precision(replica: Replica, precision: Precision) -> Replica:
+    """The same component on the same card at another precision. precision: resolved for the card."""
+    return replace(replica, spec=replace(replica.spec, precision=precision))
+
+
+def _fits_card(replica: Replica) -> bool:
+    """Whether the component and what it works with fit its card when nothing else is there.
+
+    Scores of attention do not count: they grow with the square of the size, so a smaller edit may do.
+    require_room, which knows the size, counts them.
+    """
+    fused = replace(replica, card=replace(replica.card, unfused=frozenset()))
+    return has_room(replica, working_bytes(fused), replica.card.memory)
