@@ -1,4 +1,4 @@
-"""A tiny checkpoint's files rewritten as other versions of transformers store them.
+"""A tiny checkpoint's files rewritten: as other versions of transformers store them, or with other values.
 
 tiny_checkpoint writes what transformers 4 and 5 both read: `rope_scaling` with `rope_theta` beside it, and a
 processor in many files.
@@ -7,6 +7,7 @@ processor in many files.
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,19 @@ def read(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def change_json(path: Path, **values: Any) -> None:
+    """Set keys of a JSON file; None removes one."""
+    content = read(path) | values
+    write_json(path, {name: value for name, value in content.items() if value is not None})
+
+
+def rename_dtype(path: Path, tensor: str, dtype: str) -> None:
+    """Let a safetensors file say that a tensor's bytes are of another dtype."""
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    header[tensor]["dtype"] = dtype
+    encoded = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + content[8 + length :])

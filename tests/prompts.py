@@ -71,6 +71,13 @@ def fail(client: Client, prompt: Prompt) -> dict[str, Any]:
     return run.error
 
 
+def failure(client: Client, prompt: Prompt, node: str = SAMPLE) -> str:
+    """The message of the execution error that the prompt must end in, raised by that node."""
+    error = fail(client, prompt)
+    assert error["node_id"] == node
+    return error["exception_message"]
+
+
 def residents(client: Client, work: Path) -> dict[str, Any]:
     """What is in the server's memory, as ProbeResidents writes it."""
     succeed(client, with_node({}, "1", "ProbeResidents", name="residents"))

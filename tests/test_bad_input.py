@@ -11,6 +11,7 @@ from typing import Any
 
 import other_versions
 import pytest
+from other_versions import rename_dtype
 from prompts import (
     DECODE,
     ENCODE,
@@ -24,7 +25,6 @@ from prompts import (
     with_node,
 )
 from safetensors.torch import load_file, save_file
-from test_files import rename_dtype
 
 from launcher.client import Client, PromptRejected
 from launcher.server import Server

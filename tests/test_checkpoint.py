@@ -12,20 +12,10 @@ import torch
 from conftest import replica_for
 from engine.errors import CheckpointError
 from engine.files.checkpoint import Checkpoint, open_checkpoint
-from engine.files.search import find_checkpoints
 from engine.models import loading
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-
-
-def test_only_edit_pipelines_are_found_at_any_depth(tiny_folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_folder, tmp_path / "team" / "model")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "model_index.json").write_text("{")
-    assert list(find_checkpoints([tmp_path, tmp_path / "absent"])) == ["team/model"]
 
 
 def test_a_foreign_folder_is_named_for_what_it_holds(tmp_path: Path) -> None:

@@ -30,11 +30,11 @@ from prompts import (
     with_node,
 )
 from safetensors.torch import load_file, save_file
+from tiny_checkpoint import WEIGHTS
 
 from launcher.client import Client, Prompt, ServerError
 from launcher.server import Server
 
-VAE_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 LONG, SIDE = 80, 256  # steps and pixels: long enough to interrupt
 
 
@@ -120,9 +120,9 @@ def left(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Left:
     """A server edits once, fails to decode with a damaged VAE, and is killed while it samples."""
     work = make_work_folder(tmp_path_factory.mktemp("restart"), tiny_folder)
     damaged = shutil.copytree(tiny_folder, work / "models" / "diffusers" / "damaged")
-    tensors = load_file(damaged / VAE_WEIGHTS)
+    tensors = load_file(damaged / WEIGHTS["vae"])
     tensors["decoder.conv_out.weight"].fill_(float("nan"))
-    save_file(tensors, damaged / VAE_WEIGHTS)
+    save_file(tensors, damaged / WEIGHTS["vae"])
     with Server(work, SERVER_ARGUMENTS) as server:
         succeed(server.client, changed(edit_prompt(), SAMPLE, seed=1))
         assert loaded_roles(server.client, work) == COMPONENTS and soon(lambda: not runs(work))
@@ -131,7 +131,7 @@ def left(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Left:
         with pytest.raises(ServerError, match="it ended while the prompt ran"):
             server.client.run(long_prompt(seed=11), at_step(10, server.process.kill))
     (unfinished,) = runs(work) - {undecoded}
-    shutil.copy(tiny_folder / VAE_WEIGHTS, damaged / VAE_WEIGHTS)
+    shutil.copy(tiny_folder / WEIGHTS["vae"], damaged / WEIGHTS["vae"])
     return Left(work, undecoded, unfinished)
 
 

@@ -46,6 +46,11 @@ SCHEDULER_CONFIG = dict(  # FireRed-Image-Edit-1.0's scheduler_config.json
     shift=1.0,
     shift_terminal=0.02, time_shift_type="exponential", use_dynamic_shifting=True,
 )  # fmt: skip
+WEIGHTS = {
+    "transformer": "transformer/diffusion_pytorch_model.safetensors",
+    "text_encoder": "text_encoder/model.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+}
 # Of a matrix whose entries stay below FP16's 65504 while its products with a normalised token pass it.
 OVERFLOW_GAIN = 2e5
 
