@@ -1,4 +1,4 @@
-"""What is on disk is described, verified and streamed, and damage is named."""
+"""A checkpoint's files are described, checked and streamed, and errors name the damaged file."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_missing_folder_is_named(tiny_copy: Path, missing: str) -> None:
 
 
 def test_both_namings_of_the_text_encoder_load_alike(tiny: Checkpoint, tiny_copy: Path) -> None:
-    """transformers has stored Qwen2.5-VL with and without `model.` and `language_model.` in its names."""
+    """transformers has stored the names of Qwen2.5-VL with and without `model.` and `language_model.`."""
 
     def rename(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         assert "visual.merger.ln_q.weight" in tensors and "model.norm.weight" in tensors
@@ -137,7 +137,7 @@ def rewrite(file: Path, change) -> None:
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_named(tiny_copy: Path) -> None:
-    """The reading thread meets it; whoever loads is told."""
+    """The thread that reads raises the error, and the caller of load gets it."""
     weights = tiny_copy / WEIGHTS
 
     def shrink(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoint files as other versions and people write them: used, or refused by name; never confused."""
+"""Checkpoint files as other versions and other people write them are used, or refused with their name."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def without(*names: str) -> Callable[[Path], None]:
 
 
 def other_numbers(folder: Path) -> None:
-    """The tokens for pictures and videos change places, as in another model's vocabulary."""
+    """Exchange the tokens for pictures and videos, as in the vocabulary of another model."""
     path = folder / "tokenizer.json"
     text = path.read_text(encoding="utf-8")
     swapped = text.replace("<|image_pad|>", "<|x|>").replace("<|video_pad|>", "<|image_pad|>")
@@ -207,7 +207,7 @@ def other_patches(folder: Path) -> None:
 def test_a_processor_of_another_model_or_without_its_words_is_named(
     tiny_copy: Path, damage: Callable[[Path], None], message: str
 ) -> None:
-    other_versions.rewrite_as_transformers_5(tiny_copy)  # each of its files holds what no other does
+    other_versions.rewrite_as_transformers_5(tiny_copy)  # there each file is needed
     damage(tiny_copy / "processor")
     with pytest.raises(CheckpointError, match=message) as caught:
         loading.load(replica_for(Checkpoint(tiny_copy), "text_encoder"))
@@ -223,7 +223,7 @@ def test_a_processor_with_byte_order_marks_is_read(tiny: Checkpoint, tiny_copy: 
 
 
 def test_hidden_files_beside_a_checkpoints_own_are_not_its(tiny: Checkpoint, tiny_copy: Path) -> None:
-    """macOS leaves one beside every file on drives of other systems."""
+    """macOS writes one beside every file on a drive of another system."""
     for file in [*tiny_copy.rglob("*.json"), *tiny_copy.rglob("*.safetensors")]:
         (file.parent / f"._{file.name}").write_bytes(b"\x00\x05\x16\x07")
     index = tiny_copy / "transformer" / "._diffusion_pytorch_model.safetensors.index.json"
@@ -282,7 +282,7 @@ def test_weights_that_are_quantised_already_are_told_before_loading(tiny_copy: P
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_variant_alone_is_used(tiny: Checkpoint, tiny_copy: Path, sharded: bool) -> None:
-    """As save_pretrained(variant="fp16") names the files."""
+    """The files have the names that save_pretrained(variant="fp16") gives them."""
     folder = tiny_copy / "transformer"
     tensors = load_file(tiny_copy / WEIGHTS["transformer"])
     (tiny_copy / WEIGHTS["transformer"]).unlink()

@@ -42,7 +42,7 @@ def test_fine_tunes_of_equal_sizes_and_times_are_two(tiny_copy: Path, tmp_path: 
 
 
 def test_every_tensor_of_a_big_file_counts(tmp_path: Path) -> None:
-    """16 MiB in 64 matrices and as many small vectors, of which one changes at a time."""
+    """64 matrices, 16 MiB together, and as many small vectors. One of them changes at a time."""
     tensors = {f"{number}.weight": torch.zeros(256, 256) for number in range(64)}
     tensors |= {f"{number}.bias": torch.zeros(256) for number in range(64)}
     seen = set()
@@ -108,7 +108,7 @@ def test_files_that_change_while_they_are_read_are_not_kept(tiny_copy: Path, tmp
 def test_a_fingerprint_covers_what_lies_beside(
     tiny_copy: Path, file: str, values: dict[str, Any], role: str
 ) -> None:
-    """And the transformer's weights stay loaded: its replica is the same."""
+    """The transformer's weights stay loaded, because its replica is the same."""
     checkpoint = Checkpoint(tiny_copy)
     before, replica = fingerprint(role, checkpoint), replica_for(checkpoint, "transformer")
     change_json(tiny_copy / file, **values)

@@ -37,7 +37,7 @@ EMPTY, BEFORE, NUMERICS = "21", "22", "23"
 
 
 def sampling_prompt(batch: int = 1) -> Prompt:
-    """The edit without its decode, one step, with an empty latent of that batch."""
+    """The edit in one step, with an empty latent of that batch size and without decoding."""
     prompt = edit_prompt()
     for node in (DECODE, SAVE):
         del prompt[node]
@@ -77,7 +77,7 @@ def test_a_picture_taken_from_a_batch_keeps_its_noise(
     inputs = dict(samples=[EMPTY, 0], batch_index=2, length=1)
     picked = sampled(client, work, with_latent_node(sampling_prompt(3), "LatentFromBatch", **inputs))
     assert torch.equal(picked["samples"], batch_of_three[2:])
-    assert picked["batch_index"] == [2]  # core's KSampler hands it on too
+    assert picked["batch_index"] == [2]  # core's KSampler keeps it too
 
 
 def test_a_second_sampler_draws_what_it_would_after_cores(
@@ -118,7 +118,7 @@ def test_noise_is_what_core_prepares_for_a_batch_index(client: Client, work: Pat
 
 
 def test_a_resumed_batch_goes_on_with_its_own_noise(tiny: Checkpoint) -> None:
-    """The name of a run knows which draws its pictures start from."""
+    """The name of a run depends on the draws that its pictures start from."""
     conditions = {POSITIVE: Condition(torch.randn(1, 5, 128), None, ())}
     arguments: dict[str, Any] = dict(steps=1, true_cfg_scale=1.0, width=0, height=0, seed=0)
     replica, zeros = replica_for(tiny, "transformer"), torch.zeros(2, 16, 4, 4)
@@ -143,7 +143,7 @@ def test_a_batch_index_that_cannot_be_is_refused(index: object) -> None:
 
 
 def test_a_long_batch_index_is_drawn_one_by_one() -> None:
-    """The noise of a huge batch is never in memory at once, and the first comes at once."""
+    """The noise of a huge batch is never in memory as a whole, and the first draw needs no other."""
     draws = read_latent({"samples": torch.zeros(1, 16, 1, 1).expand(200_000, 16, 1, 1)}).draws
     first = torch.randn((1, 1, 16, 128, 128), generator=torch.Generator().manual_seed(1))
     assert torch.equal(next(draw_noise((128, 128), 1, draws)), first.transpose(1, 2))
@@ -180,7 +180,7 @@ def test_the_content_of_a_latent_is_said_to_count_for_nothing(
 
 
 def test_an_empty_latent_of_another_model_gives_its_size(client: Client, work: Path) -> None:
-    """Core makes it this model's size by what the latent says of its pixels."""
+    """Core resizes it for this model, because the latent says how many pixels a side of it stands for."""
     prompt = with_node(
         sampling_prompt(), BEFORE, "EmptyHunyuanVideo15Latent", width=96, height=64, length=1, batch_size=1
     )

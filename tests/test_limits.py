@@ -37,7 +37,7 @@ REPEATED, LINKED, NUMERICS, PLAN = "21", "22", "23", "24"
 
 
 def linked(prompt: Prompt, node: str, name: str, value: object) -> Prompt:
-    """The prompt with an input that comes by a link, which ComfyUI does not check."""
+    """The prompt with an input that comes by a link. ComfyUI does not check such values."""
     prompt = with_node(prompt, LINKED, "ProbeValue", json=json.dumps(value))
     return changed(prompt, node, **{name: [LINKED, 0]})
 
@@ -82,7 +82,7 @@ def test_too_many_pictures_are_not_even_converted() -> None:
 def test_text_is_refused_exactly_where_the_rotary_table_ends(
     tiny: Checkpoint, size: tuple[int, int], references: list[tuple[int, int]]
 ) -> None:
-    """diffusers' own table is the judge. size: pixels; references: latents."""
+    """The table of diffusers decides. size: in pixels. references: sizes in latents."""
     rope = QwenEmbedRope(theta=10000, axes_dim=[16, 56, 56], scale_rope=True)
     grids = [(1, side[0] // 16, side[1] // 16) for side in [size]]
     grids += [(1, -(-height // 2), -(-width // 2)) for height, width in references]
@@ -204,7 +204,7 @@ def test_whole_numbers_of_another_type_work(client: Client) -> None:
 
 
 def test_a_number_typed_as_text_is_checked_too(client: Client) -> None:
-    """ComfyUI turns a widget's "nan" into NaN, which is neither below the minimum nor above the maximum."""
+    """ComfyUI turns the text "nan" into NaN, which is neither below the minimum nor above the maximum."""
     assert "cfg is nan" in failure(client, changed(edit_prompt(), SAMPLE, cfg="nan"))
 
 

@@ -62,7 +62,7 @@ def runs(work: Path) -> set[Path]:
 
 
 def soon(condition: Callable[[], bool]) -> bool:
-    """Whether it is true within ten seconds. ComfyUI tells no node that a prompt has ended."""
+    """Whether it becomes true within ten seconds. ComfyUI does not tell nodes when a prompt has ended."""
     deadline = time.monotonic() + 10
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -91,13 +91,13 @@ def test_a_run_is_forgotten_when_its_prompt_ends_well_whoever_decodes(client: Cl
     turned = with_node(changed(turned, "32", rotation="90 degrees"), "33", "FireRedDecode", vae=["3", 0])
     turned = keep_tensor(changed(turned, "33", latent=["32", 0]), ["33", 0], "turned")
     del turned["31"], turned["keep_picture"]
-    assert fail(client, turned)["node_type"] == "FireRedDecode"  # of a shape that no VAE decodes
+    assert fail(client, turned)["node_type"] == "FireRedDecode"  # no VAE decodes that shape
     time.sleep(1)
-    assert len(runs(work) - before) == 1  # nobody has its picture
+    assert len(runs(work) - before) == 1  # its picture is not there yet
 
 
-# Two servers in one work folder. The tests go from the one that needs the fewest components to the one that
-# needs all, because what a test has loaded stays.
+# Two servers in one work folder. What a test has loaded stays. So the first test needs the fewest components,
+# and the last one needs them all.
 
 
 @dataclass(frozen=True)

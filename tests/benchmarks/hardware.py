@@ -92,7 +92,7 @@ def shown(rate: Rate, speeds: Speeds) -> str:
 
 
 def reasons(reports: Sequence[CardReport]) -> dict[str, list[str]]:
-    """Why cells are empty: each reason once, with the rows it stands for."""
+    """Why cells are empty: each reason once, with its rows."""
     told: dict[str, list[str]] = {}
     for report in reports:
         for name, rate in named_rates(report):
