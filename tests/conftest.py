@@ -1,4 +1,4 @@
-"""The real things every test stands on: a tiny checkpoint of the real format and a running ComfyUI."""
+"""What the tests share: a tiny checkpoint of the real format and a running ComfyUI."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def fixed_seed() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint; read only. Copy it to change it."""
+    """A tiny checkpoint. Do not change it; `tiny_copy` is a copy for that."""
     return tiny_checkpoint.build(tmp_path_factory.mktemp("checkpoints") / "tiny")
 
 
@@ -51,13 +51,13 @@ def tiny(tiny_folder: Path) -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def real_size(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """FireRed's sizes without its bytes: for what reads headers and configs only."""
+    """A checkpoint of FireRed's sizes without its data, for code that reads headers and configs only."""
     return open_checkpoint(real_checkpoint.build(tmp_path_factory.mktemp("real_size") / "real"))
 
 
 @pytest.fixture
 def tiny_copy(tiny_folder: Path, tmp_path: Path) -> Path:
-    """The tiny checkpoint's files, free to be damaged."""
+    """A copy of the tiny checkpoint that a test may change."""
     return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint's VAE as core loads it: one file, with core's names for its tensors."""
+"""A checkpoint's VAE in the form that core loads: one file, with core's names for the tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def write(work: Path, checkpoint: str) -> None:
 
 
 def _core_names() -> dict[str, str]:
-    """Core's name for every tensor of the VAE: diffusers' own conversion of every name core can have."""
+    """Core's name for every tensor of the VAE: diffusers converts every name that core can have."""
     residual = [
         f"residual.{part}" for part in ("0.gamma", "2.weight", "2.bias", "3.gamma", "6.weight", "6.bias")
     ]

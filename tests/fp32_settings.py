@@ -1,4 +1,4 @@
-"""How torch is told to compute FP32. Imports nothing but torch, so that a process of its own starts fast."""
+"""How torch is set to compute FP32. This imports nothing but torch, so that a process for it starts fast."""
 
 from __future__ import annotations
 

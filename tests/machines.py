@@ -1,4 +1,4 @@
-"""Machines as people describe them, for plans of hardware that is not here."""
+"""Descriptions of machines, to test plans for hardware that the tests do not run on."""
 
 from __future__ import annotations
 

@@ -1,18 +1,19 @@
-"""A tiny checkpoint's files rewritten as other versions of transformers store them.
+"""A tiny checkpoint's files rewritten: as other versions of transformers store them, or with other values.
 
-tiny_checkpoint writes what transformers 4 and 5 both read: `rope_scaling` with `rope_theta` beside it, and a
-processor in many files.
+tiny_checkpoint writes a form that transformers 4 and 5 both read: `rope_scaling` and `rope_theta`, and a
+processor in several files.
 """
 
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
 
 def rewrite_as_transformers_5(folder: Path) -> None:
-    """Rewrite text_encoder/config.json, processor/ and tokenizer/ as 5.24's save_pretrained does."""
+    """Rewrite text_encoder/config.json, processor/ and tokenizer/ as save_pretrained of 5.24 writes them."""
     config = folder / "text_encoder" / "config.json"
     stored = read(config)
     text = stored["text_config"]
@@ -39,7 +40,7 @@ def _rewrite_tokenizer(folder: Path) -> None:
 
 
 def nest_architectures(config: dict[str, Any]) -> dict[str, Any]:
-    """As transformers 4.57 writes the config of a model built from such a config."""
+    """The text encoder's config as transformers 4.57 writes it for a model that was built from it."""
     text = config["text_config"] | {"architectures": config["architectures"]}
     vision = config["vision_config"] | {"model_type": "qwen2_5_vl"}
     rest = {name: value for name, value in config.items() if name != "architectures"}
@@ -47,7 +48,7 @@ def nest_architectures(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten(config: dict[str, Any]) -> dict[str, Any]:
-    """As Qwen's own first upload has it: what text_config holds lies at the top."""
+    """The text encoder's config as in Qwen's first upload: the keys of text_config are at the top level."""
     rest = {name: value for name, value in config.items() if name != "text_config"}
     return config["text_config"] | rest
 
@@ -58,3 +59,19 @@ def read(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def change_json(path: Path, **values: Any) -> None:
+    """Set keys of a JSON file; None removes one."""
+    content = read(path) | values
+    write_json(path, {name: value for name, value in content.items() if value is not None})
+
+
+def rename_dtype(path: Path, tensor: str, dtype: str) -> None:
+    """Change the dtype of a tensor in the header of a safetensors file, and leave its bytes."""
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    header[tensor]["dtype"] = dtype
+    encoded = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + content[8 + length :])

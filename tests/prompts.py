@@ -71,6 +71,13 @@ def fail(client: Client, prompt: Prompt) -> dict[str, Any]:
     return run.error
 
 
+def failure(client: Client, prompt: Prompt, node: str = SAMPLE) -> str:
+    """The message of the execution error that the prompt must end in, raised by that node."""
+    error = fail(client, prompt)
+    assert error["node_id"] == node
+    return error["exception_message"]
+
+
 def residents(client: Client, work: Path) -> dict[str, Any]:
     """What is in the server's memory, as ProbeResidents writes it."""
     succeed(client, with_node({}, "1", "ProbeResidents", name="residents"))
@@ -78,7 +85,7 @@ def residents(client: Client, work: Path) -> dict[str, Any]:
 
 
 def loaded_components(client: Client, work: Path) -> dict[str, int]:
-    """The bytes each of our components has in memory, by its description; those without any are left out."""
+    """The bytes that each of our loaded components has in memory, by its description."""
     models = residents(client, work)["models"]
     return {name: size for name, _, size in models if size and " on " in name}
 
@@ -98,7 +105,7 @@ def wait_until_empty(client: Client, work: Path) -> dict[str, int]:
 
 
 def core_prompt(number: int, side: int = 8) -> Prompt:
-    """Core's own VAE at work, which its memory manager loads. side: latents. number: makes another latent."""
+    """Core's VAE decodes a latent of that side, so ComfyUI loads it. number: makes another latent."""
     graph = with_node({}, "1", "VAELoader", vae_name=CORE_VAE)
     graph = with_node(graph, "2", "ProbeLatent", shape=f"1,16,1,{side},{side}", fill=str(number / 1000))
     graph = with_node(graph, "3", "VAEDecode", samples=["2", 0], vae=["1", 0])

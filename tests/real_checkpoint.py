@@ -1,5 +1,4 @@
-"""A checkpoint of FireRed's real size that takes a few MB: true headers and configs, and holes where weights
-go."""
+"""A checkpoint of FireRed's real size in a few MB: real headers and configs, and holes for the weights."""
 
 from __future__ import annotations
 
@@ -54,7 +53,7 @@ def text_encoder_on_meta(layers: int = 28) -> Qwen2_5_VLForConditionalGeneration
 
 
 def named_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The model's parameters by the names FireRed stores them under."""
+    """The model's parameters by their names in FireRed's files."""
     for name, parameter in model.named_parameters():
         yield (
             name.replace("model.visual.", "visual.").replace("model.language_model.", "model."),
@@ -63,7 +62,7 @@ def named_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def write_holes(path: Path, model: torch.nn.Module) -> None:
-    """A safetensors file of the model's size in BF16, whose data the file system need not store."""
+    """Write a safetensors file of the model's size in BF16, whose data are a hole without disk space."""
     header, offset = {}, 0
     for name, parameter in named_weights(model):
         end = offset + 2 * parameter.numel()

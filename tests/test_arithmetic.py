@@ -1,4 +1,4 @@
-"""FP32 is FP32 wherever we compute, whatever the process allows, and the process stays as it was."""
+"""We compute FP32 as FP32 whatever the process allows, and restore the settings of the process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ newer_torch = pytest.mark.skipif(not hasattr(products, "fp32_precision"), reason
 
 @contextmanager
 def allowed_to_round() -> Iterator[None]:
-    """TF32 and BF16 wherever torch can be told to use them for FP32."""
+    """TF32 and BF16 are allowed wherever torch can use them for FP32."""
     torch.set_float32_matmul_precision("medium")
     assert cudnn.allow_tf32  # torch's own default
     try:
@@ -103,7 +103,9 @@ def test_the_process_is_as_it_was_after_an_error_too(before: str) -> None:
 @newer_torch
 @pytest.mark.parametrize("owner", ["", "cudnn", "cuda.matmul", "cudnn.conv", "mkldnn", "mkldnn.conv"])
 def test_what_newer_settings_allow_is_off_and_back_too(owner: str) -> None:
-    """Each part of torch has a setting, or takes its parent's. In a process alone, which then ends."""
+    """Each part of torch has a setting of its own, or takes that of its parent. A process of its own is used,
+    because a setting cannot be unset.
+    """
     code = (
         "import torch\nfrom engine.arithmetic import exact_fp32\nfrom fp32_settings import *\n"
         f"torch.backends{'.' * bool(owner)}{owner}.fp32_precision = 'tf32'\n"

@@ -11,6 +11,7 @@ from typing import Any
 
 import other_versions
 import pytest
+from other_versions import rename_dtype
 from prompts import (
     DECODE,
     ENCODE,
@@ -24,7 +25,6 @@ from prompts import (
     with_node,
 )
 from safetensors.torch import load_file, save_file
-from test_files import rename_dtype
 
 from launcher.client import Client, PromptRejected
 from launcher.server import Server
@@ -33,7 +33,7 @@ ODD = "20"
 
 
 def rejection(client: Client, prompt: dict[str, Any], node: str) -> str:
-    """The details the server gives for refusing to queue `prompt` because of `node`."""
+    """Why the server refuses to queue the prompt, in its details about that node."""
     with pytest.raises(PromptRejected) as caught:
         client.run(prompt)
     errors = caught.value.answer["node_errors"][node]["errors"]
@@ -101,7 +101,7 @@ def test_a_checkpoint_that_is_no_name(client: Client, name: Any) -> None:
     [("device", 0), ("device", ["a"]), ("precision", 5), ("math", 0), ("checkpoint", ["a", "b"])],
 )
 def test_a_choice_of_another_type_is_named(client: Client, input_name: str, value: Any) -> None:
-    """Over the API as it is, in a list as ComfyUI hands one on, and over a link."""
+    """As a plain value over the API, and as a list in the form that ComfyUI needs for lists."""
     given = {"__value__": value} if isinstance(value, list) else value
     assert input_name in rejection(client, changed(edit_prompt(), "1", **{input_name: given}), "1")
 
@@ -219,14 +219,14 @@ def test_conditioning_that_does_not_fit(client: Client, inputs: dict[str, Any], 
 
 
 def test_a_text_encoder_of_another_width(client: Client) -> None:
-    """The transformer of `wide` takes 3584 wide embeddings, its text encoder makes 128."""
+    """In `wide`, the transformer takes embeddings of width 3584, but the text encoder makes 128."""
     message = fail(client, edit_prompt("wide"))["exception_message"]
     assert "The positive conditioning is 128 wide, this transformer takes 3584" in message
 
 
 @pytest.fixture
 def damaged(work: Path, tiny_folder: Path) -> Iterator[Path]:
-    """A checkpoint named `damaged`, gone after the test."""
+    """A checkpoint named `damaged`. It is deleted after the test."""
     folder = work / "models" / "diffusers" / "damaged"
     shutil.copytree(tiny_folder, folder)
     yield folder
@@ -284,7 +284,7 @@ def test_a_stored_dtype_that_is_not_read_is_told_by_its_own_loader_alone(
 def test_a_missing_file_is_named_by_the_loader_that_needs_it_and_by_the_plan(
     client: Client, damaged: Path, work: Path, file: str, node_type: str
 ) -> None:
-    other_versions.rewrite_as_transformers_5(damaged)  # whose tokenizer is in one file alone
+    other_versions.rewrite_as_transformers_5(damaged)  # there each file is needed
     (damaged / file).unlink()
     error = fail(client, edit_prompt("damaged"))
     assert error["node_type"] == node_type and Path(file).name in error["exception_message"]
@@ -294,7 +294,7 @@ def test_a_missing_file_is_named_by_the_loader_that_needs_it_and_by_the_plan(
 
 
 def test_weights_that_overflow_stop_at_the_step(client: Client, damaged: Path) -> None:
-    """FP16 cannot hold what these weights make of an image; FP32 can, and the same graph then ends well."""
+    """With these weights activations exceed FP16's range. In FP32 the same graph ends well."""
     file = damaged / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     tensors["transformer_blocks.1.img_mlp.net.2.weight"] *= 1e6

@@ -1,4 +1,4 @@
-"""Quantised weights and modulation kept on disk: identical, limited, never half-written, never required."""
+"""Quantised weights and modulation on disk are identical and limited, never half-written and never needed."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_second_start_reads_the_copy_and_gets_identical_weights(
     os.utime(kept, ns=(1, 1))
     assert same(first, state(loading.load(replica_for(tiny, role, second), cache=cache)))
     after = kept.stat()
-    assert after.st_ino == before.st_ino and after.st_mtime_ns >= before.st_mtime_ns  # used, not written anew
+    assert after.st_ino == before.st_ino and after.st_mtime_ns >= before.st_mtime_ns  # not written again
     assert same(first, state(loading.load(replica_for(tiny, role, "int8"))))
 
 
@@ -194,7 +194,7 @@ def state(component) -> dict[str, torch.Tensor]:
 
 
 def test_two_processes_of_one_number_do_not_write_one_file(tmp_path: Path) -> None:
-    """In containers that share a folder, process ids repeat."""
+    """Containers that share a folder may have processes of the same number."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from engine.files.cache import PROCESS; print(PROCESS)"
     )
@@ -227,7 +227,7 @@ def test_a_folder_that_takes_nothing_is_named_once(tmp_path: Path, caplog: pytes
 
 
 def test_reading_a_file_holds_it_once(tmp_path: Path) -> None:
-    """In a process of its own: the most memory it ever had."""
+    """A process of its own is used, because the measured value is the most memory that a process ever had."""
     megabytes = 200
     DiskCache(tmp_path, 10**9).write("x", {"x": torch.ones(megabytes * 250_000)})
     code = """if True:
@@ -270,7 +270,7 @@ def test_weights_in_use_keep_their_file_young(tiny: Checkpoint, cache: DiskCache
     os.utime(kept, ns=(1, 1))
     loading.mark_used(replica.spec, cache)
     assert kept.stat().st_mtime_ns > 1
-    loading.mark_used(replica_for(tiny, "transformer", "fp32").spec, cache)  # of which nothing is kept
+    loading.mark_used(replica_for(tiny, "transformer", "fp32").spec, cache)  # for which nothing is kept
 
 
 def test_the_same_prompt_and_pictures_are_encoded_once(cache: DiskCache) -> None:

@@ -1,4 +1,4 @@
-"""What is on disk is described, verified and streamed, and damage is named."""
+"""A checkpoint's files are described, checked and streamed, and errors name the damaged file."""
 
 from __future__ import annotations
 
@@ -12,20 +12,10 @@ import torch
 from conftest import replica_for
 from engine.errors import CheckpointError
 from engine.files.checkpoint import Checkpoint, open_checkpoint
-from engine.files.search import find_checkpoints
 from engine.models import loading
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-
-
-def test_only_edit_pipelines_are_found_at_any_depth(tiny_folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_folder, tmp_path / "team" / "model")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "model_index.json").write_text("{")
-    assert list(find_checkpoints([tmp_path, tmp_path / "absent"])) == ["team/model"]
 
 
 def test_a_foreign_folder_is_named_for_what_it_holds(tmp_path: Path) -> None:
@@ -103,7 +93,7 @@ def test_a_missing_folder_is_named(tiny_copy: Path, missing: str) -> None:
 
 
 def test_both_namings_of_the_text_encoder_load_alike(tiny: Checkpoint, tiny_copy: Path) -> None:
-    """transformers has stored Qwen2.5-VL with and without `model.` and `language_model.` in its names."""
+    """transformers has stored the names of Qwen2.5-VL with and without `model.` and `language_model.`."""
 
     def rename(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         assert "visual.merger.ln_q.weight" in tensors and "model.norm.weight" in tensors
@@ -147,7 +137,7 @@ def rewrite(file: Path, change) -> None:
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_named(tiny_copy: Path) -> None:
-    """The reading thread meets it; whoever loads is told."""
+    """The thread that reads raises the error, and the caller of load gets it."""
     weights = tiny_copy / WEIGHTS
 
     def shrink(done: int, total: int) -> None:

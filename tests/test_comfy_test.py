@@ -1,4 +1,4 @@
-"""comfy-test, the ecosystem's own checker, attached to the running server."""
+"""comfy-test, a checker for node packs, attached to the running server."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_comfy_test_passes_through_its_validation_level(server: Server, tmp_path
 
 
 def install_pack(comfyui: Path) -> Path:
-    """A copy of this pack where comfy-test wants it: in custom_nodes of a folder that else is ComfyUI."""
+    """A copy of this pack in a copy of ComfyUI made of links, which is what comfy-test needs."""
     comfyui.mkdir()
     for entry in comfyui_folder().iterdir():
         if entry.is_file():

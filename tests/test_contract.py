@@ -45,7 +45,7 @@ def describe_input(kind: str, options: dict | None = None) -> dict:
 
 
 def test_nodes_inputs_and_outputs_are_frozen(client: Client) -> None:
-    """New inputs go last and are optional; then add them to contract.json."""
+    """A new input must be the last and optional. Then add it to contract.json."""
     frozen = json.loads(SNAPSHOT.read_text(encoding="utf-8"))
     nodes = {name: info for name, info in client.get("/object_info").items() if info["category"] == "FireRed"}
     assert {name: node_contract(info) for name, info in nodes.items()} == frozen
@@ -82,7 +82,7 @@ def test_the_oldest_comfyui_and_python_are_said_alike_everywhere() -> None:
 
 
 def test_the_registrys_archive_holds_what_its_files_start() -> None:
-    """comfy-cli packs what git knows, without what .comfyignore names."""
+    """comfy-cli packs the files that git tracks, without those that .comfyignore names."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     ignored = (ROOT / ".comfyignore").read_text(encoding="utf-8").split()
     packed = {path for path in tracked.splitlines() if not any(path.startswith(entry) for entry in ignored)}
@@ -137,7 +137,7 @@ def test_the_engines_rooms_stand_on_those_before_them() -> None:
 
 
 def imported_modules(path: Path) -> list[tuple[int, str]]:
-    """How many levels up, and the name, of everything a file imports."""
+    """For each import of a file: how many levels up it starts, and the name."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     plain = [
         (0, alias.name) for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names

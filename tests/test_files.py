@@ -1,12 +1,10 @@
-"""Checkpoint files as other versions and people write them: used, or refused by name; never confused."""
+"""Checkpoint files as other versions and other people write them are used, or refused with their name."""
 
 from __future__ import annotations
 
 import inspect
 import json
-import os
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ import torch
 from conftest import replica_for
 from engine.cards.card import Card
 from engine.errors import CheckpointError
-from engine.files.cache import DiskCache
 from engine.files.checkpoint import Checkpoint, open_checkpoint
 from engine.files.configs import DEFAULTS
 from engine.files.search import find_checkpoints
@@ -26,44 +23,16 @@ from engine.models import loading
 from engine.planning.machine import Device, Machine
 from engine.planning.memory_map import draw_memory_map
 from engine.planning.planner import ROLES, make_plan
-from engine.sampling.recall import embedding_name
 from engine.sampling.schedule import make_schedule
-from engine.weights.components import fingerprint
+from other_versions import change_json, rename_dtype
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_checkpoint import WEIGHTS
 
-WEIGHTS = {
-    "transformer": "transformer/diffusion_pytorch_model.safetensors",
-    "text_encoder": "text_encoder/model.safetensors",
-    "vae": "vae/diffusion_pytorch_model.safetensors",
-}
 BOM = b"\xef\xbb\xbf"
 
 
 PROCESSOR_5 = "processor_config.json"
-
-
-def change_json(path: Path, **values: Any) -> None:
-    """Set keys of a JSON file; None removes one."""
-    content = json.loads(path.read_text(encoding="utf-8")) | values
-    kept = {name: value for name, value in content.items() if value is not None}
-    path.write_text(json.dumps(kept), encoding="utf-8")
-
-
-def same_times(folder: Path) -> None:
-    """As container layers and the Nix store have them."""
-    for path in folder.rglob("*"):
-        os.utime(path, ns=(10**9, 10**9))
-
-
-def rename_dtype(path: Path, tensor: str, dtype: str) -> None:
-    """Let a safetensors file say that a tensor's bytes are of another dtype."""
-    content = path.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
-    header[tensor]["dtype"] = dtype
-    encoded = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + content[8 + length :])
 
 
 def cpu_machine() -> Machine:
@@ -196,98 +165,6 @@ def test_statistics_that_are_no_numbers_are_named(tiny_copy: Path) -> None:
         Checkpoint(tiny_copy).latent_statistics()
 
 
-# Identities
-
-
-@pytest.mark.parametrize("role", ROLES)
-def test_fine_tunes_of_equal_sizes_and_times_are_two(tiny_copy: Path, tmp_path: Path, role: str) -> None:
-    other = Path(shutil.copytree(tiny_copy, tmp_path / "other" / tiny_copy.name))
-    tensors = load_file(other / WEIGHTS[role])
-    name = sorted(tensors)[len(tensors) // 2]
-    tensors[name] = tensors[name] + 0.25
-    save_file(tensors, other / WEIGHTS[role], metadata={"format": "pt"})
-    for folder in (tiny_copy, other):
-        same_times(folder)
-    assert (tiny_copy / WEIGHTS[role]).stat().st_size == (other / WEIGHTS[role]).stat().st_size
-    first, second = (replica_for(Checkpoint(folder), role, "bf16") for folder in (tiny_copy, other))
-    assert first.spec.identity != second.spec.identity
-
-
-def test_every_tensor_of_a_big_file_counts(tmp_path: Path) -> None:
-    """16 MiB in 64 matrices and as many small vectors, of which one changes at a time."""
-    tensors = {f"{number}.weight": torch.zeros(256, 256) for number in range(64)}
-    tensors |= {f"{number}.bias": torch.zeros(256) for number in range(64)}
-    seen = set()
-    for changed in (None, "0.weight", "31.weight", "63.weight", "0.bias", "40.bias"):
-        folder = tmp_path / "transformer"
-        folder.mkdir(exist_ok=True)
-        delta = {changed: tensors[changed] + 1e-3} if changed else {}
-        save_file(tensors | delta, folder / "model.safetensors")
-        same_times(folder)
-        seen.add(Checkpoint(tmp_path).component("transformer").identity())
-    assert len(seen) == 6
-
-
-def test_a_copy_with_its_times_is_the_same(tiny_copy: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(tiny_copy, tmp_path / "moved"))
-    (other / "vae" / ".DS_Store").write_bytes(b"junk")
-    assert (
-        replica_for(Checkpoint(tiny_copy), "vae").spec.identity
-        == replica_for(Checkpoint(other), "vae").spec.identity
-    )
-
-
-def test_another_processor_is_another_text_encoder_and_another_key(tiny_copy: Path) -> None:
-    before = replica_for(Checkpoint(tiny_copy), "text_encoder")
-    change_json(tiny_copy / "processor" / "tokenizer_config.json", model_max_length=4096)
-    after = replica_for(Checkpoint(tiny_copy), "text_encoder")
-    assert before != after and before.spec.identity == after.spec.identity
-    assert embedding_name(before, "hat", []) != embedding_name(after, "hat", [])
-
-
-@pytest.mark.parametrize("file", ["processor/tokenizer_config.json", "text_encoder/config.json"])
-def test_files_that_changed_are_not_loaded_for_the_old_key(
-    tiny_copy: Path, tmp_path: Path, file: str
-) -> None:
-    replica = replica_for(Checkpoint(tiny_copy), "text_encoder", "int8")
-    (tiny_copy / file).write_text((tiny_copy / file).read_text() + "\n")
-    cache = DiskCache(tmp_path / "cache", 10**9)
-    with pytest.raises(CheckpointError, match=r"changed while they were in use\. Run the prompt again\."):
-        loading.load(replica, cache=cache)
-    assert not list(cache.folder.glob("*"))
-
-
-def test_files_that_change_while_they_are_read_are_not_kept(tiny_copy: Path, tmp_path: Path) -> None:
-    replica = replica_for(Checkpoint(tiny_copy), "transformer", "int8")
-    weights, cache = tiny_copy / WEIGHTS["transformer"], DiskCache(tmp_path / "cache", 10**9)
-
-    def touch(done: int, total: int) -> None:
-        os.utime(weights, ns=(1, 1))
-
-    with pytest.raises(CheckpointError, match="changed while they were in use"):
-        loading.load(replica, touch, cache)
-    assert not list(cache.folder.glob("*"))
-
-
-@pytest.mark.parametrize(
-    ("file", "values", "role"),
-    [
-        ("scheduler/scheduler_config.json", {"max_shift": 1.0}, "transformer"),
-        ("vae/config.json", {"latents_mean": [0.1] * 16}, "transformer"),
-        ("processor/tokenizer_config.json", {"model_max_length": 4096}, "text_encoder"),
-    ],
-)
-def test_a_fingerprint_covers_what_lies_beside(
-    tiny_copy: Path, file: str, values: dict[str, Any], role: str
-) -> None:
-    """And the transformer's weights stay loaded: its replica is the same."""
-    checkpoint = Checkpoint(tiny_copy)
-    before, replica = fingerprint(role, checkpoint), replica_for(checkpoint, "transformer")
-    change_json(tiny_copy / file, **values)
-    assert fingerprint(role, checkpoint) != before
-    assert replica_for(checkpoint, "transformer") == replica
-
-
 # Processors
 
 
@@ -300,7 +177,7 @@ def without(*names: str) -> Callable[[Path], None]:
 
 
 def other_numbers(folder: Path) -> None:
-    """The tokens for pictures and videos change places, as in another model's vocabulary."""
+    """Exchange the tokens for pictures and videos, as in the vocabulary of another model."""
     path = folder / "tokenizer.json"
     text = path.read_text(encoding="utf-8")
     swapped = text.replace("<|image_pad|>", "<|x|>").replace("<|video_pad|>", "<|image_pad|>")
@@ -332,7 +209,7 @@ def other_patches(folder: Path) -> None:
 def test_a_processor_of_another_model_or_without_its_words_is_named(
     tiny_copy: Path, damage: Callable[[Path], None], message: str
 ) -> None:
-    other_versions.rewrite_as_transformers_5(tiny_copy)  # each of its files holds what no other does
+    other_versions.rewrite_as_transformers_5(tiny_copy)  # there each file is needed
     damage(tiny_copy / "processor")
     with pytest.raises(CheckpointError, match=message) as caught:
         loading.load(replica_for(Checkpoint(tiny_copy), "text_encoder"))
@@ -348,7 +225,7 @@ def test_a_processor_with_byte_order_marks_is_read(tiny: Checkpoint, tiny_copy: 
 
 
 def test_hidden_files_beside_a_checkpoints_own_are_not_its(tiny: Checkpoint, tiny_copy: Path) -> None:
-    """macOS leaves one beside every file on drives of other systems."""
+    """macOS writes one beside every file on a drive of another system."""
     for file in [*tiny_copy.rglob("*.json"), *tiny_copy.rglob("*.safetensors")]:
         (file.parent / f"._{file.name}").write_bytes(b"\x00\x05\x16\x07")
     index = tiny_copy / "transformer" / "._diffusion_pytorch_model.safetensors.index.json"
@@ -407,7 +284,7 @@ def test_weights_that_are_quantised_already_are_told_before_loading(tiny_copy: P
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_variant_alone_is_used(tiny: Checkpoint, tiny_copy: Path, sharded: bool) -> None:
-    """As save_pretrained(variant="fp16") names the files."""
+    """The files have the names that save_pretrained(variant="fp16") gives them."""
     folder = tiny_copy / "transformer"
     tensors = load_file(tiny_copy / WEIGHTS["transformer"])
     (tiny_copy / WEIGHTS["transformer"]).unlink()
@@ -475,43 +352,3 @@ def test_the_plan_names_the_file_that_is_missing(tiny_copy: Path, file: str, rol
     assert file.partition("/")[2] in placed.problems[role] and placed.problems[role] in str(placed)
     with pytest.raises(CheckpointError, match=file.partition("/")[2]):
         placed.placement(role)
-
-
-# The search
-
-
-def holds_checkpoint(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "model_index.json").write_text('{"_class_name": "QwenImageEditPlusPipeline"}')
-    return folder
-
-
-def test_links_to_ancestors_list_each_real_folder_once(tmp_path: Path) -> None:
-    root = tmp_path / "diffusers"
-    holds_checkpoint(root / "team" / "model")
-    for number in range(3):
-        (root / f"all-{number}").symlink_to(tmp_path)
-        (root / "team" / f"up-{number}").symlink_to("..")
-    assert list(find_checkpoints([root, root])) == ["team/model"]
-
-
-def test_an_entry_that_cannot_be_followed_hides_nothing_beside_it(tmp_path: Path, tiny_copy: Path) -> None:
-    (tiny_copy.parent / "loop").symlink_to("loop")
-    (tiny_copy.parent / "nowhere").symlink_to(tmp_path / "gone")
-    assert list(find_checkpoints([tiny_copy.parent])) == [tiny_copy.name]
-
-
-def test_a_checkpoint_that_is_a_link_is_listed_unless_it_is_there_itself(tmp_path: Path) -> None:
-    root, elsewhere = tmp_path / "diffusers", holds_checkpoint(tmp_path / "elsewhere" / "model")
-    real = holds_checkpoint(root / "real")
-    (root / "linked").symlink_to(elsewhere)
-    (root / "again").symlink_to(real)
-    assert list(find_checkpoints([root])) == ["linked", "real"]
-
-
-def test_caches_and_what_lies_below_a_checkpoint_are_not_searched(tmp_path: Path) -> None:
-    names = ("model/old", "blobs/a", ".cache/b", "1/2/3/4/5/6", "hub/snapshots/0", "1/2/3/4/5a")
-    holds_checkpoint(tmp_path / "model")
-    for name in names:
-        holds_checkpoint(tmp_path / name)
-    assert list(find_checkpoints([tmp_path])) == ["1/2/3/4/5a", "hub/snapshots/0", "model"]

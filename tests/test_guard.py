@@ -1,4 +1,4 @@
-"""A black image has a named cause: the step, the module, its range, and what to change."""
+"""Instead of a black image there is an error: the step, the module, its range, and what to change."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ P40 = Card("gpu:0", "Tesla P40", torch.device("cpu"), native_bf16=False, memory=
 
 @pytest.fixture(scope="module")
 def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """A transformer whose second of three blocks passes FP16's range."""
+    """A transformer of three blocks, whose second exceeds FP16's range."""
     folder = tmp_path_factory.mktemp("overflowing") / "tiny"
     return open_checkpoint(tiny_checkpoint.build(folder, layers=3, overflow_block=1))
 
@@ -148,7 +148,7 @@ def test_the_traced_forward_is_the_same_forward_and_finds_nothing_in_a_good_one(
 
 
 class Scaled(torch.nn.Module):
-    """Arithmetic of its own between two parts; the second works in place."""
+    """A module that computes between its two parts, of which the second works in place."""
 
     def __init__(self, scale: float):
         super().__init__()
@@ -188,7 +188,7 @@ def test_a_failing_forward_leaves_no_hook_behind(tiny: Checkpoint) -> None:
 def test_bitsandbytes_int8_without_a_threshold_is_traced_to_the_linear_that_took_the_big_value(
     tiny: Checkpoint,
 ) -> None:
-    """Threshold 0 sends everything through FP16: a value above 65504 makes its row NaN."""
+    """With threshold 0 everything goes through FP16, where a value above 65504 makes its row NaN."""
     replica = replica_on(P40, tiny, "transformer", "int8-bnb")
     worker = LocalWorker(loading.load(replica), SCHEDULE, (4, 4), {POSITIVE: condition()})
     block = worker.model.transformer_blocks[1]
@@ -258,7 +258,7 @@ def test_the_remedy_offers_what_the_component_has(tiny: Checkpoint) -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Keeps the names of the tensor operations on more than a handful of values."""
+    """Records the names of the tensor operations on more than 8 values."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if any(isinstance(arg, torch.Tensor) and arg.numel() > 8 for arg in args):
@@ -267,7 +267,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_checking_reads_a_good_prediction_once(tiny: Checkpoint) -> None:
-    """That is what keeps it under 0.5 % of a step."""
+    """So the guard takes less than 0.5 % of a step."""
     guard, tensor = Guard(replica_for(tiny, "transformer")), torch.randn(1, 4096, 64)
     with Operations() as operations:
         assert guard.check(tensor, "It") is tensor
@@ -283,7 +283,7 @@ def test_checking_reads_a_good_prediction_once(tiny: Checkpoint) -> None:
 
 @pytest.fixture(scope="module")
 def overflowing_name(work: Path) -> str:
-    """The name of such a checkpoint in the running ComfyUI."""
+    """The name of an overflowing checkpoint in the running ComfyUI."""
     return tiny_checkpoint.build(work / "models/diffusers/overflowing", layers=3, overflow_block=1).name
 
 

@@ -1,4 +1,4 @@
-"""Our models come and go as ComfyUI's own do, and never twice."""
+"""ComfyUI's memory manager loads and evicts our models as its own, and no model is in memory twice."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ def test_free_unloads_and_the_next_prompt_loads_again(
 
 
 def test_comfyui_evicts_what_its_cache_forgot(client: Client, work: Path) -> None:
-    """Weights on a card outlive their loader's output; nothing may end while ComfyUI walks its list."""
+    """Weights on a card stay when their loader's output is forgotten. ComfyUI evicts them while it walks its
+    list of models, and that list must not change meanwhile.
+    """
     graph = {name: node for name, node in edit_prompt().items() if name in ("1", "3")}
     graph = with_node(graph, "2", "ProbeEviction", one=["1", 0], other=["3", 0], name="eviction")
     succeed(client, graph)
@@ -109,12 +111,12 @@ def test_our_graph_and_cores_in_turn_hold_the_same_bytes_every_time(client: Clie
         succeed(client, core_prompt(turn))
         counted.append(sorted((name, size) for name, _, size in residents(client, work)["models"]))
     assert counted[1] == counted[2]
-    assert len({name for name, _ in counted[-1]}) == len(counted[-1])  # nothing is there twice
+    assert len({name for name, _ in counted[-1]}) == len(counted[-1])
 
 
 @pytest.mark.parametrize("node", [ENCODE, DECODE])
 def test_encoding_and_decoding_stop_within_a_block(client: Client, node: str) -> None:
-    """At 1 megapixel either takes seconds here; the interrupt comes as it starts."""
+    """Each takes seconds at 1 megapixel. The interrupt comes when it starts."""
     prompt = changed(edit_prompt(), SAMPLE, width=1024, height=1024, steps=1, seed=50)
     prompt = changed(prompt, ENCODE, reference_megapixels=0.9 if node == ENCODE else 0.01)
     stopped: list[float] = []
@@ -130,8 +132,8 @@ def test_encoding_and_decoding_stop_within_a_block(client: Client, node: str) ->
 
 
 def test_sampling_that_cannot_fit_is_refused_before_anything_is_loaded(client: Client, work: Path) -> None:
-    """The transformer's config says it is so wide that a usual edit takes half the memory, one of 16
-    megapixels twice as much as there is.
+    """The config makes the transformer so wide that a usual edit takes half of the memory. An edit of 16
+    megapixels then takes twice the memory.
     """
     folder = work / "models" / "diffusers" / "wide_transformer"
     shutil.copytree(work / "models" / "diffusers" / "tiny", folder)
@@ -156,8 +158,8 @@ def test_sampling_that_cannot_fit_is_refused_before_anything_is_loaded(client: C
 
 
 def test_a_decode_that_cannot_fit_is_refused_by_the_decode(client: Client, work: Path) -> None:
-    """The VAE's config says it is so wide that a reference takes half the memory, 4 megapixels whole twice as
-    much as there is.
+    """The config makes the VAE so wide that a reference takes half of the memory. Decoding 4 megapixels whole
+    then takes twice the memory.
     """
     folder = work / "models" / "diffusers" / "wide_vae"
     shutil.copytree(work / "models" / "diffusers" / "tiny", folder)
@@ -174,7 +176,7 @@ def test_a_decode_that_cannot_fit_is_refused_by_the_decode(client: Client, work:
     assert "Set tiling to auto" in error["exception_message"]
 
 
-def test_nobody_evicts_what_computes_and_afterwards_everybody_may(client: Client, work: Path) -> None:
+def test_a_component_in_use_is_not_evicted_and_afterwards_it_is(client: Client, work: Path) -> None:
     graph = with_node({"3": edit_prompt()["3"]}, "2", "ProbeBorrowed", one=["3", 0], name="borrowed")
     succeed(client, graph)
     freed, during, after, evicted = json.loads((work / "output" / "borrowed.json").read_text())
@@ -182,7 +184,7 @@ def test_nobody_evicts_what_computes_and_afterwards_everybody_may(client: Client
 
 
 def test_copies_on_several_cards_live_together(client: Client, work: Path) -> None:
-    """What is replaced on its own card goes, and what a move to a card leaves in host memory."""
+    """A new copy frees the one on the same card, and one on a card frees the one in host memory."""
     graph = with_node({"3": edit_prompt()["3"]}, "2", "ProbeCopies", one=["3", 0], name="copies")
     succeed(client, graph)
     assert json.loads((work / "output" / "copies.json").read_text()) == [

@@ -1,4 +1,4 @@
-"""In FP32 on one device our numbers are QwenImageEditPlusPipeline's."""
+"""In FP32 on one device our results equal those of QwenImageEditPlusPipeline."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SEED, STEPS, PROMPT = 7, 3, "Add a red hat on the cat"
 
 @dataclass(frozen=True)
 class Edit:
-    """What both implementations computed of one edit."""
+    """The results of one edit that both implementations have."""
 
     embeds: torch.Tensor
     reference_latents: list[torch.Tensor]
@@ -51,7 +51,7 @@ def load_pipeline(folder: Path) -> QwenImageEditPlusPipeline:
     pipe = QwenImageEditPlusPipeline.from_pretrained(folder).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     # With transformers 5 the pipeline forgets mm_token_type_ids, and picture tokens silently get 1-D
-    # positions (https://github.com/huggingface/diffusers/issues/14194); this is what its open fix passes on.
+    # positions (https://github.com/huggingface/diffusers/issues/14194). Its open fix passes these on.
     pipe.text_encoder.register_forward_pre_hook(add_token_types, with_kwargs=True)
     return pipe
 
@@ -105,7 +105,7 @@ def run_reference(
     size: tuple[int, int],
     cfg: float,
 ) -> Edit:
-    """The pipeline's own numbers, caught where it makes them."""
+    """The results of the pipeline, taken where it computes them."""
     caught: dict[str, list[torch.Tensor]] = {"embeds": [], "references": []}
     statistics = checkpoint.latent_statistics()
     encode_vae_image, encode_prompt = pipe._encode_vae_image, pipe.encode_prompt
@@ -161,7 +161,7 @@ def test_an_edit_equals_diffusers(
         assert relative_error(our_latent, their_latent) < TOLERANCE
     assert relative_error(ours.latents, theirs.latents) < TOLERANCE
     assert float((ours.pixels - theirs.pixels).abs().max()) < TOLERANCE
-    assert float(ours.pixels.std()) > 0.01  # a flat picture would agree with anything
+    assert float(ours.pixels.std()) > 0.01  # a flat picture could be equal by chance
 
 
 def test_a_vae_of_another_checkpoint_brings_its_own_statistics(
@@ -183,7 +183,7 @@ def test_a_vae_of_another_checkpoint_brings_its_own_statistics(
 
 
 def test_the_default_size_and_reference_equal_diffusers(tiny: Checkpoint) -> None:
-    """Nothing scaled down: the pipeline's own megapixel reference and output size of one picture."""
+    """At full size: the pipeline's reference of one megapixel and its output size for a picture."""
     (image,) = pictures(1)
     autoencoder = loading.load(replica_for(tiny, "vae"))
     latent = vae.encode_reference(autoencoder, image, 1.0)

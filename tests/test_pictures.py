@@ -1,4 +1,4 @@
-"""Pictures in, pictures out: images checked and the VAE's shortcuts exact."""
+"""Pictures are checked when they come in, and the VAE's faster ways to compute are exact."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_tiles_equal_the_whole(tiny: Checkpoint, size: tuple[int, int]) -> None:
 
 
 def test_a_smaller_halo_would_leave_seams(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That tiles equal the whole is the halo's doing: at half of it they differ."""
+    """Tiles equal the whole because of the halo: with half of it they differ."""
     autoencoder = loading.load(replica_for(tiny, "vae"))
     latents = torch.randn(1, 16, 80, 40)
     whole = vae.decode(autoencoder, latents, "whole")

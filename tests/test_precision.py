@@ -1,4 +1,4 @@
-"""Weights are stored as asked, and computed as asked."""
+"""Each precision stores weights and computes as the user chose."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_a_path_that_forgets_the_bias_is_wrong(
 
 
 def test_a_wrong_path_is_not_taken(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Why goes into the log alone: what was chosen is part of a run's identity, and reasons may vary."""
+    """The reason is only logged: the choice is part of a run's identity, and its reason may vary."""
     caplog.set_level("INFO")
     (right,) = integer_paths(CPU)
     wrong = int8_paths.IntegerPath("wrong", lambda x: quantize_tokens(x * 1.1), right.rescale)
@@ -204,7 +204,7 @@ def test_sizes_the_integer_product_cannot_take_are_weight_only() -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_format_multiplies_within_its_error(name: str) -> None:
-    """On the CPU, with the real bitsandbytes; the same classes run on a GPU."""
+    """The real bitsandbytes on the CPU. The same classes run on a GPU."""
     bounds = {"int8": 0.012, "int8-fast": 0.02, "nf4": 0.12, "int8-bnb": 0.03}
     weight, x = torch.randn(64, 256) * 0.02, torch.randn(2, 40, 256)
     with torch.device("meta"):
@@ -247,7 +247,7 @@ def test_the_schedules_last_used_are_kept(tiny: Checkpoint, monkeypatch: pytest.
 def test_a_broken_table_is_never_kept(
     tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One NaN while folding: neither this process nor the next may find it again."""
+    """A NaN while folding must not be kept, neither in this process nor on disk."""
     timesteps, cache, computed = torch.tensor([0.5, 0.25]), DiskCache(tmp_path, 10**9), []
     compute = Modulation._compute_table
 
@@ -326,7 +326,7 @@ def test_folding_says_what_it_reads(tiny: Checkpoint, caplog: pytest.LogCaptureF
 
 @pytest.mark.parametrize("right", [bitsandbytes.Nf4Linear, bitsandbytes.Int8BnbLinear])
 def test_bitsandbytes_is_tried_by_multiplying_once(right: type[bitsandbytes.BitsAndBytesLinear]) -> None:
-    """On this CPU, which bitsandbytes has kernels for; nodes offer it on GPUs alone."""
+    """bitsandbytes has kernels for this CPU, although the nodes offer it on GPUs only."""
     tried = []
 
     class Wrong(right):  # quantises well, as on cards whose INT8 product is broken

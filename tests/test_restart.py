@@ -30,11 +30,11 @@ from prompts import (
     with_node,
 )
 from safetensors.torch import load_file, save_file
+from tiny_checkpoint import WEIGHTS
 
 from launcher.client import Client, Prompt, ServerError
 from launcher.server import Server
 
-VAE_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 LONG, SIDE = 80, 256  # steps and pixels: long enough to interrupt
 
 
@@ -62,7 +62,7 @@ def runs(work: Path) -> set[Path]:
 
 
 def soon(condition: Callable[[], bool]) -> bool:
-    """Whether it is true within ten seconds. ComfyUI tells no node that a prompt has ended."""
+    """Whether it becomes true within ten seconds. ComfyUI does not tell nodes when a prompt has ended."""
     deadline = time.monotonic() + 10
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -91,13 +91,13 @@ def test_a_run_is_forgotten_when_its_prompt_ends_well_whoever_decodes(client: Cl
     turned = with_node(changed(turned, "32", rotation="90 degrees"), "33", "FireRedDecode", vae=["3", 0])
     turned = keep_tensor(changed(turned, "33", latent=["32", 0]), ["33", 0], "turned")
     del turned["31"], turned["keep_picture"]
-    assert fail(client, turned)["node_type"] == "FireRedDecode"  # of a shape that no VAE decodes
+    assert fail(client, turned)["node_type"] == "FireRedDecode"  # no VAE decodes that shape
     time.sleep(1)
-    assert len(runs(work) - before) == 1  # nobody has its picture
+    assert len(runs(work) - before) == 1  # its picture is not there yet
 
 
-# Two servers in one work folder. The tests go from the one that needs the fewest components to the one that
-# needs all, because what a test has loaded stays.
+# Two servers in one work folder. What a test has loaded stays. So the first test needs the fewest components,
+# and the last one needs them all.
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,9 @@ def left(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Left:
     """A server edits once, fails to decode with a damaged VAE, and is killed while it samples."""
     work = make_work_folder(tmp_path_factory.mktemp("restart"), tiny_folder)
     damaged = shutil.copytree(tiny_folder, work / "models" / "diffusers" / "damaged")
-    tensors = load_file(damaged / VAE_WEIGHTS)
+    tensors = load_file(damaged / WEIGHTS["vae"])
     tensors["decoder.conv_out.weight"].fill_(float("nan"))
-    save_file(tensors, damaged / VAE_WEIGHTS)
+    save_file(tensors, damaged / WEIGHTS["vae"])
     with Server(work, SERVER_ARGUMENTS) as server:
         succeed(server.client, changed(edit_prompt(), SAMPLE, seed=1))
         assert loaded_roles(server.client, work) == COMPONENTS and soon(lambda: not runs(work))
@@ -131,7 +131,7 @@ def left(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Left:
         with pytest.raises(ServerError, match="it ended while the prompt ran"):
             server.client.run(long_prompt(seed=11), at_step(10, server.process.kill))
     (unfinished,) = runs(work) - {undecoded}
-    shutil.copy(tiny_folder / VAE_WEIGHTS, damaged / VAE_WEIGHTS)
+    shutil.copy(tiny_folder / WEIGHTS["vae"], damaged / WEIGHTS["vae"])
     return Left(work, undecoded, unfinished)
 
 

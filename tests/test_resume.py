@@ -1,4 +1,4 @@
-"""An interrupted run goes on where it was, to the same bits, and leaves nothing behind: in the engine."""
+"""In the engine: an interrupted run goes on where it was, ends in the same bits and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def stop_at(step: int) -> Callable[[int, int, torch.Tensor], None]:
 
 
 def sampled_steps(transformer: Any, run: SamplingRun, saved: SavedRun) -> tuple[list[int], torch.Tensor]:
-    """The steps a run reported, and its latents."""
+    """The steps that a run reported, and its latents."""
     steps: list[int] = []
     latents = sample(transformer, run, lambda done, *_: steps.append(done), saved=saved)
     return steps, latents
@@ -102,7 +102,7 @@ def test_what_an_unguarded_run_let_pass_is_never_handed_back(tiny: Checkpoint, s
 
 
 def test_a_card_that_fails_keeps_its_own_error(store: DiskCache) -> None:
-    """What cannot be brought from the card to the disk must not hide why the run stopped."""
+    """An error while the state is saved must not hide why the run stopped."""
     saved = SavedRun(store, "2" * 32)
     saved.open("")
     saved._unsaved = RunState(3, torch.zeros(1, 4, 64, device="meta"))  # has no bytes to give
@@ -190,7 +190,7 @@ def test_a_full_disk_costs_the_resume_and_not_the_run(
     store.folder.mkdir()
     partial = store.folder / f"{run.name()}{SUFFIX}.{PROCESS}.partial"
 
-    def refill(*_: object) -> None:  # the device that is always full, where the state would be written
+    def refill(*_: object) -> None:  # a disk that is always full
         partial.unlink(missing_ok=True)
         partial.symlink_to("/dev/full")
 
@@ -212,7 +212,7 @@ def test_a_folder_that_cannot_be_written_costs_the_resume_and_not_the_run(
 
 @pytest.mark.parametrize("moment", [0, 2**33])
 def test_a_clock_that_jumps_loses_nothing(tiny: Checkpoint, store: DiskCache, moment: int) -> None:
-    """1970 and 2242: the file's time is all that depends on the time of day."""
+    """1970 and 2242. Only the time of the file depends on the clock."""
     transformer, run = loading.load(replica_for(tiny, "transformer")), plan(tiny, steps=STEPS)
     with pytest.raises(Stop):
         sample(transformer, run, stop_at(3), saved=SavedRun(store, run.name()))

@@ -1,4 +1,4 @@
-"""run.py says what to do when set-up cannot go on."""
+"""run.py sets up what it needs, says what to do when it cannot, and starts the demo and the benchmarks."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_missing_browser_is_named(tmp_path: Path) -> None:
 
 
 def test_a_finished_set_up_is_recognised() -> None:
-    """Nothing is installed again: pip is not even asked."""
+    """Nothing is installed again, and pip is not started."""
     again = run("bench", "nonsense")
     assert "pip" not in again.stdout
 
@@ -131,7 +131,7 @@ def test_other_versions_have_environments_of_their_own(script: ModuleType) -> No
 
 @pytest.mark.skipif(os.name == "nt", reason="ends the demo by its process group")
 def test_the_demo_speaks_before_its_libraries_and_its_server_logs_no_error(tmp_path: Path) -> None:
-    """Standard output and errors in one stream, as a pipe or a log file shows them; up to its first node."""
+    """Reads standard output and errors as one stream, as in a log file, until the demo's first node."""
     with subprocess.Popen(
         [sys.executable, "-m", "launcher.demo"],
         cwd=ROOT,

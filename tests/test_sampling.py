@@ -36,7 +36,7 @@ def plan(checkpoint: Checkpoint, **changes):
 
 
 def test_a_run_that_cannot_fit_says_what_would(real_size: Checkpoint) -> None:
-    """int8 and FP32 arithmetic on a P40: 12.7 GiB and, for 16 megapixels, 9.2 to work with."""
+    """`int8` with FP32 arithmetic on a P40: 12.7 GiB of weights, and 9.2 to work with for 16 megapixels."""
     card = Card("gpu:0", "Tesla P40", torch.device("cpu"), native_bf16=False, memory=24 * GIB)
     replica = replica_on(card, real_size, "transformer", "int8")
     pictures = condition(references=2, size=(128, 128))
@@ -137,7 +137,7 @@ def test_guidance_keeps_each_tokens_norm() -> None:
 
 
 class Recorder:
-    """Predicts a constant velocity and keeps what it was asked for."""
+    """Predicts a constant velocity and records what it was called with."""
 
     def __init__(self, *branches: str):
         self.asked: list[int] = []
@@ -159,7 +159,7 @@ def test_euler_follows_a_constant_velocity_exactly() -> None:
 
 
 def test_guidance_is_used_where_both_branches_are_predicted() -> None:
-    """Guided from 0.5 and 1 at any scale, and rescaled to 1: the positive prediction's norm."""
+    """Guidance of any scale is rescaled to the norm of the positive prediction, which is 1."""
     recorder = Recorder(POSITIVE, NEGATIVE)
     guided = denoise(recorder.predict, torch.zeros(1, 4, 64), SCHEDULE, 4.0)
     assert recorder.asked == [0, 1, 2] and torch.allclose(guided, -torch.ones(1, 4, 64))
@@ -225,7 +225,7 @@ def test_progress_counts_every_pictures_steps(tiny: Checkpoint) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 16, 5, 7), (1, 16, 1, 5, 7), (3, 4, 5, 7)])
 def test_a_latent_gives_size_and_batch_odd_sizes_too(tiny: Checkpoint, shape: tuple[int, ...]) -> None:
-    """Four channels of zeros are core's Empty Latent Image."""
+    """Core's Empty Latent Image has four channels of zeros."""
     latents = sample(loading.load(replica_for(tiny, "transformer")), plan(tiny, samples=torch.zeros(shape)))
     assert latents.shape == (shape[0], 16, 1, 5, 7)
 
@@ -275,7 +275,7 @@ def test_conditioning_that_does_not_fit_is_refused(conditioning: list, message: 
 
 
 def test_a_batch_of_references_is_several(tiny: Checkpoint) -> None:
-    """As core's text encode makes of a batch of pictures."""
+    """Core's text encode makes such references from a batch of pictures."""
     extras = {"reference_latents": [torch.zeros(2, 16, 1, 4, 6)]}
     batched = from_conditioning([[torch.ones(1, 3, 128), extras]], "positive", 128)
     assert [tuple(latent.shape) for latent in batched.reference_latents] == [(1, 16, 1, 4, 6)] * 2

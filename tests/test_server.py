@@ -111,7 +111,7 @@ def test_only_what_changed_runs_again(client: Client) -> None:
 def test_a_scheduler_edited_under_the_server_makes_a_new_picture(
     client: Client, server: Server, work: Path, tiny_folder: Path
 ) -> None:
-    """And its weights stay loaded, also where the checkpoint's name comes over a link."""
+    """The weights stay loaded, also if the checkpoint's name comes over a link."""
     folder = work / "models" / "diffusers" / "edited"
     shutil.copytree(tiny_folder, folder)
     prompt = keep_tensor(changed(edit_prompt("edited"), SAMPLE, resume="off"), [SAMPLE, 0], "latent")
@@ -172,7 +172,7 @@ def test_a_new_checkpoint_is_listed_and_a_byte_order_mark_does_not_hide_it(
 
 
 def test_defaults_need_not_be_sent(client: Client) -> None:
-    """API clients get no defaults from the server, so every input with one is optional."""
+    """The server adds no defaults to API prompts, so every input with a default is optional."""
     prompt = edit_prompt()
     for loader in LOADERS:
         prompt = changed(prompt, loader, precision=None, device=None, math=None)
@@ -247,7 +247,7 @@ def test_help_pages_and_templates_are_served(client: Client) -> None:
 @pytest.mark.parametrize("vae", [{"checkpoint": "Gone"}, {"precision": "int8"}, {"precision": "fp99"}, {}])
 @pytest.mark.parametrize("only", [(), (SAVE,)], ids=["every branch", "one branch"])
 def test_a_branch_that_cannot_run_stops_no_other(client: Client, vae: dict, only: tuple[str, ...]) -> None:
-    """ComfyUI sets a branch aside whose inputs are wrong; a failing one has its own error."""
+    """ComfyUI leaves out a branch whose inputs are wrong. A branch that fails has an error of its own."""
     prompt = changed(edit_prompt(), SAMPLE, seed=70 + len(str(vae)) + len(only))
     prompt = with_node(prompt, "33", "FireRedLoadVAE", **({"checkpoint": "tiny"} | vae))
     latent = [SAMPLE, 0] if vae else ["34", 0]

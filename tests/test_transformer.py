@@ -1,4 +1,4 @@
-"""Our transformer is diffusers' QwenImageTransformer2DModel, for every configuration there is."""
+"""Our transformer equals diffusers' QwenImageTransformer2DModel in every configuration."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_every_weight_has_diffusers_name_or_is_folded(original: QwenImageTransfo
 
 
 def test_attention_can_be_computed_elsewhere(tiny: Checkpoint) -> None:
-    """What several cards or another kernel put in its place sees every query, key and value."""
+    """A function that replaces the attention gets every query, key and value."""
     transformer, seen = loading.load(replica_for(tiny, "transformer")), []
 
     def half_the_heads_at_a_time(*tensors: Any) -> torch.Tensor:
@@ -118,7 +118,7 @@ def test_attention_can_be_computed_elsewhere(tiny: Checkpoint) -> None:
 
 
 def test_fp16_is_clipped_as_diffusers_clips_it(tmp_path: Path) -> None:
-    """So that the guard finds what went out of range."""
+    """The guard needs this to find the module that went out of range."""
     checkpoint = open_checkpoint(tiny_checkpoint.build(tmp_path / "tiny", overflow_block=0))
     transformer = loading.load(replica_for(checkpoint, "transformer", "fp16"))
     largest: list[float] = []

@@ -1,4 +1,4 @@
-"""What is missing or too old is said before anything loads, and checkpoints load in old and new libraries."""
+"""Missing and old libraries are named before anything loads; our checkpoints load in old and new ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PIP = f"{sys.executable} -m pip install"
 
 
 def installed_without(folder: Path, *packages: str) -> Path:
-    """Everything this Python has installed but these packages, linked into a folder to be used with -S."""
+    """Everything that this Python has installed but these packages, linked into a folder for `python -S`."""
     folder.mkdir()
     for site in filter(Path.is_dir, (Path(entry) for entry in sys.path if entry.endswith("site-packages"))):
         for entry in site.iterdir():
@@ -38,7 +38,7 @@ def installed_without(folder: Path, *packages: str) -> Path:
 
 
 def add_package(site: Path, name: str, version: str, source: str = "") -> None:
-    """A package of that version, whose import runs `source`."""
+    """Add a package of that version. Its import runs `source`."""
     described = site / f"{name}-{version}.dist-info"
     described.mkdir()
     (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -47,7 +47,7 @@ def add_package(site: Path, name: str, version: str, source: str = "") -> None:
 
 
 def ask(site: Path, *expressions: str) -> list[str]:
-    """What expressions of the engine's libraries module are, or raise, where only `site` is installed."""
+    """What expressions of the engine's libraries module give or raise when only `site` is installed."""
     code = (
         "import sys\nfrom engine.errors import FireRedError\nfrom engine.cards.libraries import *\n"
         "for expression in sys.argv[1:]:\n"
@@ -67,7 +67,7 @@ def ask(site: Path, *expressions: str) -> list[str]:
 def test_missing_and_old_libraries_are_named_at_start_and_by_the_loader(
     own_work: Path, tmp_path: Path
 ) -> None:
-    """ComfyUI and the nodes are there all the same, so that workflows open."""
+    """ComfyUI starts with the nodes nevertheless, so that workflows open."""
     site = installed_without(tmp_path / "site", "diffusers", "accelerate", "bitsandbytes")
     add_package(site, "accelerate", "0.30.0")
     needed = (
@@ -103,7 +103,7 @@ def test_a_library_that_cannot_be_imported_is_named_with_the_first_cause(tmp_pat
     )
     add_package(site, "diffusers", "0.99.0", source)
     at_start, said = ask(site, "startup_warning()", "require_libraries()")
-    assert at_start == "None"  # nothing is imported then
+    assert at_start == "None"  # at start nothing is imported
     assert "diffusers 0.99.0 is here, but it cannot be imported (ZeroDivisionError: division by zero)" in said
     assert f'{PIP} --force-reinstall --no-deps "diffusers>=0.37"' in said
 
@@ -125,7 +125,7 @@ def test_nothing_is_said_where_everything_is_here() -> None:
 
 
 def test_a_comfyui_that_is_too_old_is_told_so_in_one_sentence(tmp_path: Path) -> None:
-    big = {".git", "custom_nodes", "input", "models", "output", "user"}  # where it is somebody's own
+    big = {".git", "custom_nodes", "input", "models", "output", "user"}  # if it is a user's own
     old = tmp_path / "ComfyUI"
     comfyui = comfyui_folder()
     shutil.copytree(comfyui, old, ignore=lambda folder, _: big if Path(folder) == comfyui else ())
@@ -162,7 +162,7 @@ def test_a_missing_torchvision_is_not_answered_with_another_torch() -> None:
 
 
 def test_the_checkpoints_we_write_load_in_transformers_4_and_5(tiny_folder: Path) -> None:
-    """In the older form, which both read: 4.57 fails at what 5 writes."""
+    """They have the older form, which both read: 4.57 cannot read the form that 5 writes."""
     text_config = json.loads((tiny_folder / "text_encoder" / "config.json").read_text())["text_config"]
     assert text_config["rope_scaling"]["mrope_section"] == [8, 12, 12] and text_config["rope_theta"] == 1e6
     assert "rope_parameters" not in text_config

@@ -21,7 +21,7 @@ READY = "() => window.app?.graph && window.app.extensionManager"
 
 @pytest.fixture(scope="module")
 def page(server: Server) -> Iterator[Page]:
-    """ComfyUI's own page, loaded and past its welcome dialog."""
+    """ComfyUI's page when it has loaded and closed its welcome dialog."""
     browser = os.environ["FIRERED_BROWSER"]  # run.py finds or installs one
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
@@ -36,7 +36,7 @@ def page(server: Server) -> Iterator[Page]:
 
 
 def open_workflow(page: Page, path: Path) -> dict:
-    """Load a workflow as opening the file would, and return it as the frontend writes it back."""
+    """Load a workflow as when its file is opened, and return it as the frontend saves it."""
     workflow = json.loads(path.read_text(encoding="utf-8"))
     page.evaluate(
         "([workflow, name]) => window.app.loadGraphData(workflow, true, true, name)", [workflow, path.stem]
@@ -46,7 +46,7 @@ def open_workflow(page: Page, path: Path) -> dict:
 
 
 def used_slots(node: dict) -> list[str]:
-    """A node's inputs without the free picture slots, of which frontends show one more or less."""
+    """A node's inputs without the free picture slots, because frontends show different numbers of them."""
     free = [
         slot["name"] for slot in node["inputs"] if slot["name"].startswith("images.") and slot["link"] is None
     ]
@@ -71,7 +71,7 @@ def test_a_workflow_opens_with_every_node_widget_and_link_in_place(page: Page, p
 
 
 def computed(prompt: dict) -> dict:
-    """What ComfyUI computes of a prompt: `_meta` is for readers, and newer frontends write more into it."""
+    """The part of a prompt that ComfyUI computes. `_meta` is for readers and differs between frontends."""
     return {key: {name: node[name] for name in ("class_type", "inputs")} for key, node in prompt.items()}
 
 
@@ -85,7 +85,7 @@ def test_its_api_twin_is_what_the_frontend_would_submit(page: Page, path: Path) 
 
 
 def test_a_workflow_runs_from_the_page(page: Page, client: Client) -> None:
-    """Opened as shipped, made small by its widgets, and queued as the Run button does."""
+    """The shipped workflow is opened, made small in its widgets and queued as with the Run button."""
     open_workflow(page, ROOT / "workflows" / "firered_edit.json")
     before = set(client.get("/history"))
     page.evaluate(

@@ -1,6 +1,6 @@
 """A complete FireRed-shaped checkpoint of a few MB with deterministic random weights, written in seconds.
 
-The demo edits with it until someone downloads the real one, and every test stands on it.
+Every test uses it, and the demo as long as there is no other checkpoint.
 Usage: python tests/tiny_checkpoint.py FOLDER
 """
 
@@ -30,7 +30,7 @@ PRETOKENIZE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Every word of the prompt template, so that it costs 64 tokens as with the real tokenizer, and a few for
+# Every word of the prompt template, so that it has 64 tokens as with the real tokenizer, and a few words of
 # prompts.
 CORPUS = (
     "system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
@@ -46,7 +46,12 @@ SCHEDULER_CONFIG = dict(  # FireRed-Image-Edit-1.0's scheduler_config.json
     shift=1.0,
     shift_terminal=0.02, time_shift_type="exponential", use_dynamic_shifting=True,
 )  # fmt: skip
-# Of a matrix whose entries stay below FP16's 65504 while its products with a normalised token pass it.
+WEIGHTS = {
+    "transformer": "transformer/diffusion_pytorch_model.safetensors",
+    "text_encoder": "text_encoder/model.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+}
+# The matrix's entries stay below FP16's 65504, but its products with a normalised token exceed it.
 OVERFLOW_GAIN = 2e5
 
 
@@ -63,9 +68,9 @@ def build(
 ) -> Path:
     """Write the checkpoint to `folder`, which must not exist yet, and return it.
 
-    joint_attention_dim: what the transformer expects of embeddings; the text encoder's width unless given.
-    overflow_block: a transformer block whose img_mlp.net.2 gives more than FP16 holds, as late ones do in the
-    real model.
+    joint_attention_dim: the width of embeddings that the transformer takes; the text encoder's unless given.
+    overflow_block: the number of a transformer block whose img_mlp.net.2 exceeds FP16's range, as in late
+    blocks of the real model.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -85,7 +90,7 @@ def build(
         randomize(model, seed + number)
         if name == "transformer" and overflow_block is not None:
             model.transformer_blocks[overflow_block].img_mlp.net[2].weight.data.mul_(OVERFLOW_GAIN)
-        # torch's own `to`: diffusers' would warn of modules to be kept in FP32, which this model has none of
+        # torch's own `to`: that of diffusers warns of modules to keep in FP32, and this model has none
         torch.nn.Module.to(model, dtype).save_pretrained(partial / name)
     save_text_encoder_config(parts["text_encoder"].config, partial / "text_encoder")
     write_rest(partial)
@@ -147,7 +152,7 @@ def text_encoder_config(width: int) -> Qwen2_5_VLConfig:
 
 
 def rotary(sections: list[int]) -> dict[str, object]:
-    """The text model's rotary embedding in the words of transformers 4, which 5 takes too."""
+    """The text model's rotary embedding with the keys of transformers 4, which 5 reads too."""
     return dict(
         rope_theta=1e6, rope_scaling=dict(type="default", rope_type="default", mrope_section=sections)
     )
@@ -165,14 +170,14 @@ def save_text_encoder_config(config: Qwen2_5_VLConfig, folder: Path) -> None:
 
 
 def special_token_ids() -> dict[str, int]:
-    """Where the tokens that frame and stand for pictures are in train_tokenizer()'s vocabulary."""
+    """The numbers of the tokens for pictures and videos in the vocabulary of train_tokenizer()."""
     names = {"image_token_id": "image_pad", "video_token_id": "video_pad"}
     names |= {f"{name}_token_id": name for name in ("vision_start", "vision_end")}
     return {key: SPECIAL_TOKENS.index(f"<|{name}|>") for key, name in names.items()}
 
 
 def train_tokenizer() -> Tokenizer:
-    """A byte-level BPE trained from nothing on CORPUS, after Qwen's special tokens."""
+    """A byte-level BPE trained on CORPUS. Qwen's special tokens come first."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer, bpe.decoder = normalizers.NFC(), decoders.ByteLevel()
     split = pre_tokenizers.Split(Regex(PRETOKENIZE), behavior="isolated")
@@ -215,7 +220,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 @torch.no_grad()
 def randomize(model: torch.nn.Module, seed: int) -> None:
-    """Fill every parameter from one generator: matrices keep activations' size, norms stay near 1."""
+    """Fill every parameter from one generator: matrices keep the size of activations, norms are near 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)

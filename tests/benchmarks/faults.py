@@ -1,4 +1,4 @@
-"""One long edit killed and cancelled again and again at random steps: what is lost, and what is done twice.
+"""Kill and cancel one long edit at random steps, and count what is lost and what is done twice.
 
 Usage: python faults.py [FAULTS [STEPS]]    (the tiny checkpoint, in a server of its own)
 """
@@ -26,7 +26,7 @@ FLAGS = ("--disable-api-nodes", "--database-url", "sqlite:///:memory:")
 
 
 class Fault:
-    """Kills the server, or cancels the prompt, once the sampler has come so far."""
+    """Kills the server, or cancels the prompt, when the sampler has reached the step `at`."""
 
     def __init__(self, server: Server, kind: str, steps: int, at: int):
         self._server, self._kind, self._steps, self._at = server, kind, steps, at

@@ -1,9 +1,8 @@
-"""A checkpoint of FireRed's real size with random weights, for benchmarks on a GPU: 41 GB, and 17 GB more
-with
-`rest`.
+"""Write a checkpoint of FireRed's real size with random weights, for benchmarks on a GPU: 41 GB.
 
-Usage: python full_checkpoint.py FOLDER [REST_FOLDER [LAYERS]]    (where the text encoder and VAE go, linked
-into FOLDER; LAYERS: how deep the transformer and the text encoder are, for less than the real size)
+Usage: python full_checkpoint.py FOLDER [REST_FOLDER [LAYERS]]
+REST_FOLDER: where to write the text encoder and the VAE, 17 GB more; they are linked into FOLDER.
+LAYERS: the depth of the transformer and the text encoder, if less than the real one.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def write_weights(model: torch.nn.Module, folder: Path, stem: str) -> None:
 
 
 def write_tensors(parameters: dict[str, torch.Tensor], path: Path, seed: int = 0) -> None:
-    """One file of random weights with these shapes."""
+    """Write one file of random weights with these shapes."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
     layout = {name: (torch.bfloat16, tuple(parameter.shape)) for name, parameter in parameters.items()}
     writer = CacheWriter(path, layout)

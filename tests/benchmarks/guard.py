@@ -1,4 +1,4 @@
-"""What the guard costs: a step watched and unwatched, at the real width, in FP32 arithmetic and in FP16.
+"""Measure what the guard costs: a step with and without it, at the real width, in FP32 and FP16 arithmetic.
 
 Usage: python guard.py CHECKPOINT    (of the real width, any depth)
 """

@@ -107,7 +107,7 @@ def shown(rate: Rate, speeds: Speeds) -> str:
 
 
 def reasons(reports: Sequence[CardReport]) -> dict[str, list[str]]:
-    """Why cells are empty: each reason once, with the rows it stands for."""
+    """Why cells are empty: each reason once, with its rows."""
     told: dict[str, list[str]] = {}
     for report in reports:
         for rate in report.rates:

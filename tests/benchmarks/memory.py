@@ -1,4 +1,4 @@
-"""What each component takes on a GPU beside its weights, at several sizes: where the estimates come from.
+"""Measure what each component takes on a GPU beside its weights at several sizes. The estimates use this.
 
 Usage: python memory.py FOLDER [transformer] [text_encoder] [vae]    (of the real width, any depth)
 """
@@ -26,7 +26,7 @@ TOKENS = 250
 
 
 def measure(what: str, replica: Replica, run: Callable[[], object]) -> None:
-    """Print what `run` takes at its peak beside what is there before it."""
+    """Print what `run` takes at its peak in addition to what was there before."""
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()

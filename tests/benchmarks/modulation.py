@@ -1,5 +1,6 @@
-"""What folding a schedule's modulation costs: seconds and GB/s, from the disk and from the page cache, next
-to a plain read of the same bytes.
+"""Measure what folding a schedule's modulation costs: seconds and GB/s, from the disk and the page cache.
+
+A plain read of the same bytes is measured for comparison.
 
 Usage: python modulation.py [FOLDER [STEPS [LAYERS]]]    (a checkpoint of the real width; without one, or with
 `-`, one is written that holds LAYERS layers of modulation alone, 0.23 GB each)
@@ -57,7 +58,7 @@ def main(folder: str = "-", steps: str = "40", layers: str = "20") -> None:
 
 
 def fold(checkpoint: Checkpoint, steps: int) -> int:
-    """As the sampler does for a new schedule; the bytes it read."""
+    """Fold as the sampler does for a new schedule, and return the number of bytes read."""
     card = Card("cpu", "cpu", torch.device("cpu"), native_bf16=False, memory=2**40, is_gpu=False)
     replica = Replica(ComponentSpec.of("transformer", checkpoint, PRECISIONS["fp32"]), card)
     read: list[int] = []
@@ -68,7 +69,7 @@ def fold(checkpoint: Checkpoint, steps: int) -> int:
 
 
 def plain_read(checkpoint: Checkpoint, steps: int) -> int:
-    """The same bytes in the order of the files, one thread, into one buffer."""
+    """Read the same bytes in the order of the files, with one thread, into one buffer."""
     buffer, total = memoryview(bytearray(BUFFER_BYTES)), 0
     for path, offset, size in pieces(checkpoint):
         with path.open("rb", buffering=0) as file:
@@ -80,7 +81,7 @@ def plain_read(checkpoint: Checkpoint, steps: int) -> int:
 
 
 def pieces(checkpoint: Checkpoint) -> Iterator[tuple[Path, int, int]]:
-    """Where the modulation weights lie: file, first byte, bytes."""
+    """The modulation weights in the files: file, first byte, number of bytes."""
     for shard in checkpoint.component("transformer").shards():
         with shard.open("rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
@@ -90,7 +91,7 @@ def pieces(checkpoint: Checkpoint) -> Iterator[tuple[Path, int, int]]:
 
 
 def drop_from_page_cache(checkpoint: Checkpoint) -> bool:
-    """Whether the system can be asked to; it then reads from the disk again."""
+    """Drop the files from the page cache, so that they are read from the disk. Whether the system can."""
     if not hasattr(os, "posix_fadvise"):
         return False
     for shard in checkpoint.component("transformer").shards():
@@ -101,7 +102,7 @@ def drop_from_page_cache(checkpoint: Checkpoint) -> bool:
 
 
 def write(folder: Path, layers: int) -> str:
-    """A checkpoint that has what folding reads, and nothing else of the transformer."""
+    """Write a checkpoint with what folding reads, and nothing else of the transformer."""
     tiny_checkpoint.write_rest(folder)
     model = real_checkpoint.transformer_on_meta(layers)
     model.save_config(folder / "transformer")

@@ -1,7 +1,6 @@
-"""Our graph's time against plain diffusers for the same edit, and what ComfyUI adds, on the CPU.
+"""Compare the time of our graph with plain diffusers for the same edit on the CPU, and show ComfyUI's share.
 
-The tiny checkpoint, one 1 MP reference, a 512x512 picture, 8 steps with true CFG; everything loaded
-beforehand.
+The tiny checkpoint, one 1 MP reference, a 512x512 picture, 8 steps with true CFG. All is loaded before.
 Usage: python run.py bench overhead
 """
 
@@ -52,7 +51,7 @@ def main() -> None:
 
 
 def measure(candidates: dict[str, Callable[[int], object]]) -> dict[str, float]:
-    """Each candidate's median over RUNS, the candidates taking turns after one warm-up each."""
+    """The median of each candidate over RUNS. They run in turn, after a warm-up of each."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for seed in range(RUNS + 1):
         for name, edit in candidates.items():
@@ -98,7 +97,7 @@ def our_graph(client: Client) -> Callable[[int], object]:
     prompt = changed(edit_prompt(), SAMPLE, steps=STEPS, cfg=CFG, width=SIZE, height=SIZE)
 
     def edit(seed: int) -> object:
-        # Another reference size by a hair each time, so that ComfyUI's cache answers nothing but the loaders.
+        # Each reference has a slightly different size, so that ComfyUI's cache answers the loaders only.
         run = client.run(
             changed(changed(prompt, SAMPLE, seed=seed), ENCODE, reference_megapixels=1.0 - seed * 1e-6)
         )

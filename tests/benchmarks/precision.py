@@ -1,4 +1,4 @@
-"""What each precision costs and how exact it is, on one GPU: memory, seconds a step, seconds to load, error.
+"""Measure each precision on one GPU: memory, seconds a step, seconds to load, error.
 
 The real-size transformer with random weights, 1024x1024, one 1 MP reference, 250 text tokens, true CFG (two
 forwards a step), TF32 off. All ratios are within one run. Every part runs in a process of its own, capped to
@@ -107,7 +107,7 @@ def step(folder: Path, cache: DiskCache, precision: str, math: str, capped: bool
 
 
 def diffusers_step(folder: Path, cache: DiskCache, kind: str) -> dict[str, Any]:
-    """The same by diffusers' own model: `bf16`, or `bnb8`, the reference recipe (the rest in FP32)."""
+    """The same with diffusers' own model: `bf16`, or `bnb8`, which is the usual recipe (the rest in FP32)."""
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     started = time.perf_counter()
     idle = host_peak()
@@ -169,7 +169,7 @@ def load(folder: Path, cache: DiskCache, precision: str) -> dict[str, Any]:
 
 
 def host_peak() -> int:
-    """Bytes of host memory that this process held at most."""
+    """The most bytes of host memory that this process held."""
     if os.name == "nt":
         return psutil.Process().memory_info().peak_wset
     import resource
@@ -220,7 +220,7 @@ def layers() -> None:
 
 
 def edit(folder: Path, cache: DiskCache, precision: str, math: str, text: str) -> dict[str, Any]:
-    """Encode, sample two steps and decode under the cap, each component leaving before the next comes."""
+    """Encode, sample two steps and decode under the cap. Each component leaves before the next one comes."""
     from engine.models import vae
     from engine.sampling import sampling
     from engine.sampling.conditioning import from_conditioning, to_conditioning

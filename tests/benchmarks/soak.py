@@ -1,4 +1,4 @@
-"""Our graph and a graph of core's own models in turn, in one server: what is in memory after each, and time.
+"""Run our graph and one of core's models in turn in one server, and print time and memory after each.
 
 Usage: python soak.py [--prompts N] [--checkpoint FOLDER] [--devices gpu:0,gpu:1,gpu:0] [--precision P]
 [--size PIXELS] [-- COMFYUI ARGUMENTS]    (without a checkpoint: the tiny one)
@@ -34,7 +34,7 @@ from launcher.folders import add_pack, link_folder
 from launcher.server import Server
 
 MIB = 2**20
-PRECISIONS = ("int8", "int8-fast")  # of the transformer, in turn, so that weights are replaced as well
+PRECISIONS = ("int8", "int8-fast")  # the transformer has these in turn, so that weights are replaced too
 
 
 def parse_arguments() -> argparse.Namespace:

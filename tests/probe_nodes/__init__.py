@@ -1,4 +1,4 @@
-"""Nodes for tests on a real server: odd inputs, tensors kept to compare, core's models made small."""
+"""Nodes for tests on a real server. They make odd inputs, keep tensors and build small models of core's."""
 
 import functools
 import gc
@@ -19,7 +19,7 @@ import torch
 
 
 def pack_host(part):
-    """A module of the pack's own nodes/host as the server imported it."""
+    """A module of the pack's nodes/host, as the server imported it."""
     name = f"firered-image-edit.nodes.host.{part}"
     (module,) = [module for path, module in sys.modules.items() if path.endswith(name)]
     return module
@@ -31,7 +31,7 @@ class Probe:
 
 
 class ProbeImage(Probe):
-    """An IMAGE of any shape; `fill` is a number, nan included."""
+    """An IMAGE of any shape. `fill` is a number and may be nan."""
 
     RETURN_TYPES = ("IMAGE",)
 
@@ -51,7 +51,7 @@ class ProbeLatent(ProbeImage):
 
 
 class ProbeConditioning(ProbeImage):
-    """A CONDITIONING of `entries` entries, each with a reference latent of shape `reference` if given."""
+    """A CONDITIONING of `entries` entries, each with a reference latent if `reference` gives its shape."""
 
     RETURN_TYPES = ("CONDITIONING",)
 
@@ -68,7 +68,7 @@ class ProbeConditioning(ProbeImage):
 
 
 class ProbeValue(Probe):
-    """The value that `json` says, NaN and Infinity included, to be linked to any input."""
+    """The value of `json`, which may be NaN or Infinity. It can be linked to any input."""
 
     RETURN_TYPES = ("*",)
 
@@ -81,7 +81,7 @@ class ProbeValue(Probe):
 
 
 class ProbeKey(Probe):
-    """A LATENT or a CONDITIONING with one more key, of the value that `json` says."""
+    """A LATENT or a CONDITIONING with one more key, whose value is `json`."""
 
     RETURN_TYPES = ("*",)
 
@@ -134,7 +134,7 @@ class ProbeKeep(Probe):
 
 
 class ProbeResidents(Probe):
-    """Writes what is in memory to output/NAME.json: [model, device, bytes] each, torch's bytes, the RSS."""
+    """Writes what is in memory to output/NAME.json: [model, device, bytes], torch's bytes, the RSS."""
 
     RETURN_TYPES = ()
     OUTPUT_NODE = True
@@ -162,7 +162,7 @@ class ProbeResidents(Probe):
 
 
 class ProbeEviction(Probe):
-    """Loads two components as on a card, forgets them as the cache does, and lets ComfyUI evict everything.
+    """Loads two components as if on a card, forgets them, and has ComfyUI evict everything.
 
     Writes how many bytes were loaded before and after to output/NAME.json.
     """
@@ -197,10 +197,10 @@ class ProbeEviction(Probe):
 
 
 class ProbeBorrowed(Probe):
-    """Has ComfyUI evict everything while a component is borrowed, and again afterwards.
+    """Has ComfyUI evict everything while a component is in use, and again afterwards.
 
-    Writes [bytes freed by partially_unload, bytes loaded during the borrow, after it, evicted] to
-    output/NAME.json.
+    Writes to output/NAME.json the bytes that partially_unload freed, and those loaded during the use, after
+    it, and after the second eviction.
     """
 
     RETURN_TYPES = ()
@@ -230,9 +230,9 @@ class ProbeBorrowed(Probe):
 
 
 class ProbeCopies(Probe):
-    """Which copies of a component a new one releases: written to output/NAME.json as [old, new, kept].
+    """Finds which copies of a component a new one releases, and writes [old, new, kept] to output/NAME.json.
 
-    Nothing is loaded; the cards are only named.
+    It loads nothing, and the cards need not be there.
     """
 
     RETURN_TYPES = ()
@@ -270,7 +270,7 @@ class ProbeCopies(Probe):
 class ProbeBrokenCard(Probe):
     """Opens components on a machine whose gpu:0 is the CPU, and whose gpu:1 is a card that torch cannot use.
 
-    Writes where `auto` puts them, and what choosing gpu:1 raises, twice, to output/NAME.json.
+    Writes the devices that `auto` chooses, and the errors of choosing gpu:1 twice, to output/NAME.json.
     """
 
     RETURN_TYPES = ()
@@ -302,7 +302,7 @@ class ProbeBrokenCard(Probe):
 
 
 class ProbeCLIP(Probe):
-    """Core's own Qwen2.5-VL classes and tokenizer at their real width, with one layer and random weights."""
+    """Core's Qwen2.5-VL classes and tokenizer at their real width, with one layer and random weights."""
 
     RETURN_TYPES = ("CLIP",)
 
