@@ -113,14 +113,14 @@ class FireRedSampler(io.ComfyNode):
             samples=None if given is None else given.samples,
             draws=None if given is None else given.draws,
         )
-        _log_what_does_not_count(negative is not None, cfg, given)
+        _log_unused_inputs(negative is not None, cfg, given)
         saved = host.saved_run(run.name(guard)) if resume == "on" else None
         samples = _sample(transformer, run, saved, guard)
         sampled = kept_keys(latent or {}) | {"samples": samples, host.RUN_KEY: saved.name if saved else None}
         return io.NodeOutput({key: value for key, value in sampled.items() if value is not None})
 
 
-def _log_what_does_not_count(has_negative: bool, cfg: float, given: LatentInput | None) -> None:
+def _log_unused_inputs(has_negative: bool, cfg: float, given: LatentInput | None) -> None:
     if cfg > 1 and not has_negative:
         log.warning("cfg is %s but no negative conditioning is connected: sampling without guidance.", cfg)
     if given is not None and bool(given.samples.any()) and first_time("content of a latent"):

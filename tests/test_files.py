@@ -26,7 +26,7 @@ from engine.models import loading
 from engine.planning.machine import Device, Machine
 from engine.planning.memory_map import draw_memory_map
 from engine.planning.placement import ROLES, place
-from engine.sampling.recall import embedding_name
+from engine.sampling.encoded_cache import embedding_name
 from engine.sampling.schedule import make_schedule
 from engine.weights.components import fingerprint
 from PIL import Image

@@ -43,7 +43,7 @@ def open_component(role: str, checkpoint: str, precision: str, device: str, math
     require_libraries()
     replica, reason = _decide(role, checkpoint, precision, device, math)
     why, size = f" ({reason})" if reason else "", replica.spec.nbytes() / GIB
-    log.info("%s, about %.1f GiB%s%s", replica, size, why, _scores(replica))
+    log.info("%s, about %.1f GiB%s%s", replica, size, why, _attention_note(replica))
     require_kernels(replica.device)
     require_fit(replica)
     _require_library(replica.spec.precision, replica.card)
@@ -54,7 +54,7 @@ def open_component(role: str, checkpoint: str, precision: str, device: str, math
     return handle_for(replica)
 
 
-def _scores(replica: Replica) -> str:
+def _attention_note(replica: Replica) -> str:
     """What attention without a fused kernel costs a usual edit, for the log; nothing where there is one."""
     if replica.fused:
         return ""

@@ -31,7 +31,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "accelerate": ("init_empty_weights",),
 }
 OPTIONAL = {"bitsandbytes": "nf4 and int8-bnb"}  # and the precisions that need it
-OF_TORCH = ("torch", "torchvision")  # to be installed together, from the same index
+TORCH_LIBRARIES = ("torch", "torchvision")  # to be installed together, from the same index
 
 
 def startup_warning() -> str | None:
@@ -110,7 +110,7 @@ def _install(*names: str, options: str = "") -> str:
         commands.append(_install_torch(python))
     elif "torchvision" in names:
         commands.append(f"{python} -m pip install {_torchvision_for(torch.__version__)}")
-    if wanted := [f'"{name}>={OLDEST[name]}"' for name in names if name not in OF_TORCH]:
+    if wanted := [f'"{name}>={OLDEST[name]}"' for name in names if name not in TORCH_LIBRARIES]:
         commands.append(f"{python} -m pip install {options}{' '.join(wanted)}")
     return f"Install with: {' and then: '.join(commands)} and restart ComfyUI."
 

@@ -33,7 +33,7 @@ class Link:
     """The way from one card to another.
 
     peer_access: whether the driver offers direct copies. fault: what a direct copy got wrong, None for
-    nothing; with a fault, `cross` goes through host memory.
+    nothing; with a fault, copy_to goes through host memory.
     """
 
     source: torch.device
@@ -64,7 +64,7 @@ def needs_detour(
     return source.type == target.type == "cuda" and source != target and find(source, target) is not None
 
 
-def cross(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def copy_to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor in FP32 on `device`. The first crossing between two cards tests the way, in a second."""
     if needs_detour(tensor.device, device):
         tensor = through_host(tensor, device)

@@ -128,13 +128,13 @@ class CacheWriter:
     def __init__(self, path: Path, layout: Layout):
         self._path, self._partial = path, _partial(path)
         self._missing = set(layout)
-        self._places: dict[str, int] = {}
+        self._offsets: dict[str, int] = {}
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, (dtype, shape) in layout.items():
             end = offset + _nbytes(dtype, shape)
             header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-            self._places[name] = offset
+            self._offsets[name] = offset
             offset = end
         encoded = json.dumps(header).encode()
         encoded += b" " * (-len(encoded) % 8)
@@ -151,7 +151,7 @@ class CacheWriter:
         if self._file.closed:
             return
         try:
-            self._file.seek(self._start + self._places[name])
+            self._file.seek(self._start + self._offsets[name])
             self._file.write(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
             self._missing.discard(name)
         except OSError as error:

@@ -88,11 +88,11 @@ class Component:
         return {name: info for shard in self._shard_paths() for name, info in read_header(shard).items()}
 
     def tensors(
-        self, wanted: Callable[[str], bool] = lambda name: True, borrowed_for: torch.device | None = None
+        self, wanted: Callable[[str], bool] = lambda name: True, reuse_buffers_for: torch.device | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The stored tensors whose names are `wanted`, in turn, on the CPU; see read_tensors."""
         for shard in self.shards():
-            yield from read_tensors(shard, wanted, borrowed_for)
+            yield from read_tensors(shard, wanted, reuse_buffers_for)
 
     def identity(self) -> str:
         """A short hash of the component's files, see folder_identity."""

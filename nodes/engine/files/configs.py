@@ -36,7 +36,7 @@ DEFAULTS: dict[str, dict[str, int | float]] = {
     },
 }
 # What these nodes compute. A config that asks for something else would silently get another picture.
-COMPUTED: dict[str, dict[str, int | bool]] = {
+SUPPORTED: dict[str, dict[str, int | bool]] = {
     "transformer": {
         "patch_size": 2,
         "in_channels": 64,
@@ -87,7 +87,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         for name in QUANTIZED_CONFIGS:
             if isinstance(part, dict) and part.get(name):
                 raise already_quantized(folder, f"{path.name} has a {name}")
-    for name, value in COMPUTED.get(role, {}).items():
+    for name, value in SUPPORTED.get(role, {}).items():
         if config.get(name, value) != value:
             raise CheckpointError(
                 f"{path} sets {name} to {config[name]!r}; these nodes compute {value!r} only. Use the {role} "

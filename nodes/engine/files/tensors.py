@@ -81,19 +81,19 @@ def read_header_and_start(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
 def read_tensors(
     path: Path,
     wanted: Callable[[str], bool] = lambda name: True,
-    borrowed_for: torch.device | None = None,
+    reuse_buffers_for: torch.device | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The `wanted` tensors of a safetensors file, each being read while the one before is worked on.
 
     Plain reads rather than a memory map: never more than two tensors of the file are in host memory.
-    borrowed_for: the device each tensor is copied to before the next is asked for; two buffers then do.
+    reuse_buffers_for: the device each tensor is copied to before the next is asked for; two buffers then do.
     """
     header, start_of_data = read_header_and_start(path)
     names = sorted(filter(wanted, header), key=lambda name: header[name]["data_offsets"][0])
     sizes = {name: stored_bytes(header[name]) for name in names}
     buffers = []
-    if borrowed_for is not None:
-        buffers = [_host_buffer(max(sizes.values(), default=0), borrowed_for) for _ in range(2)]
+    if reuse_buffers_for is not None:
+        buffers = [_host_buffer(max(sizes.values(), default=0), reuse_buffers_for) for _ in range(2)]
 
     def read(index: int) -> torch.Tensor:
         name = names[index]

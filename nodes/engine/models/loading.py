@@ -21,7 +21,7 @@ from ..files.checkpoint import Component
 from ..files.configs import read_json
 from ..progress import OnProgress, ignore_progress
 from ..weights.components import ComponentSpec, Replica
-from ..weights.filling import fill, kept_name
+from ..weights.filling import cache_name, fill
 from ..weights.layers import keep_single_frames
 from .config import TransformerConfig
 from .modulation import Modulation
@@ -51,7 +51,7 @@ def mark_used(spec: ComponentSpec, cache: DiskCache) -> None:
     """Keep the copy of weights that are in use from becoming the oldest file: while they stay in memory
     nobody opens it.
     """
-    if name := kept_name(spec):
+    if name := cache_name(spec):
         cache.find(name)
 
 
@@ -66,7 +66,7 @@ def load_transformer(replica: Replica, on_progress: OnProgress, cache: DiskCache
 def load_vae(replica: Replica, on_progress: OnProgress, cache: DiskCache | None) -> VAE:
     component = replica.spec.checkpoint.component("vae")
     config = component.config()
-    with _described_by(component), init_empty_weights():
+    with _config_errors(component), init_empty_weights():
         model = diffusers.AutoencoderKLQwenImage.from_config(config)
     fill(model, replica, on_progress)
     keep_single_frames(model)
@@ -79,8 +79,8 @@ def load_text_encoder(replica: Replica, on_progress: OnProgress, cache: DiskCach
     config = _text_encoder_config(component)
     folder = checkpoint.component("processor").folder
     processor = _load_processor(folder)
-    _require_this_models(processor, config, folder)
-    with _described_by(component), init_empty_weights():
+    _require_matching_processor(processor, config, folder)
+    with _config_errors(component), init_empty_weights():
         model = transformers.Qwen2_5_VLModel(config)
     fill(model, replica, on_progress, cache)
     return TextEncoder(replica, model.eval(), processor)
@@ -93,7 +93,7 @@ def _text_encoder_config(component: Component) -> transformers.Qwen2_5_VLConfig:
     if TRANSFORMERS_4 and isinstance(rope, dict) and not text.get("rope_scaling"):
         text["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
         text["rope_theta"] = rope.get("rope_theta", 1e6)
-    with _described_by(component):
+    with _config_errors(component):
         return transformers.Qwen2_5_VLConfig.from_dict(content)
 
 
@@ -125,7 +125,7 @@ def _without_byte_order_marks(folder: Path) -> Iterator[Path]:
         yield copy
 
 
-def _require_this_models(
+def _require_matching_processor(
     processor: transformers.Qwen2VLProcessor, config: transformers.Qwen2_5_VLConfig, folder: Path
 ) -> None:
     """Raise CheckpointError unless the processor is the one that this text encoder was trained with.
@@ -160,7 +160,7 @@ def _require_this_models(
 
 
 @contextlib.contextmanager
-def _described_by(component: Component) -> Iterator[None]:
+def _config_errors(component: Component) -> Iterator[None]:
     """Say which config.json it is that a library cannot build its model from."""
     try:
         yield

@@ -103,7 +103,7 @@ class Modulation:
             self._cache.find(name)  # nobody opens the file of a table in memory, which is used all the same
         elif self._cache:
             table = self._cache.map(name)
-        if table is None or not self._is_right(table, timesteps):
+        if table is None or not self._is_valid(table, timesteps):
             return None
         self._remember(name, table)
         return table
@@ -111,7 +111,7 @@ class Modulation:
     def _compute(self, timesteps: torch.Tensor, on_progress: OnProgress) -> Table:
         """From the weights; kept where all of it is finite."""
         table, name = self._compute_table(timesteps, on_progress), self._name(timesteps)
-        if not self._is_right(table, timesteps):
+        if not self._is_valid(table, timesteps):
             log.warning("the modulation of this schedule holds NaN or infinity: it is not kept")
             return table
         self._replica.spec.require_unchanged()  # or the table of other weights would bear the name of these
@@ -138,16 +138,16 @@ class Modulation:
         key = digest(RECIPE, timesteps.float(), card.device.type, card.name, computed)
         return f"{spec.checkpoint.name}-modulation-{spec.identity}-{key}"
 
-    def _empty(self, timesteps: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _empty_table(self, timesteps: torch.Tensor) -> dict[str, torch.Tensor]:
         rows, config = len(timesteps) + self._config.zero_cond_t, self._config
         return {
             BLOCKS: torch.empty(rows, config.layers, len(STREAMS), 6 * config.width),
             OUT: torch.empty(rows, 2 * config.width),
         }
 
-    def _is_right(self, table: Table, timesteps: torch.Tensor) -> bool:
+    def _is_valid(self, table: Table, timesteps: torch.Tensor) -> bool:
         """Whether it has the shapes it should and is finite; read row by row, as a file may back it."""
-        return _layout(table) == _layout(self._empty(timesteps)) and all(
+        return _layout(table) == _layout(self._empty_table(timesteps)) and all(
             bool(row.isfinite().all()) for rows in table.values() for row in rows
         )
 
@@ -159,18 +159,18 @@ class Modulation:
         done, started = 0, time.perf_counter()
         levels = torch.cat([timesteps.float().cpu(), torch.zeros(int(self._config.zero_cond_t))])
         embedded = F.silu(self._time_embedding(levels))
-        table = self._empty(timesteps)
-        missing = self._layers(table)
-        halves: dict[str, torch.Tensor] = {}  # the weight or the bias of a layer, whichever came first
+        table = self._empty_table(timesteps)
+        missing = self._results(table)
+        waiting: dict[str, torch.Tensor] = {}  # the weight or the bias of a layer, whichever came first
         for name, tensor in component.tensors(is_folded, device):
-            halves[name] = tensor.to(device, copy=tensor.dtype is torch.float32).float()
+            waiting[name] = tensor.to(device, copy=tensor.dtype is torch.float32).float()
             done += tensor.nbytes
             on_progress(done, total)
             layer = name.rpartition(".")[0]
             weight, bias = f"{layer}.weight", f"{layer}.bias"
-            if layer in missing and weight in halves and bias in halves:
+            if layer in missing and weight in waiting and bias in waiting:
                 # on a CPU faster than linear()
-                result = torch.addmm(halves.pop(bias).unsqueeze(1), halves.pop(weight), embedded.T).T
+                result = torch.addmm(waiting.pop(bias).unsqueeze(1), waiting.pop(weight), embedded.T).T
                 missing.pop(layer).copy_(result)
         if missing:
             raise CheckpointError(
@@ -181,7 +181,7 @@ class Modulation:
         log.info("modulation computed in %.1f s (%.2f GB/s)", seconds, total / 1e9 / seconds)
         return table
 
-    def _layers(self, table: Table) -> dict[str, torch.Tensor]:
+    def _results(self, table: Table) -> dict[str, torch.Tensor]:
         """Where in the table each layer's results go."""
         blocks = itertools.product(range(self._config.layers), enumerate(STREAMS))
         places = {

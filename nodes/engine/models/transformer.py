@@ -163,13 +163,15 @@ class Block(Module):
         modulation: (rows, 2, 6 * width), as StepModulation.blocks. targets: how many of the image's tokens
         are being denoised: they come first and take the first row, references the last.
         """
-        of_image = _parts(modulation[:, IMAGE], targets)
-        of_text = _parts(modulation[:1, TEXT], text.shape[1])
-        attended = self.attn(_modulate(image, of_image, 0), _modulate(text, of_text, 0), rotary, mask, attend)
-        image, text = _add_gated(image, attended[0], of_image, 2), _add_gated(text, attended[1], of_text, 2)
+        for_image = _parts(modulation[:, IMAGE], targets)
+        for_text = _parts(modulation[:1, TEXT], text.shape[1])
+        attended = self.attn(
+            _modulate(image, for_image, 0), _modulate(text, for_text, 0), rotary, mask, attend
+        )
+        image, text = _add_gated(image, attended[0], for_image, 2), _add_gated(text, attended[1], for_text, 2)
         del attended
-        image = _add_gated(image, self.img_mlp(_modulate(image, of_image, 3)), of_image, 5)
-        text = _add_gated(text, self.txt_mlp(_modulate(text, of_text, 3)), of_text, 5)
+        image = _add_gated(image, self.img_mlp(_modulate(image, for_image, 3)), for_image, 5)
+        text = _add_gated(text, self.txt_mlp(_modulate(text, for_text, 3)), for_text, 5)
         if image.dtype == torch.float16:  # as diffusers does; the guard counts it as trouble
             image, text = image.clip(-FP16_MAX, FP16_MAX), text.clip(-FP16_MAX, FP16_MAX)
         return image, text

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..arithmetic import exact_fp32
 from ..cards.kernels import is_out_of_memory
-from ..cards.transfer import cross
+from ..cards.transfer import copy_to
 from ..images import from_pixels
 from ..latents import MEGAPIXEL, MIN_SIZE, TOKEN_PIXELS, VAE_SCALE, dimensions_for_area, require_latents
 from ..limits import REFERENCE_MEGAPIXELS, TILING
@@ -86,14 +86,14 @@ def decode(
     if guard == STOP:
         require_finite_input(latents, "The latent to decode")
     *_, height, width = latents.shape
-    tiles = _tiles(vae.replica, height, width, tiling, free)
+    tiles = _tile_sizes(vae.replica, height, width, tiling, free)
     watched = Guard(vae.replica, guard)
     return torch.cat([from_pixels(_decode_one(vae, watched, raw, tiles)) for raw in latents.split(1)])
 
 
 def decoding_bytes(replica: Replica, height: int, width: int, tiling: str) -> int:
     """What decoding latents of that size takes at least beside the weights."""
-    return _decode_bytes(replica, height, width, _tiles(replica, height, width, tiling, 0)[-1])
+    return _decode_bytes(replica, height, width, _tile_sizes(replica, height, width, tiling, 0)[-1])
 
 
 def _decode_bytes(replica: Replica, height: int, width: int, tile: int) -> int:
@@ -114,7 +114,7 @@ def require_room_to_decode(replica: Replica, height: int, width: int, tiling: st
     )
 
 
-def _tiles(replica: Replica, height: int, width: int, tiling: str, free: float) -> list[int]:
+def _tile_sizes(replica: Replica, height: int, width: int, tiling: str, free: float) -> list[int]:
     """The tile sizes to try, in turn."""
     whole = max(height, width)
     if TILING.require(tiling) == "whole":
@@ -133,7 +133,7 @@ def _decode_one(vae: VAE, guard: Guard, raw: torch.Tensor, tiles: list[int]) -> 
     model, replica = vae.model, vae.replica
 
     def attend() -> torch.Tensor:
-        part = model.post_quant_conv(cross(raw, replica.device).to(replica.spec.math))
+        part = model.post_quant_conv(copy_to(raw, replica.device).to(replica.spec.math))
         return model.decoder.mid_block(model.decoder.conv_in(part))
 
     features = guard.run(attend, "The picture being decoded", model)

@@ -59,9 +59,9 @@ class SavedRun:
         kept = self._read()
         if kept is None or kept[1]:
             return None
-        return self.finished(kept[0], batch)
+        return self.finished_latents(kept[0], batch)
 
-    def finished(self, state: RunState, batch: int) -> torch.Tensor | None:
+    def finished_latents(self, state: RunState, batch: int) -> torch.Tensor | None:
         """The raw latents (batch, 16, 1, h, w) of a state that has them all, or None."""
         if len(state.finished) != batch:
             return None

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..cards.transfer import cross
+from ..cards.transfer import copy_to
 from ..errors import InputError
 from ..images import warn_of_many_pictures
 from ..latents import (
@@ -227,29 +227,29 @@ def sample(
     transformer: Transformer,
     run: SamplingRun,
     on_step: OnStep = lambda done, total, denoised: None,
-    on_fold: OnProgress = ignore_progress,
+    on_modulation: OnProgress = ignore_progress,
     saved: SavedRun | None = None,
     guard: str = STOP,
 ) -> torch.Tensor:
     """Do the run: raw latents (B, 16, 1, h, w), FP32 on the CPU.
 
-    on_fold: told how far the schedule's modulation is, before the first step. What either callback raises
-    stops the run. saved: where the run is kept; one that was interrupted goes on at its last step, to the
-    same bits.
+    on_modulation: told how far the schedule's modulation is, before the first step. What either callback
+    raises stops the run. saved: where the run is kept; one that was interrupted goes on at its last step, to
+    the same bits.
     """
     size = run.padded_size
     resumed = _resume(run, transformer, saved)
     finished = list(resumed.finished) if resumed else []
     if len(finished) == run.batch:
         return torch.cat(finished)
-    worker = LocalWorker(transformer, run.schedule, size, run.conditions, guard, on_fold)
+    worker = LocalWorker(transformer, run.schedule, size, run.conditions, guard, on_modulation)
     noise = map(pack, draw_noise(size, run.seed, run.draws[len(finished) :]))
     first = next(noise)
     state = resumed or RunState(0, first)
     statistics = run.conditions[POSITIVE].statistics
     while len(finished) < run.batch:
         latents = _sample_picture(run, worker, state, on_step, saved)
-        raw = statistics.denormalize(cross(unpack(latents, *size), torch.device("cpu")))
+        raw = statistics.denormalize(copy_to(unpack(latents, *size), torch.device("cpu")))
         finished.append(raw[..., : run.height, : run.width])
         state = RunState(0, next(noise, first[:0]), tuple(finished))
         if saved is not None:
@@ -282,7 +282,7 @@ def _resume(run: SamplingRun, transformer: Transformer, saved: SavedRun | None) 
     state = saved.open(transformer.arithmetic) if saved is not None else None
     if saved is None or state is None:
         return None
-    if saved.finished(state, run.batch) is not None:
+    if saved.finished_latents(state, run.batch) is not None:
         return state
     if len(state.finished) >= run.batch or not 0 <= state.step <= run.schedule.steps:
         return None

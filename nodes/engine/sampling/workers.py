@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from ..arithmetic import exact_fp32
-from ..cards.transfer import cross
+from ..cards.transfer import copy_to
 from ..latents import PATCH, pack, pad_to_patches
 from ..models.guard import STOP, Guard
 from ..models.modulation import StepModulation
@@ -41,18 +41,18 @@ class LocalWorker:
         latent_size: tuple[int, int],
         conditions: Mapping[str, Condition],
         guard: str = STOP,
-        on_fold: OnProgress = ignore_progress,
+        on_modulation: OnProgress = ignore_progress,
     ):
         """latent_size: height and width of the latents to sample, both even. conditions: by branch.
 
-        guard: what to do about NaN and infinity, one of guard.GUARDS. on_fold: told how far the schedule's
-        modulation is, which is made ready first.
+        guard: what to do about NaN and infinity, one of guard.GUARDS. on_modulation: told how far the
+        schedule's modulation is, which is made ready first.
         """
         self.model, self._steps = transformer.model, schedule.steps
         replica = transformer.replica
         self._device, self._compute = replica.device, replica.spec.math
         self._guard = Guard(replica, guard)
-        self._modulation = transformer.modulation.of(schedule.timesteps, on_fold)
+        self._modulation = transformer.modulation.of(schedule.timesteps, on_modulation)
         self._branches = {
             name: _Branch(condition, latent_size, self.model, replica)
             for name, condition in conditions.items()
@@ -85,11 +85,11 @@ class _Branch:
         replica: Replica,
     ):
         device, compute = replica.device, replica.spec.math
-        padded = [pad_to_patches(cross(raw, device)) for raw in condition.reference_latents]
+        padded = [pad_to_patches(copy_to(raw, device)) for raw in condition.reference_latents]
         sizes = [latent_size, *(raw.shape[-2:] for raw in padded)]
         grids = [(height // PATCH, width // PATCH) for height, width in sizes]
         self._references = [pack(condition.statistics.normalize(raw)).to(compute) for raw in padded]
-        self._text = cross(condition.prompt_embeds, device).to(compute)
+        self._text = copy_to(condition.prompt_embeds, device).to(compute)
         self._mask = None if condition.mask is None else condition.mask.to(device)
         self._rotary = rotary_embedding(model.config, grids, self._text.shape[1], device)
 

@@ -18,7 +18,7 @@ from ..files.tensors import DTYPES, Layout, read_header, read_tensors, stored_by
 from ..progress import OnProgress
 from .components import ComponentSpec, Replica
 from .formats import QuantizedLinear
-from .layers import is_stored, prepare_layers
+from .layers import has_storage_dtype, prepare_layers
 from .names import model_name
 
 log = logging.getLogger("FireRed")
@@ -37,7 +37,7 @@ def fill(
     """
     spec = replica.spec
     prepare_layers(model, spec.role, spec.precision)
-    name = kept_name(spec)
+    name = cache_name(spec)
     kept = cache.find(name) if cache and name else None
     if kept is not None:
         try:
@@ -49,7 +49,7 @@ def fill(
     return _finish(model, replica)
 
 
-def kept_name(spec: ComponentSpec) -> str | None:
+def cache_name(spec: ComponentSpec) -> str | None:
     """The cache file of a component at a precision, None where nothing is kept of it."""
     layer = spec.precision.layer
     if layer is None or layer.cached_as is None:
@@ -92,7 +92,7 @@ def _convert(
     headers = {model_name(spec.role, name): info for name, info in component.stored().items()}
     headers.pop(None, None)
     missing = _Missing(_unquantised_shapes(model), component.folder)
-    name = kept_name(spec)
+    name = cache_name(spec)
     writer = cache.create(name, _final_layout(model, spec, headers)) if cache and name else None
     done, total = 0, sum(map(stored_bytes, headers.values()))
     try:
@@ -109,7 +109,7 @@ def _convert(
                 owner.set_weight(tensor)
                 parts = list(owner.layout())
             else:
-                dtype = spec.precision.storage if is_stored(owner, attribute) else spec.math
+                dtype = spec.precision.storage if has_storage_dtype(owner, attribute) else spec.math
                 _set_parameter(model, name, tensor, dtype or tensor.dtype)
             if writer is not None:
                 for part in parts:
@@ -130,7 +130,7 @@ def _restore(model: torch.nn.Module, kept: Path, device: torch.device, on_progre
     modules = dict(model.named_modules())
     missing = _Missing(_final_shapes(model), kept)
     done, total = 0, sum(map(stored_bytes, read_header(kept).values()))
-    for name, in_host in read_tensors(kept, borrowed_for=device):
+    for name, in_host in read_tensors(kept, reuse_buffers_for=device):
         tensor = in_host.to(device, copy=True)
         missing.take(name, tensor, name)
         path, _, attribute = name.rpartition(".")
@@ -171,7 +171,9 @@ def _final_layout(model: torch.nn.Module, spec: ComponentSpec, headers: Mapping[
         layout |= {f"{path}.{part}": described for part, described in layer.layout().items()}
     for name, parameter in model.named_parameters():
         owner, _, attribute = name.rpartition(".")
-        dtype = spec.precision.storage if is_stored(model.get_submodule(owner), attribute) else spec.math
+        dtype = (
+            spec.precision.storage if has_storage_dtype(model.get_submodule(owner), attribute) else spec.math
+        )
         if name in headers:
             layout[name] = (dtype or DTYPES[headers[name]["dtype"]], tuple(parameter.shape))
     return layout

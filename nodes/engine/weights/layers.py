@@ -51,7 +51,7 @@ def prepare_layers(model: torch.nn.Module, role: str, precision: Precision) -> N
                 setattr(module, name, UpcastEmbedding(child, precision.compute))
 
 
-def is_stored(module: torch.nn.Module, parameter: str) -> bool:
+def has_storage_dtype(module: torch.nn.Module, parameter: str) -> bool:
     """Whether this parameter keeps the storage dtype (a big matrix) rather than the compute dtype."""
     stored = (UpcastLinear, UpcastEmbedding, torch.nn.Linear, torch.nn.Embedding)
     return parameter == "weight" and isinstance(module, stored)

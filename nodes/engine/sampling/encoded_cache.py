@@ -29,7 +29,7 @@ def reference_name(replica: Replica, picture: Image.Image, megapixels: float) ->
     return f"{replica.spec.checkpoint.name}-reference-{key}"
 
 
-def recall(
+def load_or_encode(
     cache: DiskCache, names: Sequence[str], compute: Callable[[list[int]], Iterable[torch.Tensor]]
 ) -> list[torch.Tensor]:
     """The tensors of these names, read from the cache; those it lacks are computed, kept, and returned with
