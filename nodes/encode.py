@@ -1,4 +1,4 @@
-"""Prompt and pictures to conditioning."""
+"""The encode node: prompt and pictures to conditioning."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class FireRedEncodePrompt(io.ComfyNode):
                         io.Image.Input("image"), prefix="image", min=1, max=MAX_PICTURES
                     ),
                     tooltip="The pictures, in the order a prompt counts them (Picture 1, Picture 2). A "
-                    "batch is several.",
+                    "batch counts as several.",
                 ),
                 guard_input(),
             ],
@@ -108,7 +108,7 @@ class FireRedEncodePrompt(io.ComfyNode):
 
 
 def _require_known(unknown: dict[str, Any]) -> None:
-    """ComfyUI hands on links to inputs that the node does not have, such as an eleventh image."""
+    """Raise InputError for a link to an input that the node does not have: ComfyUI passes it on unchecked."""
     for name in unknown:
         last = f"images.image{MAX_PICTURES - 1}"
         raise InputError(
@@ -118,7 +118,7 @@ def _require_known(unknown: dict[str, Any]) -> None:
 
 
 def _pictures(images: Any) -> list[Image.Image]:
-    """The pictures of all connected inputs, in order."""
+    """The pictures of all connected inputs, in order. Raises InputError where there is none."""
     given = [
         require_image(image, f"images.{name}") for name, image in (images or {}).items() if image is not None
     ]
@@ -130,6 +130,7 @@ def _pictures(images: Any) -> list[Image.Image]:
 
 
 def _encode_references(vae: host.Handle, pictures: list, megapixels: float, guard: str) -> list[torch.Tensor]:
+
     def encode(missing: list[int]) -> Iterator[torch.Tensor]:
         from .engine.models.vae import encode_reference
 
@@ -145,6 +146,7 @@ def _encode_references(vae: host.Handle, pictures: list, megapixels: float, guar
 def _encode_prompts(
     text_encoder: host.Handle, prompts: tuple[str, str], pictures: list, guard: str
 ) -> list[torch.Tensor]:
+
     def encode(missing: list[int]) -> Iterator[torch.Tensor]:
         working = working_bytes(text_encoder.replica, Edit(references=len(pictures)))
         with host.borrow(text_encoder, working) as encoder:
