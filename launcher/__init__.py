@@ -1,6 +1,5 @@
 """Starts a real ComfyUI with this pack in it and talks to it.
 
-`run.py demo` and `run.py serve` run from here, and the tests and benchmarks import it. What belongs here:
-the folders, the server's process, its HTTP and websocket client, and the two commands. Nothing here is part
-of the nodes or imports them.
+Here belong the folders, the server's process, its client, and the commands that `run.py demo` and
+`run.py serve` run. Tests and benchmarks import it too. Nothing here is part of the nodes or imports them.
 """

@@ -1,4 +1,4 @@
-"""A running ComfyUI over HTTP and websocket: submit a prompt, follow it to its end, fetch its pictures."""
+"""Talk to a running ComfyUI: submit a prompt, follow it to its end, fetch its pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OnEvent = Callable[[str, dict[str, Any]], None]
 
 
 class ServerError(Exception):
-    """ComfyUI did not start, or it ended while it was needed. The message says where to look."""
+    """ComfyUI did not start, or it ended too early. The message says where to look."""
 
 
 class PromptRejected(Exception):
@@ -38,7 +38,7 @@ class PromptRejected(Exception):
 
 @dataclass
 class Run:
-    """A prompt that ran: the websocket's (type, data) events, the number of previews, the outputs."""
+    """A prompt that ran: its (type, data) events, its number of previews, its outputs."""
 
     prompt_id: str
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def error(self) -> dict[str, Any] | None:
-        """Node type, exception type and message of the execution error, if there was one."""
+        """The execution error, if there was one: node type, exception type and message."""
         return next((data for name, data in self.events if name == "execution_error"), None)
 
     def progress(self, node: str) -> list[tuple[int, int]]:
@@ -61,7 +61,7 @@ class Run:
 
     @property
     def executed(self) -> list[str]:
-        """The nodes that ran, in order, without those that ComfyUI's cache answered."""
+        """The nodes that ran, in order. Nodes whose output came from ComfyUI's cache are not among them."""
         return [data["node"] for name, data in self.events if name == "executing" and data["node"]]
 
 
@@ -88,9 +88,9 @@ class Client:
     ) -> Run:
         """Queue a prompt and wait for its end.
 
-        on_event: is called with the type and the data of each of its websocket events.
-        only: the output nodes to run; all of them when it is empty.
-        Raises PromptRejected when the prompt was not queued, ServerError when the server ended meanwhile.
+        on_event: called with the type and the data of each websocket event of the prompt.
+        only: the output nodes to run; empty runs all of them.
+        Raises PromptRejected when the server refuses the prompt, ServerError when the server ends.
         """
         return wait_for(self._run(prompt, on_event, only))
 
@@ -146,6 +146,6 @@ async def follow(socket: aiohttp.ClientWebSocketResponse, run: Run, on_event: On
 
 
 def wait_for(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """The coroutine's result. Works in a thread whose event loop runs already, as a browser test's does."""
+    """The coroutine's result. It runs in a new thread: a browser test's thread has an event loop already."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, coroutine).result()

@@ -54,14 +54,14 @@ def failed(*lines: str) -> int:
 
 
 def build_tiny_checkpoint(folder: Path) -> None:
-    """Write the tests' checkpoint, in a process of its own: what its libraries print is not for the user."""
+    """Write the tests' checkpoint in a separate process, to hide what its libraries print."""
     if not folder.exists():
         command = [sys.executable, ROOT / "tests" / "tiny_checkpoint.py", folder]
         subprocess.run(command, check=True, capture_output=True)
 
 
 def demo_prompt(checkpoint: str, text: str, steps: int | None) -> Prompt:
-    """The shipped API workflow with this checkpoint, photo and text."""
+    """The shipped API workflow with this checkpoint, text and number of steps, and the example photo."""
     prompt: Prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     for node in prompt.values():
         inputs = node["inputs"]
@@ -77,14 +77,14 @@ def demo_prompt(checkpoint: str, text: str, steps: int | None) -> Prompt:
 
 
 def edit(work: Path, prompt: Prompt) -> tuple[Run, float]:
-    """Run the prompt in a server of its own, and count the seconds without the server's start."""
+    """Run the prompt in a new server. Returns the run and its seconds, without the server's start."""
     with Server(work) as server:
         started = time.monotonic()
         return server.client.run(prompt, show_progress(prompt)), time.monotonic() - started
 
 
 def show_progress(prompt: Prompt) -> OnEvent:
-    """Prints a line for each node, with a count that moves with the node's progress."""
+    """A callback that prints a line for each node, with its progress."""
 
     def show(name: str, data: dict[str, Any]) -> None:
         if name == "executing" and data["node"]:

@@ -1,4 +1,4 @@
-"""Where ComfyUI is, and the work folder that it uses as its base: models, pictures, node packs."""
+"""ComfyUI's folder, and the work folder with its models, pictures and node packs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _folder_from(variable: str) -> Path:
 
 
 def prepare_work_folder(comfyui: Path, work: Path) -> None:
-    """Link this pack into the work folder, and put the example pictures where ComfyUI looks for them."""
+    """Link this pack into the work folder, and copy the example pictures into its input folder."""
     for name in ("custom_nodes", "input", "output", "user", "models/diffusers"):
         (work / name).mkdir(parents=True, exist_ok=True)
     if not (work / "custom_nodes" / PACK_FOLDER).exists():
@@ -47,7 +47,7 @@ def extra_model_paths(work: Path) -> Path:
 
 
 def add_pack(work: Path, pack: Path, name: str = "") -> None:
-    """Link a node pack into the work folder, by its own name unless another is given."""
+    """Link a node pack into the work folder. name: the link's, the pack folder's by default."""
     (work / "custom_nodes").mkdir(parents=True, exist_ok=True)
     link_folder(work / "custom_nodes" / (name or pack.name), pack)
 
@@ -58,7 +58,7 @@ def link_folder(link: Path, target: Path) -> None:
         import _winapi
 
         if os.path.lexists(link):
-            link.rmdir()  # removes the junction and leaves what it points to
+            link.rmdir()  # removes the junction, not its target
         _winapi.CreateJunction(str(target), str(link))
     else:
         link.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Run ComfyUI with this pack until it is ended, and print its address (what `run.py serve` runs).
+"""Print ComfyUI's address and run it with this pack until it ends (what `run.py serve` runs).
 
 Usage: python -m launcher.serve [--port N] [COMFYUI ARGUMENTS]
 """

@@ -1,4 +1,4 @@
-"""A ComfyUI process with this pack in it, in a work folder of its own."""
+"""Start a ComfyUI process with this pack, and end it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ START_SECONDS = 180
 
 
 class Server:
-    """A context manager that starts ComfyUI on a free port, waits until it answers, and ends it."""
+    """A context manager that starts ComfyUI on a free port, waits for its first answer, and ends it.
+
+    Raises ServerError when ComfyUI does not answer within START_SECONDS or ends at once.
+    """
 
     def __init__(self, work: Path, arguments: tuple[str, ...] = ()):
         port = free_port()
@@ -71,7 +74,7 @@ class Server:
 
 
 def server_command(comfyui: Path, work: Path, port: int, arguments: tuple[str, ...] = ()) -> list[str]:
-    """How to start ComfyUI, with its own models listed too. It runs on the CPU if nothing else is there."""
+    """The command line that starts ComfyUI with its own models too; on the CPU if there is no accelerator."""
     command = [sys.executable, str(comfyui / "main.py"), "--base-directory", str(work), "--port", str(port)]
     command += ["--database-url", f"sqlite:///{(work / 'user' / 'comfyui.db').as_posix()}"]
     command += ["--extra-model-paths-config", str(extra_model_paths(work)), "--disable-auto-launch"]
@@ -80,12 +83,12 @@ def server_command(comfyui: Path, work: Path, port: int, arguments: tuple[str, .
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's variables without PYTHONPATH: ComfyUI must not find the tests' and engine's modules."""
+    """This process's variables without PYTHONPATH, in which ComfyUI would find the tests' modules."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """A TCP port that no program listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

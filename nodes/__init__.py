@@ -1,4 +1,7 @@
-"""The nodes, one file a family. Engine modules that need diffusers or transformers load when a node runs."""
+"""The nodes: their inputs, outputs and what runs them. ComfyUI itself is reached through host alone.
+
+Engine modules that need diffusers or transformers are imported when a node runs: they take seconds.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ NODE_CLASS_MAPPINGS = {
 class FireRedExtension(ComfyExtension):
     @override
     async def on_load(self) -> None:
-        """The nodes are there without their libraries too, so that workflows open; loaders refuse to run."""
+        """Log missing libraries. The nodes exist without them, so that workflows open; loaders raise."""
         if warning := startup_warning():
             logging.getLogger("FireRed").warning("FireRed nodes: %s", warning)
 

@@ -1,4 +1,4 @@
-"""Latents to pictures."""
+"""The decode node: latents to pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompt and pictures to conditioning."""
+"""The encode node: prompt and pictures to conditioning."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from comfy_api.latest import io
 from PIL import Image
 
 from . import host
-from .engine.cards.transfer import cross
+from .engine.cards.transfer import copy_to
 from .engine.errors import InputError
 from .engine.images import require_image, to_pil, warn_of_many_pictures
 from .engine.limits import MAX_PICTURES, REFERENCE_MEGAPIXELS, require_text
 from .engine.models.guard import GUARD, STOP
 from .engine.sampling.conditioning import to_conditioning
-from .engine.sampling.recall import embedding_name, recall, reference_name
+from .engine.sampling.encoded_cache import embedding_name, load_or_encode, reference_name
 from .engine.weights.estimates import Edit
 from .engine.weights.room import working_bytes
 from .load import CATEGORY, VAE, TextEncoder, guard_input
 
 CPU = torch.device("cpu")
-PROMPTS = ("The prompt", "The negative prompt")  # in errors
+PROMPT_NAMES = ("The prompt", "The negative prompt")  # in errors
 
 
 class FireRedEncodePrompt(io.ComfyNode):
@@ -66,7 +66,7 @@ class FireRedEncodePrompt(io.ComfyNode):
                         io.Image.Input("image"), prefix="image", min=1, max=MAX_PICTURES
                     ),
                     tooltip="The pictures, in the order a prompt counts them (Picture 1, Picture 2). A "
-                    "batch is several.",
+                    "batch counts as several.",
                 ),
                 guard_input(),
             ],
@@ -91,9 +91,9 @@ class FireRedEncodePrompt(io.ComfyNode):
         _require_known(unknown)
         host.require_handle(text_encoder, "text_encoder")
         megapixels = REFERENCE_MEGAPIXELS.require(reference_megapixels)
-        if not require_text(prompt, PROMPTS[0]).strip():
+        if not require_text(prompt, PROMPT_NAMES[0]).strip():
             raise InputError("The prompt is empty. Write what to change in the picture.")
-        prompts = prompt, require_text(negative_prompt, PROMPTS[1])
+        prompts = prompt, require_text(negative_prompt, PROMPT_NAMES[1])
         pictures = _pictures(images)
         guard = GUARD.require(guard)
         if vae is not None:
@@ -108,7 +108,7 @@ class FireRedEncodePrompt(io.ComfyNode):
 
 
 def _require_known(unknown: dict[str, Any]) -> None:
-    """ComfyUI hands on links to inputs that the node does not have, such as an eleventh image."""
+    """Raise InputError for a link to an input that the node does not have: ComfyUI passes it on unchecked."""
     for name in unknown:
         last = f"images.image{MAX_PICTURES - 1}"
         raise InputError(
@@ -118,7 +118,7 @@ def _require_known(unknown: dict[str, Any]) -> None:
 
 
 def _pictures(images: Any) -> list[Image.Image]:
-    """The pictures of all connected inputs, in order."""
+    """The pictures of all connected inputs, in order. Raises InputError where there is none."""
     given = [
         require_image(image, f"images.{name}") for name, image in (images or {}).items() if image is not None
     ]
@@ -130,28 +130,30 @@ def _pictures(images: Any) -> list[Image.Image]:
 
 
 def _encode_references(vae: host.Handle, pictures: list, megapixels: float, guard: str) -> list[torch.Tensor]:
+
     def encode(missing: list[int]) -> Iterator[torch.Tensor]:
         from .engine.models.vae import encode_reference
 
         working = working_bytes(vae.replica, Edit(reference_megapixels=megapixels))
         with host.borrow(vae, working) as loaded:
             for index in missing:
-                yield cross(encode_reference(loaded, pictures[index], megapixels, guard), CPU)
+                yield copy_to(encode_reference(loaded, pictures[index], megapixels, guard), CPU)
 
     names = [reference_name(vae.replica, picture, megapixels) for picture in pictures]
-    return recall(host.disk_cache(), names, encode)
+    return load_or_encode(host.disk_cache(), names, encode)
 
 
 def _encode_prompts(
     text_encoder: host.Handle, prompts: tuple[str, str], pictures: list, guard: str
 ) -> list[torch.Tensor]:
+
     def encode(missing: list[int]) -> Iterator[torch.Tensor]:
         working = working_bytes(text_encoder.replica, Edit(references=len(pictures)))
         with host.borrow(text_encoder, working) as encoder:
             for index in missing:
-                encoder.require_prompt(prompts[index], PROMPTS[index])
+                encoder.require_prompt(prompts[index], PROMPT_NAMES[index])
             for index in missing:
-                yield cross(encoder.encode(prompts[index], pictures, PROMPTS[index], guard), CPU)
+                yield copy_to(encoder.encode(prompts[index], pictures, PROMPT_NAMES[index], guard), CPU)
 
     names = [embedding_name(text_encoder.replica, prompt, pictures) for prompt in prompts]
-    return recall(host.disk_cache(), names, encode)
+    return load_or_encode(host.disk_cache(), names, encode)

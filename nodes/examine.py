@@ -1,4 +1,4 @@
-"""What a graph's models do inside, as pictures and text."""
+"""The numerics node: how large activations get inside the models, as charts and text."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class FireRedNumerics(io.ComfyNode):
                     "look_at",
                     default="1, 20, 40",
                     optional=True,
-                    tooltip="Which of the steps to look at, one forward each; past the last means the last.",
+                    tooltip="The steps to look at, one forward each. A step past the last means the last.",
                 ),
                 io.String.Input(
                     "prompt", default="", optional=True, multiline=True, tooltip="For the text encoder."

@@ -1,4 +1,4 @@
-"""The loader nodes: which checkpoint, at which precision, on which device. They load nothing themselves."""
+"""The loader nodes choose a checkpoint, a precision and a device. The weights load at their first use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VAE = io.Custom("FIRERED_VAE")
 
 
 class _Loader(io.ComfyNode):
-    """What the three loaders share: checkpoint, precision and device in, a component's description out."""
+    """What the three loaders share: the check and the fingerprint of the checkpoint."""
 
     @classmethod
     def validate_inputs(cls, checkpoint: Any = None) -> bool | str:
@@ -55,7 +55,7 @@ def _inputs(role: str) -> list[io.Input]:
 
 
 def guard_input() -> io.Input:
-    """What the nodes that compute share."""
+    """The `guard` input, the same for every node that computes."""
     return io.Combo.Input(
         "guard",
         options=list(GUARDS),
@@ -86,8 +86,7 @@ class FireRedLoadTransformer(_Loader):
                     optional=True,
                     advanced=True,
                     tooltip="Force the arithmetic, whatever the weights are stored as. fp32 on a modern "
-                    "card computes "
-                    "what a P40 would.",
+                    "card computes what a P40 would.",
                 ),
             ],
             outputs=[Transformer.Output("transformer", display_name="transformer")],

@@ -1,4 +1,4 @@
-"""Conditioning and noise to latents."""
+"""The sampler node: conditioning and noise to latents."""
 
 from __future__ import annotations
 
@@ -113,14 +113,15 @@ class FireRedSampler(io.ComfyNode):
             samples=None if given is None else given.samples,
             draws=None if given is None else given.draws,
         )
-        _log_what_does_not_count(negative is not None, cfg, given)
+        _log_unused_inputs(negative is not None, cfg, given)
         saved = host.saved_run(run.name(guard)) if resume == "on" else None
         samples = _sample(transformer, run, saved, guard)
         sampled = kept_keys(latent or {}) | {"samples": samples, host.RUN_KEY: saved.name if saved else None}
         return io.NodeOutput({key: value for key, value in sampled.items() if value is not None})
 
 
-def _log_what_does_not_count(has_negative: bool, cfg: float, given: LatentInput | None) -> None:
+def _log_unused_inputs(has_negative: bool, cfg: float, given: LatentInput | None) -> None:
+    """Log what the user set and this run does not use."""
     if cfg > 1 and not has_negative:
         log.warning("cfg is %s but no negative conditioning is connected: sampling without guidance.", cfg)
     if given is not None and bool(given.samples.any()) and first_time("content of a latent"):
@@ -130,7 +131,7 @@ def _log_what_does_not_count(has_negative: bool, cfg: float, given: LatentInput 
 
 
 def _sample(transformer: host.Handle, run: SamplingRun, saved: SavedRun | None, guard: str) -> torch.Tensor:
-    """The run's latents, from the disk where an earlier prompt left them."""
+    """The run's raw latents: from disk if an earlier prompt finished them, else sampled."""
     from .engine.sampling.sampling import sample
 
     samples = saved.result(run.batch) if saved else None

@@ -15,7 +15,7 @@ from engine.files.cache import SUFFIX, CacheWriter, DiskCache
 from engine.files.checkpoint import Checkpoint
 from engine.files.tensors import read_tensors
 from engine.models import loading
-from engine.sampling.recall import embedding_name, recall, reference_name
+from engine.sampling.encoded_cache import embedding_name, load_or_encode, reference_name
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -48,10 +48,8 @@ def test_what_is_written_tensor_by_tensor_is_a_safetensors_file(
         writer.write(name, TENSORS[name])
     writer.finish()
     assert same(load_file(tmp_path / "file"), TENSORS)
-    assert same(
-        {name: tensor.clone() for name, tensor in read_tensors(tmp_path / "file", borrowed_for=borrowed)},
-        TENSORS,
-    )
+    read = read_tensors(tmp_path / "file", reuse_buffers_for=borrowed)
+    assert same({name: tensor.clone() for name, tensor in read}, TENSORS)
 
 
 def test_an_unfinished_file_never_gets_its_name(tmp_path: Path) -> None:
@@ -214,14 +212,15 @@ def test_what_cannot_be_deleted_does_not_keep_others_from_being_written(tmp_path
 
 def test_only_finite_encodings_are_kept(cache: DiskCache) -> None:
     nan = torch.full((2,), float("nan"))
-    assert recall(cache, ["bad", "good"], lambda missing: [nan, torch.ones(2)])[1].tolist() == [1.0, 1.0]
+    _, good = load_or_encode(cache, ["bad", "good"], lambda missing: [nan, torch.ones(2)])
+    assert good.tolist() == [1.0, 1.0]
     assert cache.read("bad") is None and cache.read("good") is not None
 
 
 def test_a_folder_that_takes_nothing_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
     cache = DiskCache(tmp_path / "file", 10**9)
-    recall(cache, ["a", "b"], lambda missing: [torch.ones(2)] * 2)
+    load_or_encode(cache, ["a", "b"], lambda missing: [torch.ones(2)] * 2)
     assert cache.create("c", LAYOUT) is None
     assert caplog.text.count("not caching") == 1 and str(tmp_path / "file") in caplog.text
 
@@ -280,8 +279,8 @@ def test_the_same_prompt_and_pictures_are_encoded_once(cache: DiskCache) -> None
         asked.append(missing)
         return [torch.full((2,), float(index)) for index in missing]
 
-    assert [t.tolist() for t in recall(cache, ["a", "b", "a"], encode)] == [[0, 0], [1, 1], [0, 0]]
-    assert [t.tolist() for t in recall(cache, ["b", "c"], encode)] == [[1, 1], [1, 1]]
+    assert [t.tolist() for t in load_or_encode(cache, ["a", "b", "a"], encode)] == [[0, 0], [1, 1], [0, 0]]
+    assert [t.tolist() for t in load_or_encode(cache, ["b", "c"], encode)] == [[1, 1], [1, 1]]
     assert asked == [[0, 1], [1]]
 
 

@@ -14,7 +14,7 @@ from engine.errors import CheckpointError
 from engine.files.cache import DiskCache
 from engine.files.checkpoint import Checkpoint
 from engine.models import loading
-from engine.sampling.recall import embedding_name
+from engine.sampling.encoded_cache import embedding_name
 from engine.weights.components import fingerprint
 from other_versions import change_json
 from safetensors.torch import load_file, save_file

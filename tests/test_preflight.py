@@ -12,7 +12,7 @@ from engine.cards.heartbeat import NOTE, compile_note, heartbeat
 from engine.cards.kernels import cannot_compute, card_name, install_line, require_kernels
 from engine.cards.preflight import NATIVE, CardReport, Rate, preflight, rate_or_reason, unfused_attention
 from engine.cards.timing import measure_rate
-from engine.cards.transfer import cross, find_fault, needs_detour, through_host
+from engine.cards.transfer import copy_to, find_fault, needs_detour, through_host
 from engine.errors import FireRedError
 from engine.planning.machine import unusable
 from engine.planning.planner import ROLES
@@ -280,9 +280,9 @@ def test_only_pairs_of_cards_with_a_fault_take_the_detour() -> None:
     assert asked == [(first, second), (second, first)]
 
 
-def test_a_crossing_is_in_fp32() -> None:
-    crossed = cross(torch.tensor([1.5, 3e38], dtype=torch.bfloat16), CPU)
-    assert crossed.dtype == torch.float32 and crossed[0] == 1.5 and crossed.isfinite().all()
+def test_a_copy_to_another_device_is_in_fp32() -> None:
+    copied = copy_to(torch.tensor([1.5, 3e38], dtype=torch.bfloat16), CPU)
+    assert copied.dtype == torch.float32 and copied[0] == 1.5 and copied.isfinite().all()
 
 
 # Signs of life

@@ -1,5 +1,5 @@
-"""The FireRed engine: torch, diffusers and transformers only, no ComfyUI import anywhere below.
+"""The FireRed engine. It uses torch, diffusers and transformers; nothing here imports ComfyUI.
 
-Its rooms, each standing on those before it: cards, files, weights, models, sampling, numerics, planning. What
-lies beside them is a few words that everyone shares.
+Its packages import only from those before them: cards, files, weights, models, sampling, numerics, planning.
+The modules beside the packages are shared by all of them.
 """

@@ -1,4 +1,4 @@
-"""Which arithmetic torch really uses: FP32 kept FP32, and what besides the inputs decides a result's bits."""
+"""Keep FP32 arithmetic exact, and list the settings that decide a result's bits besides its inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-# What changes the kernels that libraries choose, set outside of Python.
+# Environment variables that change which kernels the libraries choose.
 ENVIRONMENT = (
     "NVIDIA_TF32_OVERRIDE",
     "CUBLAS_WORKSPACE_CONFIG",
@@ -20,7 +20,7 @@ ENVIRONMENT = (
     "ONEDNN_DEFAULT_FPMATH_MODE",
     "ONEDNN_MAX_CPU_ISA",
 )
-# Sums of products in 16 bits; older releases of torch lack some of these settings.
+# torch's settings that let products be summed in 16 bits. Older releases lack some of them.
 REDUCED_SUMS = (
     "allow_fp16_accumulation",
     "allow_fp16_reduced_precision_reduction",
@@ -30,7 +30,7 @@ REDUCED_SUMS = (
 
 @dataclass(frozen=True)
 class Switch:
-    """A process-wide setting of how FP32 is computed. before: what it is set to. exact: FP32 itself."""
+    """A setting of torch for FP32 arithmetic. before: its value now. exact: its value for true FP32."""
 
     set: Callable[[Any], object]
     before: str | bool
@@ -39,11 +39,11 @@ class Switch:
 
 @contextmanager
 def exact_fp32() -> Iterator[None]:
-    """FP32 products and convolutions in FP32 inside the block, and as they were after it.
+    """Compute FP32 products and convolutions in true FP32 inside the block.
 
-    torch lets cuDNN compute FP32 convolutions in TF32 unless told otherwise (a relative error of 1e-3 instead
-    of 3e-6 over 12 convolutions), and other code may have allowed TF32 or BF16 in products too. The settings
-    belong to the whole process, so they are put back.
+    By default, torch lets cuDNN compute FP32 convolutions in TF32: a relative error of 1e-3 instead of 3e-6
+    over 12 convolutions. Other code may have allowed TF32 or BF16 in products too. The settings belong to
+    the whole process, so the block restores them at its end.
     """
     changed = [switch for switch in _switches() if switch.before != switch.exact]
     for switch in changed:
@@ -56,7 +56,7 @@ def exact_fp32() -> Iterator[None]:
 
 
 def _switches() -> Iterator[Switch]:
-    """torch 2.9 has a setting for each part, beside older ones that it refuses to read in some states."""
+    """The settings of this torch. torch 2.9 has new ones, and raises when some of the older are read."""
     backends: Any = torch.backends
     if hasattr(backends.cuda.matmul, "fp32_precision"):
         for part in (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv):
@@ -71,9 +71,9 @@ def _switches() -> Iterator[Switch]:
 
 
 def computing_environment(device: torch.device, *libraries: str) -> tuple[object, ...]:
-    """What besides its inputs decides the bits of what a device computes inside exact_fp32.
+    """Everything but the inputs that decides the bits of a result computed on `device` in exact_fp32.
 
-    Versions of torch and of the `libraries`, torch's settings, and on the CPU its threads and instructions.
+    That is: versions of torch and `libraries`, torch's settings, and the CPU's threads and instruction set.
     """
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     settings: list[object] = [*map(_version, libraries), torch.__version__, *map(os.environ.get, ENVIRONMENT)]

@@ -1,8 +1,8 @@
-"""Errors for the person at the graph: what failed, with which value, and the one thing to do next."""
+"""Errors for the user: each says what failed, with which value, and what to do next."""
 
 
 class FireRedError(Exception):
-    """Base of every error this pack raises on purpose."""
+    """The base of every error that this pack raises on purpose."""
 
 
 class CheckpointError(FireRedError):
@@ -14,9 +14,9 @@ class InputError(FireRedError, ValueError):
 
 
 class NonFiniteError(FireRedError):
-    """NaN or infinity where a black image would have come out."""
+    """NaN or infinity in a result. The picture would be black."""
 
 
 def first_line(error: BaseException) -> str:
-    """What a library said, without its traces and hints, to stand inside a sentence."""
+    """The first line of an error's message, without its full stop, for use inside a sentence."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""ComfyUI images in and out: checked, turned into what the model's own preprocessing takes, and back."""
+"""ComfyUI's images: check them, and convert them to PIL pictures and back."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .notices import first_time
 
 log = logging.getLogger("FireRed")
 
-TRAINED_PICTURES = 3  # the most that the model was trained on
-MAX_ASPECT_RATIO = 16  # beyond this the shorter side at 1 MP would be under 256 pixels
+TRAINED_PICTURES = 3  # the model was trained on up to this many
+MAX_ASPECT_RATIO = 16  # above it, the shorter side at 1 MP has fewer than 256 pixels
 
 
 def to_pil(images: Iterable[torch.Tensor]) -> list[Image.Image]:
     """Every picture of the given IMAGE tensors, in order, as 8-bit RGB.
 
-    images: each (B, H, W, C) or (H, W, C) with values 0 to 1; C is 1 (grey), 3, or 4 (alpha is dropped, as
-    core does). A batch counts as B pictures. Raises InputError naming the picture (from 1) and what is wrong
-    with it, and for more than MAX_PICTURES.
+    images: each (B, H, W, C) or (H, W, C) with values 0 to 1. C is 1 (grey), 3, or 4: alpha is dropped, as in
+    core. A batch counts as B pictures. Raises InputError with the number of the bad picture (from 1) and what
+    is wrong with it, and for more than MAX_PICTURES.
     """
     images = list(images)
     require_picture_count(sum(len(image) if image.ndim == 4 else 1 for image in images), "pictures")
@@ -34,7 +34,7 @@ def to_pil(images: Iterable[torch.Tensor]) -> list[Image.Image]:
 
 
 def require_picture_count(count: int, what: str) -> None:
-    """Raise InputError for more pictures than an edit takes. what: they in words."""
+    """Raise InputError for more than MAX_PICTURES. what: the counted things, for the message."""
     if count > MAX_PICTURES:
         raise InputError(
             f"There are {count} {what}; one edit takes up to {MAX_PICTURES}. A batch counts as several, and "
@@ -43,7 +43,7 @@ def require_picture_count(count: int, what: str) -> None:
 
 
 def warn_of_many_pictures(count: int) -> None:
-    """Say in the log that an edit starts from more pictures than the model was trained on."""
+    """Log a warning when an edit starts from more pictures than the model was trained on."""
     if count > TRAINED_PICTURES and first_time("pictures", count):
         log.warning(
             "the edit starts from %d pictures; the model was trained on up to %d and may mix up more",
@@ -53,7 +53,7 @@ def warn_of_many_pictures(count: int) -> None:
 
 
 def require_image(value: Any, name: str) -> torch.Tensor:
-    """An IMAGE unchanged. name: the input's. Raises InputError for what is no tensor."""
+    """The IMAGE unchanged. name: the input's. Raises InputError for anything but a tensor."""
     if not isinstance(value, torch.Tensor):
         raise InputError(
             f"{name} is {shown(value)}, which is no picture. Connect the output of a node that makes "

@@ -1,8 +1,8 @@
 """Sizes, noise, packing and normalising of latents.
 
-Raw latents are what the VAE encodes to and what a ComfyUI LATENT holds: (B, 16, 1, h, w), h and w an eighth
-of the pixels. The transformer works on normalised latents packed into tokens of 2x2 patches: (B, h/2 * w/2,
-64).
+Raw latents are the VAE's output and what a ComfyUI LATENT holds: (B, 16, 1, h, w), with h and w an eighth of
+the pixels. The transformer takes normalised latents, packed into tokens of 2x2 patches:
+(B, h/2 * w/2, 64).
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from .errors import InputError
 from .limits import Real, Whole, shown
 
 VAE_SCALE = 8  # pixels per latent
-PATCH = 2  # latents per token and side
+PATCH = 2  # latents on each side of a token
 TOKEN_PIXELS = VAE_SCALE * PATCH
 LATENT_CHANNELS = 16
-MEGAPIXEL = 1024 * 1024  # core and diffusers count 1024x1024 as one
-SIZE_MULTIPLE = 32  # of sizes we choose ourselves, as diffusers does
+MEGAPIXEL = 1024 * 1024  # as core and diffusers count
+SIZE_MULTIPLE = 32  # pixels; diffusers' rule for sizes that the user did not set
 MIN_SIZE, MAX_SIZE = 32, 4096  # pixels a side
-WIDTH, HEIGHT = (Whole(side, 0, MAX_SIZE) for side in ("width", "height"))  # 0 to follow the first image
-# Numbers that a latent's batch_index may hold: core's LatentFromBatch counts as far. Each costs a draw.
+WIDTH, HEIGHT = (Whole(side, 0, MAX_SIZE) for side in ("width", "height"))  # 0 follows the first image
+# The values of a latent's batch_index that core's LatentFromBatch can set. Each costs a draw.
 DRAW = Whole("A number in the latent's batch_index", 0, 16_383)
 DOWNSCALE = Real("The latent's downscale_ratio_spacial", 1.0, 128.0)
 EMPTY_LATENT_CHANNELS = 4
-# Keys of a LATENT that are true of the one given, not of what is sampled from it.
+# Keys that describe a given LATENT, but not the latents that are sampled from it.
 NOT_KEPT = ("samples", "downscale_ratio_spacial", "downscale_ratio_temporal")
 
 
@@ -42,9 +42,9 @@ def dimensions_for_area(area: float, ratio: float) -> tuple[int, int]:
 
 
 def output_size(width: int, height: int, first_image: tuple[int, int] | None) -> tuple[int, int]:
-    """The pixel size to sample at: what was asked for, the rest following the first image at about 1 MP.
+    """The size in pixels to sample at. A side of 0 follows the first image's shape.
 
-    width, height: pixels, 0 for `follow`. first_image: its width and height, or None (then square).
+    width, height: pixels; both 0 give about 1 MP. first_image: its width and height; None means square.
     Returns multiples of 16, rounded down. Raises InputError for a size outside MIN_SIZE..MAX_SIZE.
     """
     image_width, image_height = first_image or (1, 1)
@@ -73,10 +73,10 @@ def require_size(width: int, height: int, remedy: str) -> None:
 
 @dataclass(frozen=True)
 class LatentInput:
-    """What sampling takes of a LATENT.
+    """What sampling uses of a LATENT.
 
-    samples: raw latents (B, 16, 1, h, w) or (B, 16, h, w), which give size and batch. draws: for each picture
-    which of the seed's draws, from 0, is its noise.
+    samples: raw latents (B, 16, 1, h, w) or (B, 16, h, w); they set the size and the batch.
+    draws: for each picture, the number of the seed's draw that is its noise, from 0.
     """
 
     samples: torch.Tensor
@@ -86,8 +86,8 @@ class LatentInput:
 def read_latent(latent: Any) -> LatentInput:
     """Read a LATENT as core's KSampler does at denoise 1.
 
-    batch_index is obeyed, an empty latent of another model gives its size. Raises InputError for what cannot
-    be obeyed, first of all a noise_mask.
+    It obeys batch_index, and takes the size of an empty latent of another model. Raises InputError for what
+    it cannot obey, such as a noise_mask.
     """
     samples = latent_samples(latent, "The latent")
     mask = latent.get("noise_mask")
@@ -102,7 +102,7 @@ def read_latent(latent: Any) -> LatentInput:
 
 
 def latent_samples(latent: Any, what: str) -> torch.Tensor:
-    """The tensor in a LATENT. Raises InputError for what is no LATENT with one plain tensor."""
+    """The tensor in a LATENT. Raises InputError for anything but a LATENT with one plain tensor."""
     if not isinstance(latent, Mapping):
         raise InputError(f"{what} is {shown(latent)}. Connect the output of a node that makes latents.")
     return require_tensor(latent.get("samples"), what)
@@ -118,20 +118,20 @@ def require_tensor(value: Any, what: str) -> torch.Tensor:
 
 
 def is_all_ones(mask: Any) -> bool:
-    """Whether a mask keeps everything: core computes the same with it as without."""
+    """Whether a mask is 1 everywhere. Such a mask changes nothing in core."""
     return isinstance(mask, torch.Tensor) and not mask.is_nested and bool((mask == 1).all())
 
 
 def kept_keys(latent: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a LATENT is true of the latents sampled from it too, as core's KSampler hands it on."""
+    """The keys of a LATENT that also hold for the latents sampled from it. Core's KSampler keeps them too."""
     return {key: value for key, value in latent.items() if key not in NOT_KEPT}
 
 
 def empty_as_qwen(samples: torch.Tensor, downscale: object = None) -> torch.Tensor:
-    """Core's empty latents, zeros that are only a size, as this model's: 16 channels, 8 pixels a latent.
+    """Core's empty latents (zeros that only set a size) as zeros with this model's channels and scale.
 
-    downscale: pixels a latent, where the latent says it; else 8, as the 4-channel ones of Empty Latent Image
-    have. Latents that are not empty come back unchanged.
+    downscale: pixels per latent, if the latent says so. Without it, 4-channel latents (Empty Latent Image)
+    have 8, and others are returned unchanged. Latents that are not empty are returned unchanged.
     """
     if samples.ndim not in (4, 5) or bool(samples.any()):
         return samples
@@ -143,7 +143,7 @@ def empty_as_qwen(samples: torch.Tensor, downscale: object = None) -> torch.Tens
 
 
 def _draws(latent: Mapping[str, Any], samples: torch.Tensor) -> tuple[int, ...]:
-    """Which draw each picture's noise is, by the latent's batch_index (comfy.sample.prepare_noise's rule)."""
+    """The draw of each picture's noise, from the latent's batch_index (comfy.sample.prepare_noise's rule)."""
     batch = samples.shape[0] if samples.ndim else 0
     index = latent.get("batch_index")
     if index is None:
@@ -158,12 +158,11 @@ def _draws(latent: Mapping[str, Any], samples: torch.Tensor) -> tuple[int, ...]:
 
 
 def draw_noise(size: tuple[int, int], seed: int, draws: Iterable[int]) -> Iterator[torch.Tensor]:
-    """The seed's noise numbered `draws` (from 0, in any order), one after the other: (1, 16, 1, h, w) FP32 on
-    the CPU.
+    """The noise of each draw, one after the other: (1, 16, 1, h, w) FP32 on the CPU.
 
-    Picture k of a batch is what diffusers' generator draws k-th for that seed. size: height and width of the
-    latents. Holds one draw, whatever the number; one before the last given
-    starts over from the seed.
+    Draw k is the noise that diffusers' generator gives to picture k of a batch with that seed. size: height
+    and width of the latents. draws: from 0, in any order; a step back starts over from the seed. Only one
+    draw is in memory.
     """
     noise, drawn = torch.empty(0), 0
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -177,14 +176,14 @@ def draw_noise(size: tuple[int, int], seed: int, draws: Iterable[int]) -> Iterat
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
-    """(B, C, 1, h, w) to tokens (B, h/2 * w/2, 4 * C); h and w must be even."""
+    """Latents (B, C, 1, h, w) to tokens (B, h/2 * w/2, 4 * C); h and w must be even."""
     batch, channels, _, height, width = latents.shape
     patches = latents.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * PATCH * PATCH)
 
 
 def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Tokens (B, h/2 * w/2, 4 * C) to (B, C, 1, h, w); `height` and `width` are the latents', both even."""
+    """Tokens (B, h/2 * w/2, 4 * C) to latents (B, C, 1, h, w). height, width: of the latents, both even."""
     batch, _, channels = tokens.shape
     channels //= PATCH * PATCH
     patches = tokens.reshape(batch, height // PATCH, width // PATCH, channels, PATCH, PATCH)
@@ -192,7 +191,7 @@ def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def pad_to_patches(latents: torch.Tensor) -> torch.Tensor:
-    """Make odd heights and widths even as core does: the first row or column is repeated after the last."""
+    """Make odd heights and widths even as core does: repeat the first row or column after the last."""
     *_, height, width = latents.shape
     if height % PATCH == 0 and width % PATCH == 0:
         return latents
@@ -233,9 +232,9 @@ QWEN_STATISTICS = LatentStatistics(
 
 
 def require_latents(samples: torch.Tensor, what: str) -> torch.Tensor:
-    """Check raw latents from outside and return them as (B, 16, 1, h, w).
+    """Raw latents (B, 16, 1, h, w) or (B, 16, h, w), checked and returned as (B, 16, 1, h, w).
 
-    (B, 16, h, w) is welcome too. Raises InputError naming the shape found and the one expected.
+    Raises InputError with the shape found and the shape expected.
     """
     require_tensor(samples, what)
     latents = samples.unsqueeze(2) if samples.ndim == 4 else samples

@@ -1,6 +1,6 @@
-"""What numbers, choices and texts may be: a widget shows these bounds, and what uses the value checks them.
+"""The allowed numbers, choices and texts. Widgets show these bounds, and code that uses a value checks it.
 
-ComfyUI checks what is typed into a widget, but hands on as it is what comes by a link.
+ComfyUI checks what the user types into a widget, but not a value that comes over a link.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Real:
     high: float
 
     def require(self, value: object) -> float:
-        """The value as a float. Raises InputError for NaN and anything but a number within the bounds."""
+        """The value as a float. Raises InputError for anything but a number within the bounds."""
         number = as_number(value)
         if number is None or not self.low <= number <= self.high:
             raise InputError(
@@ -56,7 +56,7 @@ class Choice:
     options: tuple[str, ...]
 
     def require(self, value: object) -> str:
-        """The value unchanged. Raises InputError for one that is no option."""
+        """The value unchanged. Raises InputError for anything but an option."""
         if not isinstance(value, str) or value not in self.options:
             raise InputError(f"{self.name} is {shown(value)}; choose one of {', '.join(self.options)}.")
         return value
@@ -66,14 +66,14 @@ STEPS = Whole("steps", 1, 1000)
 SEED = Whole("seed", 0, 2**64 - 1)
 TRUE_CFG_SCALE = Real("cfg", 0.0, 100.0)
 REFERENCE_MEGAPIXELS = Real("reference_megapixels", 0.01, 4.0)
-MAX_PICTURES = 10  # that one edit takes
+MAX_PICTURES = 10  # in one edit
 REFERENCES = Whole("references", 0, MAX_PICTURES)
 RESUME = Choice("resume", ("on", "off"))
 TILING = Choice("tiling", ("auto", "whole", "tiled"))
 
 
 def require_text(value: object, what: str) -> str:
-    """Return a prompt unchanged. what: its name for errors. Raises InputError for what is no valid text."""
+    """The text unchanged. what: its name for errors. Raises InputError for anything but valid text."""
     if not isinstance(value, str):
         raise InputError(f"{what} is {shown(value)}; it must be text.")
     try:
@@ -91,13 +91,13 @@ _SHORT.maxstring = _SHORT.maxother = 100  # letters
 
 
 def shown(value: object) -> str:
-    """A value for an error message, cut where it is long and escaped where it cannot be printed."""
+    """A value for an error message: shortened if it is long, escaped if it cannot be printed."""
     text = _SHORT.repr(value)
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def as_number(value: object) -> int | float | None:
-    """The value if it is a real number, else None. A bool is none: it was meant for another input."""
+    """The value if it is a real number, else None. A bool gives None: it is meant for another input."""
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)
     return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None

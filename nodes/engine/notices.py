@@ -1,4 +1,4 @@
-"""What is worth saying once and not for every tensor, step or picture."""
+"""Log a message once per process, not for every tensor, step or picture."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _said: set[tuple[object, ...]] = set()
 
 
 def first_time(*about: object) -> bool:
-    """Whether this process asks for the first time about just this; later calls with the same are False."""
+    """True at the first call with these arguments in this process, False after it."""
     if about in _said:
         return False
     _said.add(about)

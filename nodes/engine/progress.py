@@ -1,4 +1,4 @@
-"""How a long computation reports its progress and can be stopped."""
+"""Report the progress of a long computation, and stop it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 
 OnProgress = Callable[[int, int], None]  # done, total; may raise to cancel
-LOG_SECONDS = 10.0  # between two lines about steps
-BLOCKS_AHEAD = 2  # that a GPU may be behind the program
+LOG_SECONDS = 10.0  # between two log lines about steps
+BLOCKS_AHEAD = 2  # how many blocks may be queued on a GPU
 
 
 def ignore_progress(done: int, total: int) -> None:
@@ -22,10 +22,10 @@ def ignore_progress(done: int, total: int) -> None:
 def before_each_block(
     model: torch.nn.Module, device: torch.device, call: Callable[[], None]
 ) -> Iterator[None]:
-    """Inside this context, `call` before every block of the model; what it raises ends the forward.
+    """Inside this context, `call` before every block of the model. An exception it raises ends the forward.
 
-    A GPU is handed work much faster than it does it: left alone, a whole forward would be queued, and the
-    last call made, before the first block is done. So the program waits for the block before the last.
+    Without a wait, the program would queue a whole forward on the GPU, with all its calls, before the first
+    block is computed. So it waits until no more than BLOCKS_AHEAD blocks are queued.
     """
     running: deque[torch.cuda.Event] = deque()
 
@@ -47,7 +47,7 @@ def before_each_block(
 
 
 def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The parts a model runs one after the other: the members of its lists that are more than one layer."""
+    """The blocks of a model: the members of its ModuleLists that consist of more than one layer."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     return [member for members in lists for member in members if len(list(member.children())) > 1]
 
@@ -58,16 +58,16 @@ class StepTimer:
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
         self._started = self._last_line = clock()
-        self._first: tuple[int, float] | None = None  # the first step seen done, and when
+        self._first: tuple[int, float] | None = None  # the first step seen done, and its time
 
     def line(self, done: int, total: int) -> str | None:
-        """What to log after a step: "step 7/40, 87.5 s/step, 48 min left"; None while the last is fresh."""
+        """A log line such as "step 7/40, 87.5 s/step, 48 min left"; None for LOG_SECONDS after the last."""
         now = self._clock()
         first_done, first_time = self._first = self._first or (done, now)
         if done < total and now - self._last_line < LOG_SECONDS:
             return None
         self._last_line = now
-        # The first step of a run also pays for what is set up once: it counts only while it is all there is.
+        # The first step also sets things up, so its time counts only while there is no other.
         steps = done - first_done
         seconds = (now - first_time) / steps if steps else now - self._started
         rest = f"{duration((total - done) * seconds)} left" if done < total else "done"
@@ -75,7 +75,7 @@ class StepTimer:
 
 
 def duration(seconds: float) -> str:
-    """As people say it: "42 s", "2 min 30 s", "1 h 5 min"."""
+    """Seconds for people to read: "42 s", "2 min 30 s", "1 h 5 min"."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60} min"

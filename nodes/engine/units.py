@@ -1,3 +1,3 @@
-"""Units that several rooms count in."""
+"""Units that several packages use."""
 
 GIB = 2**30  # bytes

@@ -1,7 +1,7 @@
-"""The one door to ComfyUI: folders, devices, memory, progress, previews and cancelling.
+"""All that calls ComfyUI, but for comfy_api: folders, devices, memory, progress, previews, cancel.
 
-comfy.model_management touches the accelerator when it is imported, so what needs it is imported inside
-functions.
+What works without ComfyUI belongs in engine. Functions import comfy.model_management and what needs it
+themselves, because its import touches the accelerator.
 """
 
 from __future__ import annotations

@@ -17,16 +17,16 @@ from ..engine.limits import shown
 from ..engine.weights.components import fingerprint
 
 NO_CHECKPOINT = "put a FireRed folder into models/diffusers"
-SEARCHING_SHARE = 0.1  # of the time that may go into searching the disk for checkpoints
+SEARCHING_SHARE = 0.1  # of all time that may go into searching the disk for checkpoints
 
 
 def checkpoint_names() -> list[str]:
-    """The edit-pipeline folders below ComfyUI's diffusers folders, or one line saying where to put them."""
+    """The edit-pipeline folders in ComfyUI's diffusers folders, or one line that says where to put them."""
     return list(_found_checkpoints()) or [NO_CHECKPOINT]
 
 
 def _found_checkpoints() -> dict[str, Path]:
-    """ComfyUI asks a dozen times a prompt; where the search is slow, its answer is remembered for longer."""
+    """Checkpoint folders by name. A slow search is kept longer: ComfyUI asks a dozen times a prompt."""
     global _search
     roots = tuple(_checkpoint_roots())
     started = time.monotonic()
@@ -51,8 +51,9 @@ def _checkpoint_roots() -> list[str]:
 
 
 def get_checkpoint(name: object) -> Checkpoint:
-    """The checkpoint of that name, as checkpoint_names spells it. Raises CheckpointError saying what is there
-    instead.
+    """The checkpoint of that name, as checkpoint_names spells it.
+
+    Raises CheckpointError that lists all names, or says what is wrong with this folder.
     """
     problem = None
     for root in _checkpoint_roots():
@@ -74,7 +75,7 @@ def get_checkpoint(name: object) -> Checkpoint:
 
 
 def _folder_below(root: str, name: object) -> Path | None:
-    """The folder of that name below root, if there is one; a name never leads out of it, but links may."""
+    """The folder of that name below root, or None. Only a symbolic link may lead outside of root."""
     if not isinstance(name, str) or not name:
         return None
     relative = Path(name)
@@ -89,14 +90,14 @@ def _folder_below(root: str, name: object) -> Path | None:
             f"names ({error.encoding}) lacks some of its letters. Rename the folder, or start Python with "
             "PYTHONUTF8=1."
         ) from None
-    except (OSError, ValueError):  # not there, too long, or with a NUL
+    except (OSError, ValueError):  # it does not exist, is too long, or has a NUL
         return None
 
 
 def validate_checkpoint(name: object) -> bool | str:
     """For a node's validate_inputs: True, or what is wrong. Never raises.
 
-    name: None where a link gives it, which is not known before the run.
+    name: None where it comes from a link. It is then unknown until the node runs.
     """
     if name is None:
         return True
@@ -108,9 +109,9 @@ def validate_checkpoint(name: object) -> bool | str:
 
 
 def checkpoint_fingerprint(name: object, roles: Sequence[str]) -> str:
-    """For a node's fingerprint_inputs: changes when these components' results may. Never raises.
+    """For a node's fingerprint_inputs: changes when the results of these components may. Never raises.
 
-    name: None where a link gives it: it may be any.
+    name: None where it comes from a link. The fingerprint then covers every checkpoint.
     """
     if name is None:
         return " ".join(checkpoint_fingerprint(each, roles) for each in checkpoint_names())

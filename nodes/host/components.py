@@ -1,4 +1,4 @@
-"""Where and how a component runs here: what the loaders hand on, and the plan behind it."""
+"""Decide where and how a component runs on this machine, from the plan that all loaders share."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ PRECISION_FLAGS = {
 
 
 def open_component(role: str, checkpoint: str, precision: str, device: str, math: str = "auto") -> Handle:
-    """Decide where and how a component runs here and log it in one line. Loads nothing.
+    """Decide where and how a component runs here, and log it in one line. Loads nothing.
 
-    Raises FireRedError where it cannot run or does not fit, or where a library is missing.
+    Raises FireRedError when it cannot run, when it does not fit, or when a library is missing.
     """
     require_libraries()
     replica, reason = _decide(role, checkpoint, precision, device, math)
     why, size = f" ({reason})" if reason else "", replica.spec.nbytes() / GIB
-    log.info("%s, about %.1f GiB%s%s", replica, size, why, _scores(replica))
+    log.info("%s, about %.1f GiB%s%s", replica, size, why, _attention_note(replica))
     require_kernels(replica.device)
     require_fit(replica)
     _require_library(replica.spec.precision, replica.card)
@@ -54,8 +54,8 @@ def open_component(role: str, checkpoint: str, precision: str, device: str, math
     return handle_for(replica)
 
 
-def _scores(replica: Replica) -> str:
-    """What attention without a fused kernel costs a usual edit, for the log; nothing where there is one."""
+def _attention_note(replica: Replica) -> str:
+    """For the log: the memory of a usual edit without a fused attention kernel."""
     if replica.fused:
         return ""
     working = working_bytes(replica) / GIB
@@ -63,7 +63,7 @@ def _scores(replica: Replica) -> str:
 
 
 def _decide(role: str, checkpoint: str, precision: str, device: str, math: str) -> tuple[Replica, str]:
-    """A component as it will run here, and why so where somebody else than the user chose."""
+    """The component as it will run here, and the reason of each choice that the user left open."""
     _require_choice("device", device, DeviceLabels(["auto", "cpu", "gpu:0", "gpu:1 and so on"]))
     _require_choice("precision", precision, ["auto", *ROLE_PRECISIONS[role]])
     _require_choice("math", math, ["auto", *MATH])
@@ -77,7 +77,7 @@ def _decide(role: str, checkpoint: str, precision: str, device: str, math: str) 
 
 
 def _require_choice(name: str, value: object, choices: list[str]) -> None:
-    """ComfyUI checks what a widget holds, but not what comes over a link."""
+    """Raise InputError for a bad choice: ComfyUI does not check a value that comes over a link."""
     if value not in choices:
         raise InputError(f"{name} is {shown(value)}; choose {', '.join(choices[:-1])} or {choices[-1]}.")
 
@@ -102,7 +102,7 @@ def hardware_plan(
 
 
 def _present(label: str, role: str) -> str | None:
-    """The label of a device of this machine; None for `auto` and, logged, for one that is not here."""
+    """The label, if this machine has the device; None for `auto` and, with a log line, for a missing one."""
     if label == "auto" or label in list(device_labels()):
         return None if label == "auto" else label
     log.info("this machine has no %s for the %s: falling back to auto", label, role.replace("_", " "))
@@ -125,7 +125,7 @@ def _with_flags(role: str, choice: Choice) -> Choice:
 
 
 def _require_library(precision: Precision, card: Card) -> None:
-    """Raise FireRedError where what the precision needs is not installed or does not work on the card."""
+    """Raise FireRedError when a library of the precision is missing or does not work on the card."""
     if precision.layer is not None:
         precision.layer.require_usable(card, precision.math, precision.name)
 

@@ -1,4 +1,4 @@
-"""The devices of this machine as ComfyUI sees them."""
+"""The devices of this machine, as ComfyUI lists them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..engine.units import GIB
 log = logging.getLogger("FireRed")
 
 DEVICE_LABEL = re.compile(r"auto|cpu|gpu:\d+")
-RETRY_SECONDS = 60.0  # after which a card that could not be used is asked again
+RETRY_SECONDS = 60.0  # until a card with a fault is tested again
 
 
 class DeviceLabels(list[str]):
-    """The devices to choose from; one that another machine has is among them, and falls back to `auto`."""
+    """The devices to choose from. `in` accepts labels of other machines too: they fall back to `auto`."""
 
     def __contains__(self, label: object) -> bool:
         return isinstance(label, str) and DEVICE_LABEL.fullmatch(label) is not None
@@ -34,9 +34,9 @@ def device_labels() -> DeviceLabels:
 
 
 def machine() -> Machine:
-    """This machine as each part of it was when first asked: answers must not change with what is free then.
+    """This machine: its cards and CPU, each as the first call in this process found it.
 
-    Its cards are tested and measured, which takes seconds once.
+    Later changes in free memory must not change the plan. The first call takes seconds: it tests each card.
     """
     import comfy.model_management as mm
 
@@ -51,20 +51,20 @@ def machine() -> Machine:
     return Machine(gpus, Device(card, memory), unified)
 
 
-_faulty: dict[torch.device, tuple[float, Device]] = {}  # since when, on the monotonic clock
+_faulty: dict[torch.device, tuple[float, Device]] = {}  # when tested, on the monotonic clock
 
 
 def _describe_device(label: str, device: torch.device) -> Device:
-    """An accelerator as a place for components; one that cannot be used now is one with a fault.
+    """The accelerator with its memory and speeds, or with the fault that makes it unusable now.
 
-    A card with a fault is asked again after RETRY_SECONDS: it may have been full, or in somebody's hands.
+    A card with a fault is tested again after RETRY_SECONDS: another program may have filled it.
     """
     since, described = _faulty.get(device, (0.0, None))
     if described is not None and time.monotonic() - since < RETRY_SECONDS:
         return described
     try:
         return _measure_device(label, device)
-    except Exception as error:  # a driver raises whatever it likes
+    except Exception as error:  # drivers raise many types
         faulty = unusable(label, device, error)
     if described != faulty:
         log.warning("%s is not used: %s", label, faulty.fault)
@@ -92,13 +92,14 @@ def _is_integrated(device: torch.device) -> bool:
 
 
 def accelerators() -> list[torch.device]:
+    """Every device that ComfyUI lists but the CPU. `gpu:N` counts them."""
     import comfy.model_management as mm
 
     return [device for device in mm.get_all_torch_devices() if device.type != "cpu"]
 
 
 def free_memory(device: torch.device, evicting: bool = False) -> int:
-    """Bytes free on the device now, or with every model `evicting` could remove."""
+    """Bytes free on the device. evicting: count the models that ComfyUI could unload as free."""
     import comfy.model_management as mm
 
     mm.cleanup_models_gc()

@@ -1,4 +1,4 @@
-"""Components in memory, under ComfyUI's memory manager."""
+"""Load, borrow and unload components through ComfyUI's memory manager."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ log = logging.getLogger("FireRed")
 
 
 class Resident(torch.nn.Module):
-    """What ComfyUI's memory manager sees of a component: whole on its device, or not in memory at all.
+    """A component as ComfyUI's memory manager sees it: whole on its device, or not in memory.
 
-    Unloading drops the weights instead of parking them in host memory, which a 41 GB transformer would fill;
-    they stream back from disk.
+    Unloading deletes the weights, and loading reads them from disk again. A 41 GB transformer moved to host
+    memory would fill it.
     """
 
     def __init__(self, replica: Replica):
@@ -40,7 +40,7 @@ class Resident(torch.nn.Module):
         self.device = torch.device("cpu")
         self.component: Any = None
         self.model_loaded_weight_memory = 0
-        self.borrowed = 0  # how many borrow it now; while anybody does, nobody unloads it
+        self.borrowed = 0  # how many blocks use it now; above 0 it is not unloaded
 
     def load(self, nbytes: int) -> None:
         import comfy.model_management as mm
@@ -48,7 +48,7 @@ class Resident(torch.nn.Module):
         from ..engine.models import loading
 
         started = time.monotonic()
-        with mm.cuda_device_context(self.replica.device):  # layers test kernels on the current device
+        with mm.cuda_device_context(self.replica.device):  # layers choose kernels on the current device
             self.component = loading.load(self.replica, progress_reporter(), disk_cache())
         log.info("%s loaded in %.1f s", self.replica, time.monotonic() - started)
         self.device, self.model_loaded_weight_memory = self.replica.device, nbytes
@@ -60,10 +60,10 @@ class Resident(torch.nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Handle:
-    """What a loader node hands on: it lives in ComfyUI's cache and owns the patcher, which owns the weights.
+    """The output of a loader node. It owns the patcher, which owns the weights.
 
-    When ComfyUI forgets the node's output, weights in host memory go; when that runs short, outputs with a
-    `patcher` are forgotten first.
+    ComfyUI's cache holds it. Weights in host memory are freed when the cache drops it. When host memory runs
+    short, the cache drops outputs with an attribute `patcher` first.
     """
 
     replica: Replica
@@ -71,7 +71,7 @@ class Handle:
 
 
 def require_handle(given: Any, role: str) -> Handle:
-    """What a loader of that role made, unchanged. Raises InputError for anything else, such as a name."""
+    """The handle unchanged. Raises InputError for anything but the output of this role's loader."""
     if not isinstance(given, Handle) or given.replica.spec.role != role:
         what = f"a {given.replica}" if isinstance(given, Handle) else shown(given)
         loader = "".join(word.capitalize() for word in role.split("_")).replace("Vae", "VAE")
@@ -79,23 +79,23 @@ def require_handle(given: Any, role: str) -> Handle:
     return given
 
 
-_patchers: WeakValueDictionary[Replica, Any] = WeakValueDictionary()  # equal handles share one
-# Weights on a card stay when their node's output is forgotten: they cost no host memory, another prompt may
-# want them, and ComfyUI evicts them when it needs the card.
+_patchers: WeakValueDictionary[Replica, Any] = WeakValueDictionary()  # handles of equal replicas share one
+# These keep weights on a card when ComfyUI drops the node's output. They cost no host memory, another prompt
+# may use them, and ComfyUI unloads them when it needs the card.
 _on_cards: dict[Replica, Any] = {}
 
 
 def handle_for(replica: Replica) -> Handle:
-    """What a loader node hands on for that replica."""
+    """A handle for the replica. Handles of equal replicas share the weights."""
     return Handle(replica, _patchers.get(replica) or _make_patcher(replica))
 
 
 @contextmanager
 def borrow(handle: Handle, working: float | None = None) -> Iterator[Any]:
-    """The handle's component, loaded on its device, the current one inside the block.
+    """The handle's component, loaded on its device, which is the current device inside the block.
 
-    working: bytes it needs there beside its weights; for an edit of usual size if nobody knows. Its forward
-    raises ComfyUI's interrupt before the next block if the user cancels.
+    working: bytes it needs beside its weights; by default, those of a usual edit. When the user cancels, the
+    forward raises ComfyUI's interrupt before its next block. Raises DoesNotFitError.
     """
     import comfy.model_management as mm
 
@@ -104,7 +104,7 @@ def borrow(handle: Handle, working: float | None = None) -> Iterator[Any]:
     replica, patcher = handle.replica, handle.patcher
     if working is None:
         working = working_bytes(replica)
-    at_least = working - RESERVED_BYTES  # which is the driver's, and no longer free where it counts
+    at_least = working - RESERVED_BYTES  # the driver's part is not counted as free in room()
     remedy = "Choose another device, or a precision that takes less."
     require_room(replica, at_least, room(replica), "This", remedy)
     _release_replaced(replica)
@@ -124,10 +124,10 @@ def borrow(handle: Handle, working: float | None = None) -> Iterator[Any]:
 
 @contextmanager
 def _kept_loaded(patcher: Any) -> Iterator[None]:
-    """Nobody unloads the weights inside this block, whatever a preview or another node needs.
+    """Keep the weights loaded inside this block, whatever memory a preview or another node needs.
 
-    ComfyUI strikes a model that it asked to unload off its list, so one that stayed is put back afterwards:
-    else nothing could ever evict it.
+    ComfyUI removes a model from its list when it asks the model to unload. The block's end puts it back on
+    the list: without that, ComfyUI could never unload it.
     """
     import comfy.model_management as mm
 
@@ -144,10 +144,10 @@ def _kept_loaded(patcher: Any) -> Iterator[None]:
 
 
 def _release_replaced(replica: Replica) -> None:
-    """Free what a replica replaces, before it loads: its role on its device, its checkpoint in host memory.
+    """Unload what this replica replaces: its role on its device, and the same component in host memory.
 
-    Replicas on several cards stay together, and ComfyUI evicts them where it needs the card. From host memory
-    it evicts nothing, so a component that moves from the CPU to a card leaves none behind.
+    Replicas of one role may stay on several cards: ComfyUI unloads them when it needs a card. It unloads
+    nothing from host memory, so a component that moved from the CPU to a card is unloaded here.
     """
     for other, patcher in list(_patchers.items()):
         in_host_memory = other.device.type == "cpu" or machine().unified
@@ -158,14 +158,14 @@ def _release_replaced(replica: Replica) -> None:
 
 
 def _forget_unloaded() -> None:
-    """Forget what ComfyUI has evicted. Never called while it evicts: it goes through that list."""
+    """Drop patchers that ComfyUI has unloaded. Not to be called while ComfyUI unloads."""
     for replica, patcher in list(_on_cards.items()):
         if not patcher.loaded_size():
             del _on_cards[replica]
 
 
 def _make_room_in_host_memory(wanted: Any, nbytes: int) -> None:
-    """ComfyUI moves models between accelerators and host memory; on the CPU ours make room for each other."""
+    """Unload our other components on the CPU until `nbytes` are free: ComfyUI does not do it."""
     import comfy.model_management as mm
 
     for patcher in list(_patchers.values()):
@@ -175,8 +175,9 @@ def _make_room_in_host_memory(wanted: Any, nbytes: int) -> None:
 
 
 def room(replica: Replica) -> int:
-    """Bytes a component's device can give to it alone: with everything evicted, or, of memory that the system
-    pages, all.
+    """Bytes that the device can give to this component, with every other model unloaded.
+
+    For the CPU and MPS it is all their memory, because the system pages it.
     """
     if replica.device.type in ("cpu", "mps"):
         return replica.card.memory
@@ -192,7 +193,7 @@ def _make_patcher(replica: Replica) -> Any:
 
 @functools.cache
 def _whole_model_patcher() -> type:
-    """A ModelPatcher that loads and unloads its model as one: diffusers modules know no partial loading."""
+    """A ModelPatcher class that loads and unloads a whole model: diffusers' modules do not load in parts."""
     from comfy.model_patcher import ModelPatcher
 
     class WholeModelPatcher(ModelPatcher):
@@ -212,7 +213,7 @@ def _whole_model_patcher() -> type:
             return before - self.loaded_size()
 
         def detach(self, unpatch_all: bool = True) -> Resident:
-            # load_models_gpu calls detach(False) each time it is asked for a model it already has loaded
+            # load_models_gpu calls detach(False) for a model that is loaded already
             if unpatch_all and not self.model.borrowed:
                 self.model.unload()
             return self.model

@@ -1,4 +1,4 @@
-"""Progress, previews and cancelling."""
+"""Progress bars, previews and cancelling in ComfyUI."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def progress_reporter() -> Callable[[int, int], None]:
 
 
 def sampling_reporter(device: torch.device) -> Callable[[int, int, torch.Tensor], None]:
-    """A callback (done, total, denoised) like progress_reporter's, with ComfyUI's live preview if it is on.
+    """A callback (done, total, denoised) like progress_reporter's, with ComfyUI's preview if it is on.
 
-    denoised: normalised latents (1, 16, 1, h, w), which is the space of core's Wan 2.1 preview factors.
+    denoised: normalised latents (1, 16, 1, h, w). Core's preview factors for Wan 2.1 take the same latents.
     """
     from latent_preview import get_previewer
 

@@ -1,4 +1,4 @@
-"""What we keep in ComfyUI's model folder: derived files, and runs that are not over."""
+"""The files that these nodes keep in ComfyUI's model folder: derived files and unfinished runs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from ..engine.sampling.resume import SavedRun, is_run_name
 DEFAULT_CACHE_GB = 100
 RUN_KEY = "firered_run"  # in a LATENT: the name of the run that made it
 QUEUE_SECONDS = 0.1  # between two looks at ComfyUI's queue
-RUNS_GB = 1  # of unfinished runs, 1 MB each for a picture of 1 megapixel
+RUNS_GB = 1  # of unfinished runs; one picture of 1 megapixel takes 1 MB
 
 
 def disk_cache() -> DiskCache:
-    """Where derived files are kept: models/firered_cache, unless the environment says otherwise."""
+    """The cache of derived files in models/firered_cache or $FIRERED_CACHE_DIR.
+
+    Raises FireRedError when FIRERED_CACHE_GB is not a number.
+    """
     gigabytes = os.environ.get("FIRERED_CACHE_GB", DEFAULT_CACHE_GB)
     try:
         return DiskCache(_cache_folder(), int(float(gigabytes) * 1e9))
@@ -31,21 +34,21 @@ def disk_cache() -> DiskCache:
 
 
 def saved_run(name: str) -> SavedRun:
-    """The unfinished run of that name, which may be on disk or not yet."""
+    """The unfinished run of that name. Its file need not exist yet."""
     return SavedRun(DiskCache(_cache_folder() / "runs", int(RUNS_GB * 1e9)), name)
 
 
 def forget_run(latent: dict[str, Any]) -> None:
-    """The latent's picture is there: once this prompt has ended well, its run is not needed any more."""
+    """Delete the run that made this decoded latent, once the current prompt has succeeded."""
     name = latent.get(RUN_KEY)
     if is_run_name(name):
         forget_run_after_prompt(saved_run(name))
 
 
 def forget_run_after_prompt(run: SavedRun) -> None:
-    """Forget the run once the prompt that runs now has ended well, whatever node made its picture.
+    """Delete the run once the current prompt has succeeded, whichever node decodes its latents.
 
-    ComfyUI tells no node how a prompt ended, so a thread looks at its queue and history.
+    ComfyUI does not tell nodes how a prompt ended, so a thread watches the queue and the history.
     """
     from server import PromptServer
 

@@ -1,1 +1,4 @@
-"""What a device is and can do: kernels of this torch, measured speeds, copies between cards."""
+"""Devices and what they can do: kernels of this torch, measured speeds, copies, installed libraries.
+
+Nothing here knows a model or a checkpoint.
+"""

@@ -1,4 +1,4 @@
-"""What one device is, as far as choosing a precision for it needs to know."""
+"""The description of a device from which its precision is chosen."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 class Card:
     """A device and what it can do.
 
-    label: as the nodes spell it, "gpu:0". device: as torch spells it. memory: bytes in all. is_gpu: an
-    accelerator rather than the CPU. unfused: (role, dtype of its arithmetic) in which no kernel there does
-    attention without holding all its scores.
+    label: in the nodes, such as "gpu:0". name: such as "Tesla P40". memory: bytes in all. is_gpu: whether it
+    is an accelerator, not the CPU. unfused: each (role, dtype of its arithmetic) that has no fused attention
+    kernel here, so that attention holds all its scores in memory.
     """
 
     label: str

@@ -1,4 +1,4 @@
-"""A sign of life from work that may be silent for minutes."""
+"""Log lines that show that long work still runs."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ NOTE = "the first run on a card may compile kernels for minutes, up to half an h
 def heartbeat(
     what: str, log: Callable[[str], None], interval: float = INTERVAL, note: str = NOTE
 ) -> Iterator[None]:
-    """Log the note now, then every `interval` seconds until the block is left that `what` still goes on.
+    """Log `note` now, and a line every `interval` seconds until the block ends.
 
-    what: as in "still testing gpu:0, 2 min 30 s so far". ROCm needs it: the first run of a shape may compile
-    kernels for half an hour at full load. note: empty where it was said before.
+    what: as in "still testing gpu:0, 2 min 30 s so far". On ROCm, the first run of a shape may compile
+    kernels for half an hour at full load. note: "" logs none.
     """
-    started, left = time.monotonic(), threading.Event()
+    started, ended = time.monotonic(), threading.Event()
 
     def beat() -> None:
-        while not left.wait(interval):
+        while not ended.wait(interval):
             log(f"still {what}, {duration(time.monotonic() - started)} so far")
 
     if note:
@@ -41,16 +41,16 @@ def heartbeat(
     try:
         yield
     finally:
-        left.set()
+        ended.set()
         thread.join()
 
 
 def heartbeat_where_compiled(what: str, device: torch.device) -> AbstractContextManager[object]:
-    """A heartbeat in the log where the device's kernels are compiled at their first run: on ROCm."""
+    """A heartbeat on ROCm, where the first run compiles kernels; elsewhere a context that does nothing."""
     compiles = device.type == "cuda" and torch.version.hip is not None
     return heartbeat(what, log.info, note=compile_note(device)) if compiles else nullcontext()
 
 
 def compile_note(device: torch.device) -> str:
-    """That kernels may be compiled, the first time anything runs on the device; then nothing."""
+    """NOTE at the first call for a device, "" after it."""
     return NOTE if first_time(NOTE, device) else ""

@@ -1,4 +1,4 @@
-"""The libraries that the nodes stand on: whether they are here, new enough, and can be imported."""
+"""Check that the libraries the nodes use are installed, new enough, and can be imported."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from ..errors import FireRedError
 from .kernels import install_line
 
-# The oldest releases that the test suite passes with (`run.py test --libraries oldest`). requirements.txt
-# says the same of all but torch: pip must not replace the torch that ComfyUI runs on.
+# The oldest releases that pass the tests (`run.py test --libraries oldest`). requirements.txt asks for the
+# same, but allows any torch: pip must not replace the torch that ComfyUI uses.
 OLDEST = {
     "torch": "2.6",
     "diffusers": "0.37",
@@ -22,7 +22,7 @@ OLDEST = {
     "accelerate": "1.10",
     "bitsandbytes": "0.46",
 }
-# What every component needs of them. transformers' processor for pictures uses torchvision.
+# What every component uses of each library. transformers' image processor uses torchvision.
 REQUIRED: dict[str, tuple[str, ...]] = {
     "torch": (),
     "torchvision": (),
@@ -31,12 +31,11 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "accelerate": ("init_empty_weights",),
 }
 OPTIONAL = {"bitsandbytes": "nf4 and int8-bnb"}  # and the precisions that need it
-OF_TORCH = ("torch", "torchvision")  # to be installed together, from the same index
+TORCH_LIBRARIES = ("torch", "torchvision")  # must come from the same index
 
 
 def startup_warning() -> str | None:
-    """One line for ComfyUI's log on what is missing or too old, read without importing anything; None if
-    all is well."""
+    """A log line about libraries that are missing or too old; None if there are none. Imports nothing."""
     missing = {name: text for name in (*REQUIRED, *OPTIONAL) if (text := _shortcoming(name))}
     for name, precisions in OPTIONAL.items():
         if name in missing:
@@ -47,7 +46,7 @@ def startup_warning() -> str | None:
 def require_libraries(*names: str) -> None:
     """Import these libraries, or those that every component needs.
 
-    Raises FireRedError with what is needed, what is here and the command that installs it.
+    Raises FireRedError with the release needed, the one found, and the command that installs it.
     """
     wanted = names or tuple(REQUIRED)
     missing = {name: text for name in wanted if (text := _shortcoming(name))}
@@ -58,7 +57,7 @@ def require_libraries(*names: str) -> None:
             library = importlib.import_module(name)
             for used in REQUIRED.get(name, ()):
                 getattr(library, used)
-        except Exception as error:  # a broken build raises whatever it likes
+        except Exception as error:  # broken builds raise many types
             cause = _first_cause(error)
             said = f"{type(cause).__name__}: {(str(cause).strip() or 'no message').splitlines()[0]}"
             raise FireRedError(
@@ -68,7 +67,7 @@ def require_libraries(*names: str) -> None:
 
 
 def _shortcoming(name: str) -> str | None:
-    """What is wrong with a library, as far as its version tells: it is not here, or too old."""
+    """What is wrong with a library's version: it is missing or too old. None if it is good."""
     oldest, found = OLDEST.get(name), _version(name)
     needed = f"{name} {oldest} or later is needed" if oldest else f"{name} is needed"
     if found is None:
@@ -79,7 +78,7 @@ def _shortcoming(name: str) -> str | None:
 
 
 def _version(name: str) -> str | None:
-    """The version of the library that an import would find; None where there is none."""
+    """The version of the library that an import would find; None if there is none."""
     loaded = getattr(sys.modules.get(name), "__version__", None)
     if loaded:
         return str(loaded)
@@ -92,44 +91,44 @@ def _version(name: str) -> str | None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """(2, 7) of "2.7.1+cu126": what minimums are compared by."""
+    """Major and minor number of a version: (2, 7) for "2.7.1+cu126"."""
     return tuple(map(int, re.findall(r"\d+", version.partition("+")[0])[:2]))
 
 
 def _repair(cause: BaseException) -> str:
-    """What pip needs to be told beside the name of a library that cannot be imported."""
-    # An ImportError is about what the library stands on, which pip then installs in the version it wants.
+    """The options of pip that repair a library with this error at its import."""
+    # An ImportError comes from a dependency. A plain install brings that to the right version.
     return "" if isinstance(cause, ImportError) else "--force-reinstall --no-deps "
 
 
 def _install(*names: str, options: str = "") -> str:
-    """The command, for this Python, that installs the libraries."""
+    """The command that installs these libraries for this Python."""
     python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
     commands = []
     if "torch" in names:
         commands.append(_install_torch(python))
     elif "torchvision" in names:
         commands.append(f"{python} -m pip install {_torchvision_for(torch.__version__)}")
-    if wanted := [f'"{name}>={OLDEST[name]}"' for name in names if name not in OF_TORCH]:
+    if wanted := [f'"{name}>={OLDEST[name]}"' for name in names if name not in TORCH_LIBRARIES]:
         commands.append(f"{python} -m pip install {options}{' '.join(wanted)}")
     return f"Install with: {' and then: '.join(commands)} and restart ComfyUI."
 
 
 def _install_torch(python: str) -> str:
-    """For the newest release that has kernels for every card an older one can have run on."""
+    """The install command for the newest torch with kernels for all cards that an older torch may use."""
     if torch.version.hip or getattr(torch.version, "xpu", None):
         return "the newest build for your card from https://pytorch.org/get-started/locally"
     return f"{python} -m {install_line('sm_60')}"
 
 
 def _torchvision_for(version: str) -> str:
-    """The release of torchvision made for that torch: 0.26 for 2.11, and so on back to 0.15 for 2.0."""
+    """The release of torchvision for a torch version: 0.26 for 2.11, 0.15 for 2.0."""
     major, minor = _numbers(version)
     return f'"torchvision==0.{minor + 15}.*"' if major == 2 else "torchvision"
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    """diffusers and transformers wrap what went wrong in what they could not do then."""
+    """The first error of a chain: diffusers and transformers raise their own from it."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error

@@ -1,11 +1,11 @@
-"""The one way a tensor crosses from one component's device to another's.
+"""Copy tensors from one component's device to another's.
 
-There are three crossings: text embeddings and reference latents into the sampler, final latents out of it.
-They are always FP32: FP16 would overflow, BF16 would round what the next component computes in FP32.
+Text embeddings and latents pass between components as FP32. FP16 would overflow, and BF16 would round what
+the next component computes in FP32.
 
-Some machines advertise copies between cards that do not work (an IOMMU, ACS or a virtual machine in between):
-zeros arrive, silently (https://github.com/pytorch/pytorch/issues/84803). So each way is tested before it is
-used, and one that fails is replaced by two hops through host memory.
+With an IOMMU, ACS or a virtual machine, direct copies between cards may silently deliver zeros
+(https://github.com/pytorch/pytorch/issues/84803). So each pair of cards is tested before its first copy. If
+the test fails, copies go through host memory.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from .kernels import device_label
 log = logging.getLogger("FireRed")
 
 Copy = Callable[[torch.Tensor, torch.device], torch.Tensor]
-# 64 MiB, and a size that leaves a remainder whatever the copy is cut into.
+# INT32 numbers: 64 MiB, and a size that is no multiple of any block size.
 PATTERN_NUMBERS = (2**24, 1_000_003)
 REPEATS = 3
 
 
 @dataclass(frozen=True)
 class Link:
-    """The way from one card to another.
+    """A pair of cards, in one direction.
 
-    peer_access: whether the driver offers direct copies. fault: what a direct copy got wrong, None for
-    nothing; with a fault, `cross` goes through host memory.
+    peer_access: whether the driver offers direct copies. fault: what a direct copy got wrong, or None. With a
+    fault, copy_to goes through host memory.
     """
 
     source: torch.device
@@ -44,7 +44,7 @@ class Link:
 
 @functools.cache
 def copy_fault(source: torch.device, target: torch.device) -> str | None:
-    """What direct copies from one card to another get wrong, tested once per process; None for nothing."""
+    """What direct copies from one card to another get wrong, or None. Tested once per process."""
     try:
         fault = find_fault(source, target, _copy_directly)
     except torch.OutOfMemoryError:
@@ -60,19 +60,19 @@ def needs_detour(
     target: torch.device,
     find: Callable[[torch.device, torch.device], str | None] = copy_fault,
 ) -> bool:
-    """Whether a copy is between two cards where direct copies have a fault; `find` tests a pair of cards."""
+    """Whether both devices are cards and direct copies have a fault. find: tests a pair of cards."""
     return source.type == target.type == "cuda" and source != target and find(source, target) is not None
 
 
-def cross(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor in FP32 on `device`. The first crossing between two cards tests the way, in a second."""
+def copy_to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor in FP32 on `device`. The first copy between two cards tests them, which takes a second."""
     if needs_detour(tensor.device, device):
         tensor = through_host(tensor, device)
     return tensor.to(device=device, dtype=torch.float32)
 
 
 def through_host(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on `device`, by way of host memory, pinned where it comes from a GPU."""
+    """The tensor on `device`, copied through host memory, which is pinned for a tensor on a GPU."""
     pinned = tensor.device.type == "cuda"
     staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned).copy_(tensor)
     return staged.to(device)
@@ -85,9 +85,9 @@ def find_fault(
     numbers: Sequence[int] = PATTERN_NUMBERS,
     repeats: int = REPEATS,
 ) -> str | None:
-    """Copy random INT32 patterns and compare them on the CPU bit for bit: the first difference in words.
+    """Copy random INT32 numbers and compare them on the CPU. Describes the first difference, or None.
 
-    Each pattern is another, so that what an earlier one left in memory cannot pass for a copy.
+    Each attempt has new numbers, so that memory left from an earlier one cannot look like a copy.
     """
     generator = torch.Generator(source).manual_seed(0)
     for count, attempt in itertools.product(numbers, range(1, repeats + 1)):
@@ -107,7 +107,7 @@ def find_fault(
 
 
 def links(devices: Sequence[torch.device]) -> list[Link]:
-    """Every ordered pair of these cards, tested."""
+    """A tested Link for every ordered pair of these cards."""
     return [
         Link(source, target, torch.cuda.can_device_access_peer(source, target), copy_fault(source, target))
         for source, target in itertools.permutations(devices, 2)
@@ -115,7 +115,7 @@ def links(devices: Sequence[torch.device]) -> list[Link]:
 
 
 def _copy_directly(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """As fast code copies: queued, then waited for on both cards."""
+    """Queue a direct copy, then wait for both cards, as fast code does."""
     copied = tensor.to(device, non_blocking=True)
     for card in (tensor.device, device):
         torch.cuda.synchronize(card)

@@ -1,1 +1,4 @@
-"""Bytes on disk: checkpoints as others wrote them, and the cache of what we derive from them."""
+"""Files on disk: find, check and read checkpoints; read and write the cache of derived files.
+
+What becomes of the tensors in them belongs in weights and models.
+"""

@@ -1,4 +1,7 @@
-"""Derived files kept on disk, from quantised weights to embeddings: safe to delete, never half-written."""
+"""Derived files on disk, such as quantised weights and embeddings. Users may delete them at any time.
+
+A file gets its final name only when it is complete.
+"""
 
 from __future__ import annotations
 
@@ -24,27 +27,27 @@ from .tensors import DTYPE_NAMES, Layout, read_header, read_tensors
 
 log = logging.getLogger("FireRed")
 
-SUFFIX = ".firered.safetensors"  # of every file that is ours to delete
-ABANDONED_SECONDS = 86_400  # after which a partial file is nobody's
-PROCESS = uuid.uuid4().hex[:12]  # process ids repeat in containers that share a folder
+SUFFIX = ".firered.safetensors"  # only files with it are deleted
+ABANDONED_SECONDS = 86_400  # a partial file this old is deleted
+PROCESS = uuid.uuid4().hex[:12]  # process ids can repeat in containers that share a folder
 
 
 @dataclass(frozen=True)
 class DiskCache:
-    """A folder of derived files, together under `limit` bytes; least recently used go first."""
+    """A folder of derived files, `limit` bytes in all. The least recently used are deleted first."""
 
     folder: Path
     limit: int
 
     def find(self, name: str) -> Path | None:
-        """The file of that name, marked as just used, or None."""
+        """The file of that name, marked as just used, or None if there is none."""
         path = self.path(name)
-        with contextlib.suppress(OSError):  # a folder we may only read is as good
+        with contextlib.suppress(OSError):  # a folder that is read-only works too
             os.utime(path)
         return path if os.path.isfile(path) else None
 
     def create(self, name: str, layout: Layout) -> CacheWriter | None:
-        """A writer for a new file of that name, room having been made; None where it cannot be (logged)."""
+        """Make room and return a writer for a new file of that name; None, logged, where that fails."""
         size = sum(_nbytes(dtype, shape) for dtype, shape in layout.values())
         try:
             self._make_room(size)
@@ -54,7 +57,7 @@ class DiskCache:
             return None
 
     def read(self, name: str) -> dict[str, torch.Tensor] | None:
-        """The tensors of a small file, on the CPU, or None where it is missing or damaged."""
+        """The tensors of a small file, on the CPU; None if it is missing or damaged."""
         path = self.find(name)
         try:
             return dict(read_tensors(path)) if path else None
@@ -62,21 +65,21 @@ class DiskCache:
             return None
 
     def map(self, name: str) -> dict[str, torch.Tensor] | None:
-        """The tensors of a large file, which stay on disk and are read where they are used; else as read().
+        """The tensors of a large file, mapped into memory; None if it is missing or damaged.
 
-        Deleting the file, by any process, leaves them whole. Nobody shortens a file of ours: it is replaced.
+        They stay valid when any process deletes or replaces the file. These nodes never shorten a file.
         """
         path = self.find(name)
         try:
             if path is None:
                 return None
-            read_header(path)  # that all bytes are there: a map of missing ones would end this process
+            read_header(path)  # checks the size: reading a map past the file's end kills the process
             return load_file(path)
         except (OSError, SafetensorError, CheckpointError):
             return None
 
     def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keep a few small tensors, whole or not at all. Raises OSError where the disk does not take them."""
+        """Write a few small tensors, all or none. Raises OSError when the disk does not take them."""
         content = save({key: tensor.contiguous().cpu() for key, tensor in tensors.items()})
         self._make_room(len(content))
         partial = _partial(self.path(name))
@@ -90,15 +93,15 @@ class DiskCache:
             _delete(partial)
 
     def remove(self, name: str) -> None:
-        """Delete a file if it is there and can be."""
+        """Delete the file of that name, if there is one and the system allows it."""
         _delete(self.path(name))
 
     def path(self, name: str) -> Path:
-        """Where the file of that name is or would be."""
+        """The path of that name's file, which need not exist."""
         return self.folder / f"{name}{SUFFIX}"
 
     def _make_room(self, size: int) -> None:
-        """Delete our own least recently used files until `size` more bytes stay under the limit."""
+        """Delete the least recently used files until `size` more bytes stay under the limit."""
         if size > self.limit:
             raise OSError(f"the cache's limit is {self.limit / 2**30:.1f} GiB")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,29 +115,28 @@ class DiskCache:
                 _delete(path)
 
     def _files(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
-        """What is there; another server may be deleting."""
+        """The files that match, with their stat. Skips those that another process just deleted."""
         for path in self.folder.glob(pattern):
             with contextlib.suppress(OSError):
                 yield path, path.lstat()
 
 
 class CacheWriter:
-    """Writes one safetensors file tensor by tensor, so that it never needs to be in memory whole.
+    """Writes one safetensors file tensor by tensor, so that it is never whole in memory.
 
-    Nothing bears the final name until every tensor is there. A disk that fills up ends the writing, not the
-    run.
+    The file gets its final name when every tensor is written. A full disk ends the writing, not the run.
     """
 
     def __init__(self, path: Path, layout: Layout):
         self._path, self._partial = path, _partial(path)
         self._missing = set(layout)
-        self._places: dict[str, int] = {}
+        self._offsets: dict[str, int] = {}
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, (dtype, shape) in layout.items():
             end = offset + _nbytes(dtype, shape)
             header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-            self._places[name] = offset
+            self._offsets[name] = offset
             offset = end
         encoded = json.dumps(header).encode()
         encoded += b" " * (-len(encoded) % 8)
@@ -147,18 +149,18 @@ class CacheWriter:
             raise
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one of the layout's tensors, from any device."""
+        """Write one of the layout's tensors, from any device. Does nothing after a failure."""
         if self._file.closed:
             return
         try:
-            self._file.seek(self._start + self._places[name])
+            self._file.seek(self._start + self._offsets[name])
             self._file.write(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
             self._missing.discard(name)
         except OSError as error:
             self._give_up(error)
 
     def finish(self) -> None:
-        """Give the file its name if it is complete."""
+        """Give the file its final name if it is complete, else delete it."""
         if self._file.closed:
             return
         if self._missing:
@@ -177,25 +179,25 @@ class CacheWriter:
         self.abandon()
 
     def abandon(self) -> None:
-        """Leave nothing behind."""
+        """Close and delete the partial file, if there is one."""
         with contextlib.suppress(OSError):
             self._file.close()
         _delete(self._partial)
 
 
 def warn_not_kept(path: Path, error: OSError) -> None:
-    """Say that a file is not kept, once for a folder and a reason: there may be hundreds of files."""
+    """Log that a file is not kept: once per folder and reason, as there may be hundreds of files."""
     reason = error.strerror or str(error)
     if first_time("not kept", path.parent, reason):
         log.warning(
-            "not caching %s: %s. Nothing is lost, the next start computes it again. Other files of this "
-            "folder may fare alike; that is not said again.",
+            "not caching %s: %s. Nothing is lost: the next start computes it again. This is logged once, but "
+            "other files of this folder may not be cached either.",
             path, reason,
         )  # fmt: skip
 
 
 def digest(*parts: object) -> str:
-    """A name for something that depends on all these parts and nothing else: tensors and bytes by content."""
+    """A name of 32 hex digits for all these parts. Tensors and bytes count by content, others by repr."""
     hashed = hashlib.sha256()
     for part in parts:
         if isinstance(part, torch.Tensor):
@@ -207,7 +209,7 @@ def digest(*parts: object) -> str:
 
 
 def _partial(path: Path) -> Path:
-    """Where a file is written before it gets its name: this process's own, on whichever machine."""
+    """The path a file is written to before it gets its name. No other process uses it."""
     return path.with_name(f"{path.name}.{PROCESS}.partial")
 
 

@@ -1,6 +1,6 @@
-"""What is on disk: diffusers folders of the edit pipeline, their components and their weight files.
+"""Checkpoints on disk: diffusers folders of the edit pipeline, their components and weight files.
 
-Nothing here keeps weights: headers are read to describe and verify, tensors are handed out one at a time.
+Headers are read to describe and check the files. Tensors are read one at a time.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ PIPELINE_CLASS = "QwenImageEditPlusPipeline"
 FIRERED = "FireRed-Image-Edit-1.0"
 DOWNLOAD_COMMAND = f"hf download FireRedTeam/{FIRERED} --local-dir ComfyUI/models/diffusers/{FIRERED}"
 
-WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # where there is no index
-# The same with a variant in the name, as save_pretrained(variant="fp16") writes it.
+WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # without an index
+# The same with a variant in the name, as save_pretrained(variant="fp16") writes them.
 VARIANT = re.compile(r"(diffusion_pytorch_model|model)\.(safetensors\.index\.[^.]+\.json|[^.]+\.safetensors)")
 SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
 OTHER_WEIGHTS = (".safetensors", ".sft", ".bin", ".gguf", ".pt", ".pth", ".ckpt")
@@ -46,7 +46,7 @@ class Component:
         return read_config(self.folder)
 
     def shards(self) -> list[Path]:
-        """The weight files, each checked to be complete. Raises CheckpointError naming one that is not."""
+        """The weight files, each checked. Raises CheckpointError naming one that is missing or incomplete."""
         shards = self._shard_paths()
         for shard in shards:
             read_header(shard)
@@ -84,24 +84,24 @@ class Component:
             raise CheckpointError(f"{self.folder} cannot be read ({error}). Check the disk.") from error
 
     def stored(self) -> dict[str, dict[str, Any]]:
-        """Dtype, shape and offsets of every stored tensor, by name; the files are checked as by shards."""
+        """Dtype, shape and offsets of every stored tensor, by name. Checks the files as shards() does."""
         return {name: info for shard in self._shard_paths() for name, info in read_header(shard).items()}
 
     def tensors(
-        self, wanted: Callable[[str], bool] = lambda name: True, borrowed_for: torch.device | None = None
+        self, wanted: Callable[[str], bool] = lambda name: True, reuse_buffers_for: torch.device | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The stored tensors whose names are `wanted`, in turn, on the CPU; see read_tensors."""
+        """The stored tensors whose names are `wanted`, one by one, on the CPU. See read_tensors."""
         for shard in self.shards():
-            yield from read_tensors(shard, wanted, borrowed_for)
+            yield from read_tensors(shard, wanted, reuse_buffers_for)
 
     def identity(self) -> str:
-        """A short hash of the component's files, see folder_identity."""
+        """A short hash of the component's files. See folder_identity."""
         return folder_identity(self.folder)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A diffusers folder whose model_index.json says QwenImageEditPlusPipeline."""
+    """A diffusers folder whose model_index.json names QwenImageEditPlusPipeline."""
 
     folder: Path
 
@@ -110,7 +110,7 @@ class Checkpoint:
         return self.folder.name
 
     def component(self, name: str) -> Component:
-        """The component's folder. Raises CheckpointError when this checkpoint was stored without it."""
+        """The component's folder. Raises CheckpointError when there is none."""
         component = Component(self.folder / name)
         if not component.folder.is_dir():
             raise CheckpointError(
@@ -119,13 +119,13 @@ class Checkpoint:
         return component
 
     def latent_statistics(self) -> LatentStatistics:
-        """Those of its VAE; Qwen-Image's where it was stored without one. Raises CheckpointError."""
+        """Its VAE's statistics, or Qwen-Image's if it has no VAE. Raises CheckpointError for bad ones."""
         path = self.folder / "vae" / "config.json"
         return read_latent_statistics(path) if path.is_file() else QWEN_STATISTICS
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Check that `folder` holds the edit pipeline. Raises CheckpointError saying what it holds instead."""
+    """The checkpoint in `folder`. Raises CheckpointError when that does not hold the edit pipeline."""
     index = folder / "model_index.json"
     try:
         there = index.is_file()
@@ -146,7 +146,7 @@ def download_hint() -> str:
 
 
 def _indexed_shards(index: Path) -> list[Path]:
-    """The weight files that an index lists, all beside it."""
+    """The weight files that an index lists. All are in the index's folder."""
     weight_map = read_json(index).get("weight_map")
     names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
     if not names or any(name != os.path.basename(name) for name in names):

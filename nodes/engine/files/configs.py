@@ -1,4 +1,4 @@
-"""The JSON files of a checkpoint: read, checked, and completed with the defaults of diffusers."""
+"""Read and check the JSON files of a checkpoint, and add diffusers' defaults."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 from ..errors import CheckpointError
 from ..latents import LATENT_CHANNELS, QWEN_STATISTICS, LatentStatistics
 
-# What the configs must say where they say anything: the class, or for the text encoder the kind of model.
-# transformers always writes `model_type`, but `architectures` at the top, inside text_config or nowhere.
+# The key of each config that names its class, and the name it must have if the key is there. transformers
+# always writes `model_type`, but `architectures` in different places or not at all.
 CLASS_KEYS = {
     "transformer": ("_class_name", "QwenImageTransformer2DModel"),
     "text_encoder": ("model_type", "qwen2_5_vl"),
     "vae": ("_class_name", "AutoencoderKLQwenImage"),
     "scheduler": ("_class_name", "FlowMatchEulerDiscreteScheduler"),
 }
-# What diffusers takes for the numbers we read where a config leaves them out.
+# diffusers' defaults of the numbers that these nodes read.
 DEFAULTS: dict[str, dict[str, int | float]] = {
     "transformer": {
         "num_layers": 60,
@@ -35,8 +35,8 @@ DEFAULTS: dict[str, dict[str, int | float]] = {
         "shift": 1.0,
     },
 }
-# What these nodes compute. A config that asks for something else would silently get another picture.
-COMPUTED: dict[str, dict[str, int | bool]] = {
+# The only values that these nodes compute. Another value must raise: it would change the picture silently.
+SUPPORTED: dict[str, dict[str, int | bool]] = {
     "transformer": {
         "patch_size": 2,
         "in_channels": 64,
@@ -54,7 +54,7 @@ QUANTIZED_CONFIGS = ("quantization_config", "compression_config")
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from disk, in UTF-8 or UTF-16, with or without a byte order mark.
 
-    Raises CheckpointError when it is missing or not one.
+    Raises CheckpointError when the file is missing, unreadable or not a JSON object.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -70,8 +70,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(folder: Path) -> dict[str, Any]:
     """A component's config.json (scheduler_config.json for the scheduler), checked.
 
-    Numbers that these nodes use and the file leaves out have diffusers' defaults. Raises CheckpointError for
-    another model, for weights that are quantised already, and for what these nodes would compute differently.
+    Numbers that the file leaves out get diffusers' defaults. Raises CheckpointError for another model, for
+    weights that are quantised already, and for a setting that these nodes do not compute.
     """
     role = folder.name
     path = folder / ("scheduler_config.json" if role == "scheduler" else "config.json")
@@ -87,7 +87,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         for name in QUANTIZED_CONFIGS:
             if isinstance(part, dict) and part.get(name):
                 raise already_quantized(folder, f"{path.name} has a {name}")
-    for name, value in COMPUTED.get(role, {}).items():
+    for name, value in SUPPORTED.get(role, {}).items():
         if config.get(name, value) != value:
             raise CheckpointError(
                 f"{path} sets {name} to {config[name]!r}; these nodes compute {value!r} only. Use the {role} "
@@ -102,9 +102,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_latent_statistics(path: Path) -> LatentStatistics:
-    """Those that a VAE's config.json has, else Qwen-Image's.
+    """The statistics in a VAE's config.json; Qwen-Image's where it has none.
 
-    Raises CheckpointError where they are not a number for each channel.
+    Raises CheckpointError unless they are one number for each channel.
     """
     config, given = read_json(path), []
     for name, default in (("latents_mean", QWEN_STATISTICS.mean), ("latents_std", QWEN_STATISTICS.std)):
@@ -121,7 +121,7 @@ def read_latent_statistics(path: Path) -> LatentStatistics:
 
 
 def already_quantized(folder: Path, sign: str) -> CheckpointError:
-    """The error for weights that another program quantised. sign: what shows it."""
+    """The error for weights that another program quantised. sign: how the files show it."""
     return CheckpointError(
         f"{folder} is quantised already ({sign}), in a form these nodes do not read. Download the original "
         f"folder with BF16 weights; the loader's precision (int8 or nf4) makes them as small."
@@ -129,7 +129,7 @@ def already_quantized(folder: Path, sign: str) -> CheckpointError:
 
 
 def _require_axes(path: Path, axes: object, head_size: int) -> None:
-    """Raise CheckpointError where a rotary embedding does not divide a head's channels into pairs."""
+    """Raise CheckpointError unless the axes are three even numbers that add up to a head's channels."""
     whole = isinstance(axes, list | tuple) and all(isinstance(axis, int) and axis > 0 for axis in axes)
     if not whole or any(axis % 2 for axis in axes) or sum(axes) != head_size or len(axes) != 3:  # type: ignore
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Which files these are: an identity that changes when what they hold does."""
+"""An identity for files that changes when their content changes."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 from ..errors import CheckpointError
 from .tensors import read_header_and_start
 
-SAMPLED_BYTES = 2**22  # about what is read of a big file to recognise it
-MIN_SAMPLE_BYTES = 2**12  # of each tensor
+SAMPLED_BYTES = 2**22  # about how much of a big file is read
+MIN_SAMPLE_BYTES = 2**12  # per tensor
 
 
 def folder_identity(folder: Path) -> str:
-    """A short hash of the files below a folder: names, sizes, times and what they hold.
+    """A short hash of the files below a folder: their names, sizes, times and content.
 
-    Of small files it is all they hold; of big ones the header, a block from the middle of every tensor, and
-    the end. So two fine-tunes differ, also where every file has one size and one time. What it cannot tell
-    apart is a change inside big tensors that leaves their sampled blocks, the size and the times as they
-    were. Each version of a file is read once in a process. Hidden files do not count. Raises CheckpointError.
+    Small files are read whole; of big ones the header, a block from the middle of every tensor, and the end.
+    So two fine-tunes differ even if all sizes and times are equal. It misses only a change inside big tensors
+    that leaves the sampled blocks, the size and the times as they were. Each version of a file is read once
+    in a process. Hidden files do not count. Raises CheckpointError when the folder cannot be read.
     """
     try:
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
@@ -33,9 +33,9 @@ def folder_identity(folder: Path) -> str:
 
 
 def file_identity(path: Path) -> tuple[int, int, str]:
-    """A file's size, its time in nanoseconds and a digest of what it holds (see folder_identity).
+    """A file's size, its time in nanoseconds and a digest of its content (see folder_identity).
 
-    All zero and empty where it cannot be read.
+    They are 0, 0 and "" for a file that cannot be read.
     """
     try:
         stat = path.stat()
@@ -47,7 +47,7 @@ def file_identity(path: Path) -> tuple[int, int, str]:
 
 @functools.lru_cache(maxsize=4096)
 def _content(path: str, size: int, *version: int) -> str:
-    """A digest of samples of a file. version: of the file, so that each is read once."""
+    """A digest of a file's samples. version: makes the cache read a changed file again."""
     hashed = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         for start, length in _samples(Path(path), size):
@@ -57,7 +57,7 @@ def _content(path: str, size: int, *version: int) -> str:
 
 
 def _samples(path: Path, size: int) -> Iterator[tuple[int, int]]:
-    """Start and length of what is read of a file, in its order."""
+    """Start and length of each sample of a file, in ascending order."""
     if size <= SAMPLED_BYTES or path.suffix == ".json":
         yield 0, size
         return

@@ -1,8 +1,8 @@
-"""Tensors in safetensors files: headers to describe and verify, then one tensor at a time.
+"""Read safetensors files: the header, then one tensor at a time.
 
-The safetensors library maps a file into memory instead. Reading 2.3 GB so added 2.3 GB to the process, and
-was up to three times slower from a cold disk; these reads added 0.3 GB. Format:
-https://github.com/huggingface/safetensors#format
+The safetensors library maps a file into memory. For 2.3 GB that added 2.3 GB to the process, and was up to
+three times slower from a cold disk; these reads added 0.3 GB. See
+https://github.com/huggingface/safetensors#format for the format.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ DTYPES = {
 }
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of tensors, by name
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_PINNED_BYTES = 2**28
-READERS = 4  # threads that read a file together
-PIECE_BYTES = 2**24  # that one of them reads at a time
-MAX_HEADER_BYTES = 100_000_000  # the limit the safetensors library itself enforces
+MAX_PINNED_BYTES = 2**28  # larger buffers stay pageable
+READERS = 4  # threads that read one file
+PIECE_BYTES = 2**24  # that one thread reads at a time
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Dtype, shape and offsets of every tensor of a safetensors file, by name, once all its bytes are there.
+    """Dtype, shape and offsets of every tensor of a safetensors file, by name.
 
     Raises CheckpointError for a file that is missing, truncated or of another format.
     """
@@ -48,7 +48,7 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_header_and_start(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """The header, and where in the file the data starts that its offsets count from."""
+    """The header as read_header returns it, and the byte of the file that its offsets count from."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -81,37 +81,31 @@ def read_header_and_start(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
 def read_tensors(
     path: Path,
     wanted: Callable[[str], bool] = lambda name: True,
-    borrowed_for: torch.device | None = None,
+    reuse_buffers_for: torch.device | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The `wanted` tensors of a safetensors file, each being read while the one before is worked on.
+    """The `wanted` tensors of a safetensors file by name, on the CPU, in the order of the file.
 
-    Plain reads rather than a memory map: never more than two tensors of the file are in host memory.
-    borrowed_for: the device each tensor is copied to before the next is asked for; two buffers then do.
+    A thread reads the next tensor while the caller works on this one, so two are in host memory at most.
+    reuse_buffers_for: the device to which the caller copies each tensor before it takes the next. All
+    tensors then share two buffers. Raises CheckpointError.
     """
     header, start_of_data = read_header_and_start(path)
     names = sorted(filter(wanted, header), key=lambda name: header[name]["data_offsets"][0])
     sizes = {name: stored_bytes(header[name]) for name in names}
     buffers = []
-    if borrowed_for is not None:
-        buffers = [_host_buffer(max(sizes.values(), default=0), borrowed_for) for _ in range(2)]
+    if reuse_buffers_for is not None:
+        buffers = [_host_buffer(max(sizes.values(), default=0), reuse_buffers_for) for _ in range(2)]
 
     def read(index: int) -> torch.Tensor:
         name = names[index]
-        info, size = header[name], sizes[name]
-        if info["dtype"] not in DTYPES:
+        size = sizes[name]
+        if header[name]["dtype"] not in DTYPES:
             raise CheckpointError(
-                f"{path}: {name} is stored as {info['dtype']}, which these nodes do not read."
+                f"{path}: {name} is stored as {header[name]['dtype']}, which these nodes do not read."
             )
         data = buffers[index % 2][:size] if buffers else torch.empty(size, dtype=torch.uint8)
-        try:
-            complete = file.read_into(data.numpy().data, start_of_data + info["data_offsets"][0])
-        except OSError as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({error}). Check the disk, or download it again."
-            ) from error
-        if not complete:
-            raise CheckpointError(f"{path} became shorter while it was read. Download this file again.")
-        return data.view(DTYPES[info["dtype"]]).reshape(info["shape"])
+        _fill(data, file, path, start_of_data + header[name]["data_offsets"][0])
+        return data.view(DTYPES[header[name]["dtype"]]).reshape(header[name]["shape"])
 
     with ParallelFile(path) as file, ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(read, 0) if names else None
@@ -123,8 +117,20 @@ def read_tensors(
             del tensor
 
 
+def _fill(data: torch.Tensor, file: ParallelFile, path: Path, offset: int) -> None:
+    """Read the bytes at `offset` into `data`. Raises CheckpointError when that fails."""
+    try:
+        complete = file.read_into(data.numpy().data, offset)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}). Check the disk, or download it again."
+        ) from error
+    if not complete:
+        raise CheckpointError(f"{path} became shorter while it was read. Download this file again.")
+
+
 class ParallelFile:
-    """A file that a few threads read together: one alone is slower than a fast disk or the page cache."""
+    """A file that several threads read: one thread is slower than a fast disk or the page cache."""
 
     def __init__(self, path: Path):
         self._files: SimpleQueue[Any] = SimpleQueue()
@@ -142,7 +148,7 @@ class ParallelFile:
         self._opened.close()
 
     def read_into(self, data: memoryview, offset: int) -> bool:
-        """Fill `data` from there on; False where the file ends before. Raises OSError."""
+        """Fill `data` from `offset` on. Returns False if the file ends too early. Raises OSError."""
         starts = range(0, len(data), PIECE_BYTES)
         pieces = [data[start : start + PIECE_BYTES] for start in starts]
         if len(pieces) < 2:  # not worth a thread
@@ -161,12 +167,12 @@ class ParallelFile:
 
 
 def stored_bytes(info: dict[str, Any]) -> int:
-    """How many bytes a tensor takes in its file, from its entry in the header."""
+    """The bytes a tensor takes in its file. info: its entry in the header."""
     start, end = info["data_offsets"]
     return end - start
 
 
 def _host_buffer(size: int, device: torch.device) -> torch.Tensor:
-    """Uninitialised bytes, pinned for copies to a GPU if few: pinned memory is never given back."""
+    """Uninitialised bytes, pinned for a GPU if they are few: torch does not give pinned memory back."""
     pinned = device.type == "cuda" and size <= MAX_PINNED_BYTES
     return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)

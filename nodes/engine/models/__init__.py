@@ -1,4 +1,5 @@
-"""The three models in memory: built, filled, guarded against NaN and infinity.
+"""The three models: build and load them, run them, guard their results against NaN and infinity.
 
-The transformer's forward is ours; text encoder and VAE are the libraries'.
+The transformer is our own; the text encoder and the VAE come from transformers and diffusers. Layers and
+stored formats belong in weights, the denoise loop in sampling.
 """

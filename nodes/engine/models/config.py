@@ -1,4 +1,4 @@
-"""What a transformer's config.json says of its sizes."""
+"""The transformer's sizes, from its config.json."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 class TransformerConfig:
     """The transformer's sizes.
 
-    text_width: of the embeddings it takes. axes: how a head's channels are divided among picture number, row
-    and column in the rotary embedding. zero_cond_t: whether references are modulated as at timestep 0.
+    text_width: of the text embeddings. axes: the channels of a head that the rotary embedding gives to the
+    picture's number, the row and the column. zero_cond_t: whether references are modulated at timestep 0.
     """
 
     layers: int
@@ -27,7 +27,7 @@ class TransformerConfig:
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> TransformerConfig:
-        """From a transformer's config as Component.config gives it, checked and with diffusers' defaults."""
+        """Read the config that Component.config returns: checked, and with diffusers' defaults."""
         return cls(
             layers=config["num_layers"],
             heads=config["num_attention_heads"],

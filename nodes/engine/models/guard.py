@@ -1,4 +1,4 @@
-"""No NaN or infinity passes a component unnoticed: a black image always has a named cause."""
+"""Check results for NaN and infinity, which make a picture black, and name their cause."""
 
 from __future__ import annotations
 
@@ -25,15 +25,14 @@ Trace = Callable[[], Culprit | None]
 
 
 class Guard:
-    """Watches what one component computes during one run.
+    """Checks the results of one component during one run.
 
-    level: `stop` raises NonFiniteError, `warn` logs the first trouble of the run in the same words and goes
-    on, `off` looks at nothing.
+    level: `stop` raises NonFiniteError, `warn` logs the run's first bad result, `off` does not check.
     """
 
     def __init__(self, replica: Replica, level: str = STOP):
         self.replica, self._level = replica, GUARD.require(level)
-        self._largest = 0.0  # of what passed so far
+        self._largest = 0.0  # magnitude of the results so far
         self._warned = False
 
     def check(
@@ -43,10 +42,10 @@ class Guard:
         trace: Trace | None = None,
         peaks: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """Return `tensor` unchanged after one read of it and one copy of a few bytes to the host.
+        """Return `tensor` unchanged. The check costs one read of it and a copy of a few bytes to the host.
 
-        what: the tensor's name for errors, with the step if there is one. trace: repeats the forward to find
-        the module, asked on trouble only. peaks: as watch_clipping yields them.
+        what: the tensor's name for errors. trace: finds the module that failed; called only for a bad tensor.
+        peaks: from watch_clipping. Raises NonFiniteError for a bad tensor at level `stop`.
         """
         if self._level == OFF:
             return tensor
@@ -63,16 +62,16 @@ class Guard:
         return tensor
 
     def run(self, forward: Callable[[], torch.Tensor], what: str, model: torch.nn.Module) -> torch.Tensor:
-        """What `forward` gives, checked. It calls `model`, and is repeated on trouble to find the module."""
+        """The checked result of `forward`, which calls `model`. It is repeated for a bad result."""
         with self.watch_clipping(model) as peaks:
             result = forward()
         return self.check(result, what, functools.partial(find_culprit, model, forward), peaks)
 
     @contextmanager
     def watch_clipping(self, transformer: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-        """Collect the largest magnitude (0-d) that each block gives inside the context; FP16 only.
+        """Collect the largest magnitude (0-d) of each block's results, in FP16 arithmetic only.
 
-        diffusers clips a block's FP16 infinities to +-65504, and its predictions may be wrong but finite.
+        There, blocks clip infinities to +-65504 as diffusers does: a prediction can be finite and wrong.
         """
         peaks: list[torch.Tensor] = []
 
@@ -106,7 +105,7 @@ class Guard:
 
 
 def require_finite_input(tensor: torch.Tensor, what: str) -> torch.Tensor:
-    """Return what another node made unchanged, or raise NonFiniteError saying how many bad values it held."""
+    """Return another node's tensor unchanged. Raises NonFiniteError with the number of bad values."""
     if bool(tensor.isfinite().all()):
         return tensor
     raise NonFiniteError(f"{_count(tensor, what)}. The image would be black: check the node that made it.")

@@ -1,4 +1,4 @@
-"""From a description to a component in memory: built empty, then filled straight on its device."""
+"""Load a component: build its model on torch's meta device, then fill it on the replica's device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..files.checkpoint import Component
 from ..files.configs import read_json
 from ..progress import OnProgress, ignore_progress
 from ..weights.components import ComponentSpec, Replica
-from ..weights.filling import fill, kept_name
+from ..weights.filling import cache_name, fill
 from ..weights.layers import keep_single_frames
 from .config import TransformerConfig
 from .modulation import Modulation
@@ -30,16 +30,16 @@ from .transformer import QwenImageTransformer, Transformer
 from .vae import VAE
 
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
-KNOWN_WORD = "Describe"  # of the template: every tokenizer of this model has tokens for it
+KNOWN_WORD = "Describe"  # in the template, so the right tokenizer has tokens for it
 
 
 @exact_fp32()
 def load(replica: Replica, on_progress: OnProgress = ignore_progress, cache: DiskCache | None = None) -> Any:
     """Load a component onto the replica's device.
 
-    Returns a Transformer, a TextEncoder or a VAE, in evaluation mode. cache: where
-    quantised weights are kept, if anywhere. Raises CheckpointError for files that are missing, truncated or
-    of another model. `on_progress` may raise to cancel.
+    Returns a Transformer, a TextEncoder or a VAE, in evaluation mode. cache: for quantised weights and
+    modulation. on_progress: may raise, to cancel. Raises CheckpointError for files that are missing,
+    truncated, of another model or changed.
     """
     replica.spec.require_unchanged()
     component = LOADERS[replica.spec.role](replica, on_progress, cache)
@@ -48,10 +48,8 @@ def load(replica: Replica, on_progress: OnProgress = ignore_progress, cache: Dis
 
 
 def mark_used(spec: ComponentSpec, cache: DiskCache) -> None:
-    """Keep the copy of weights that are in use from becoming the oldest file: while they stay in memory
-    nobody opens it.
-    """
-    if name := kept_name(spec):
+    """Mark the cached copy of weights in memory as used. Otherwise it would be deleted first."""
+    if name := cache_name(spec):
         cache.find(name)
 
 
@@ -66,7 +64,7 @@ def load_transformer(replica: Replica, on_progress: OnProgress, cache: DiskCache
 def load_vae(replica: Replica, on_progress: OnProgress, cache: DiskCache | None) -> VAE:
     component = replica.spec.checkpoint.component("vae")
     config = component.config()
-    with _described_by(component), init_empty_weights():
+    with _config_errors(component), init_empty_weights():
         model = diffusers.AutoencoderKLQwenImage.from_config(config)
     fill(model, replica, on_progress)
     keep_single_frames(model)
@@ -79,8 +77,8 @@ def load_text_encoder(replica: Replica, on_progress: OnProgress, cache: DiskCach
     config = _text_encoder_config(component)
     folder = checkpoint.component("processor").folder
     processor = _load_processor(folder)
-    _require_this_models(processor, config, folder)
-    with _described_by(component), init_empty_weights():
+    _require_matching_processor(processor, config, folder)
+    with _config_errors(component), init_empty_weights():
         model = transformers.Qwen2_5_VLModel(config)
     fill(model, replica, on_progress, cache)
     return TextEncoder(replica, model.eval(), processor)
@@ -88,30 +86,30 @@ def load_text_encoder(replica: Replica, on_progress: OnProgress, cache: DiskCach
 
 def _text_encoder_config(component: Component) -> transformers.Qwen2_5_VLConfig:
     content = component.config()
-    text = content.get("text_config") or content  # flat in the oldest checkpoints
-    rope = text.get("rope_parameters")  # as transformers 5 spells it
+    text = content.get("text_config") or content  # the oldest checkpoints have no text_config
+    rope = text.get("rope_parameters")  # the name in transformers 5
     if TRANSFORMERS_4 and isinstance(rope, dict) and not text.get("rope_scaling"):
         text["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
         text["rope_theta"] = rope.get("rope_theta", 1e6)
-    with _described_by(component):
+    with _config_errors(component):
         return transformers.Qwen2_5_VLConfig.from_dict(content)
 
 
 def _load_processor(folder: Path) -> transformers.Qwen2VLProcessor:
-    # transformers 5 stores these as a list, at which 4.57 stumbles; the tokenizer's own file has them too.
+    # transformers 5 writes these as a list, which 4.57 cannot read. The tokenizer's own file has them too.
     options: dict[str, Any] = {"extra_special_tokens": {}} if TRANSFORMERS_4 else {}
     try:
         with _without_byte_order_marks(folder) as readable:
             return transformers.Qwen2VLProcessor.from_pretrained(readable, local_files_only=True, **options)
-    except Exception as error:  # whatever a damaged file makes the two libraries raise
+    except Exception as error:  # damaged files raise many types in the two libraries
         raise CheckpointError(f"{folder} cannot be read ({error}). Download this folder again.") from error
 
 
 @contextlib.contextmanager
 def _without_byte_order_marks(folder: Path) -> Iterator[Path]:
-    """The folder, or for as long as the block runs a copy whose JSON files the libraries can read too.
+    """The folder or, if a JSON file of it has a byte order mark, a temporary copy without the marks.
 
-    Raises CheckpointError for a file that is not JSON.
+    The libraries cannot read such marks. Raises CheckpointError for a file that is not JSON.
     """
     contents = {path: read_json(path) for path in sorted(folder.glob("[!.]*.json"))}
     marked = [path for path in contents if path.read_bytes()[:2] in (b"\xef\xbb", b"\xff\xfe", b"\xfe\xff")]
@@ -125,12 +123,12 @@ def _without_byte_order_marks(folder: Path) -> Iterator[Path]:
         yield copy
 
 
-def _require_this_models(
+def _require_matching_processor(
     processor: transformers.Qwen2VLProcessor, config: transformers.Qwen2_5_VLConfig, folder: Path
 ) -> None:
-    """Raise CheckpointError unless the processor is the one that this text encoder was trained with.
+    """Raise CheckpointError unless the processor belongs to this text encoder.
 
-    transformers takes a folder without its vocabulary for a tokenizer that knows no word.
+    Without a vocabulary, transformers loads a tokenizer that knows no words, and raises nothing.
     """
     tokenizer, images, vision = processor.tokenizer, processor.image_processor, config.vision_config
     words = tokenizer(KNOWN_WORD).input_ids
@@ -160,11 +158,11 @@ def _require_this_models(
 
 
 @contextlib.contextmanager
-def _described_by(component: Component) -> Iterator[None]:
-    """Say which config.json it is that a library cannot build its model from."""
+def _config_errors(component: Component) -> Iterator[None]:
+    """Turn a library's error about a config into a CheckpointError that names the config.json."""
     try:
         yield
-    except Exception as error:  # the libraries check values each in its own way
+    except Exception as error:  # the libraries raise many types
         raise CheckpointError(
             f"{component.folder / 'config.json'} does not describe a model that can be built ({error}). "
             "Download this file again."

@@ -1,9 +1,8 @@
-"""Folded modulation: what the timestep alone decides, computed once for a schedule and never held as weights.
+"""Folded modulation: the results that depend on the timestep alone, computed once for each schedule.
 
 A third of the transformer's parameters (`img_mod`, `txt_mod`: 6.8 of 20.4 billion) turn the timestep into
-shifts, scales and gates. A schedule visits a few known timesteps, so their results are computed when it is
-chosen, streaming over the unquantised weights in FP32, and kept: 8.8 MB a step for the full model. No
-precision quantises them.
+shifts, scales and gates. A schedule has few timesteps, all known before the first step. So the weights are
+read once, in FP32 and unquantised, and only their results are kept: 8.8 MB a step for the full model.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ from .config import TransformerConfig
 
 log = logging.getLogger("FireRed")
 
-RECIPE = 2  # raise it when this file computes something else
-STREAMS = ("img", "txt")  # in the order of StepModulation.blocks
-KEPT_BYTES = 3 * 2**29  # of schedules in memory beside the current one; 354 MB each for 40 steps
+RECIPE = 2  # raise it when the results of this file change
+STREAMS = ("img", "txt")  # their order in StepModulation.blocks
+KEPT_BYTES = 3 * 2**29  # of tables in memory; one of 40 steps has 354 MB
 TIME_CHANNELS, TIME_SCALE = 256, 1000  # of the sinusoidal embedding
 TIME_EMBEDDER = "time_text_embed.timestep_embedder."
 BLOCKS, OUT = "blocks", "out"  # the tensors of a table
@@ -46,11 +45,11 @@ def is_folded(stored: str) -> bool:
 
 
 class StepModulation(NamedTuple):
-    """What a timestep alone decides, on the transformer's device in its compute dtype.
+    """The modulation of one step, on the transformer's device in its compute dtype.
 
     blocks: (rows, layers, 2, 6 * width), for the image and the text stream of each block: shift, scale and
-    gate of attention, then of the MLP. A second row is for references: timestep 0's (zero_cond_t).
-    out: (2 * width), the last norm's scale and shift.
+    gate of attention, then of the MLP. With zero_cond_t, a second row at timestep 0 is for references.
+    out: (2 * width), scale and shift of the last norm.
     """
 
     blocks: torch.Tensor
@@ -58,7 +57,7 @@ class StepModulation(NamedTuple):
 
 
 class ScheduleModulation:
-    """The results for one schedule: a row for each timestep, and one for timestep 0 where references take it.
+    """The modulation of one schedule: a row for each timestep, and with `has_zero` a last one for timestep 0.
 
     table: `blocks` (rows, layers, 2, 6 * width) and `out` (rows, 2 * width), FP32, on the CPU.
     """
@@ -69,7 +68,7 @@ class ScheduleModulation:
         self._current: tuple[int, StepModulation] | None = None
 
     def at(self, step: int) -> StepModulation:
-        """That step's, on the device. The last one asked for is kept: both branches of a step use it."""
+        """The modulation of a step (from 0). The last one stays in memory: both branches of a step use it."""
         if self._current is None or self._current[0] != step:
             blocks = self._table[BLOCKS][[step, -1] if self._has_zero else [step]]
             rows = (rows.to(self._device, self._compute) for rows in (blocks, self._table[OUT][step]))
@@ -78,7 +77,7 @@ class ScheduleModulation:
 
 
 class Modulation:
-    """Makes a schedule's results from the weights, or finds them in memory or in the cache."""
+    """The modulation of any schedule: from memory, from the cache, or computed from the weights."""
 
     def __init__(self, replica: Replica, config: TransformerConfig, cache: DiskCache | None):
         self._replica, self._config, self._cache = replica, config, cache
@@ -86,9 +85,9 @@ class Modulation:
 
     @exact_fp32()
     def of(self, timesteps: torch.Tensor, on_progress: OnProgress = ignore_progress) -> ScheduleModulation:
-        """The results for these timesteps (n,), FP32, 0 to 1.
+        """The modulation for these timesteps (n,), FP32, 0 to 1.
 
-        on_progress: told of the bytes of weights read, where they are.
+        on_progress: in bytes of weights, if they must be read. Raises CheckpointError.
         """
         table = self._find(timesteps) or self._compute(timesteps, on_progress)
         return ScheduleModulation(
@@ -96,31 +95,31 @@ class Modulation:
         )
 
     def _find(self, timesteps: torch.Tensor) -> Table | None:
-        """From memory or from the cache, marked as just used."""
+        """A table from memory or from the cache, marked as just used."""
         name = self._name(timesteps)
         table = self._tables.get(name)
         if table is not None and self._cache:
-            self._cache.find(name)  # nobody opens the file of a table in memory, which is used all the same
+            self._cache.find(name)  # marks the file as used, though the table is in memory
         elif self._cache:
             table = self._cache.map(name)
-        if table is None or not self._is_right(table, timesteps):
+        if table is None or not self._is_valid(table, timesteps):
             return None
         self._remember(name, table)
         return table
 
     def _compute(self, timesteps: torch.Tensor, on_progress: OnProgress) -> Table:
-        """From the weights; kept where all of it is finite."""
+        """A table from the weights. It is kept if all of it is finite."""
         table, name = self._compute_table(timesteps, on_progress), self._name(timesteps)
-        if not self._is_right(table, timesteps):
-            log.warning("the modulation of this schedule holds NaN or infinity: it is not kept")
+        if not self._is_valid(table, timesteps):
+            log.warning("the modulation of this schedule holds NaN or infinity: it is not cached")
             return table
-        self._replica.spec.require_unchanged()  # or the table of other weights would bear the name of these
+        self._replica.spec.require_unchanged()  # the table is named after these weights
         writer = self._cache.create(name, _layout(table)) if self._cache else None
         if writer is not None:
             for part, rows in table.items():
                 writer.write(part, rows)
             writer.finish()
-        found = self._find(timesteps)  # its file, where one could be written, takes no memory of its own
+        found = self._find(timesteps)  # a file that is mapped takes no memory of its own
         if found is None:
             self._remember(name, table)
         return found or table
@@ -132,45 +131,45 @@ class Modulation:
             self._tables.popitem(last=False)
 
     def _name(self, timesteps: torch.Tensor) -> str:
-        """Of the schedule's file: all that its bits depend on."""
+        """The name of the schedule's file, from everything that its bits depend on."""
         spec, card = self._replica.spec, self._replica.card
         computed = computing_environment(card.device)
         key = digest(RECIPE, timesteps.float(), card.device.type, card.name, computed)
         return f"{spec.checkpoint.name}-modulation-{spec.identity}-{key}"
 
-    def _empty(self, timesteps: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _empty_table(self, timesteps: torch.Tensor) -> dict[str, torch.Tensor]:
         rows, config = len(timesteps) + self._config.zero_cond_t, self._config
         return {
             BLOCKS: torch.empty(rows, config.layers, len(STREAMS), 6 * config.width),
             OUT: torch.empty(rows, 2 * config.width),
         }
 
-    def _is_right(self, table: Table, timesteps: torch.Tensor) -> bool:
-        """Whether it has the shapes it should and is finite; read row by row, as a file may back it."""
-        return _layout(table) == _layout(self._empty(timesteps)) and all(
+    def _is_valid(self, table: Table, timesteps: torch.Tensor) -> bool:
+        """Whether the table has the right shapes and is finite. Reads row by row: it may be a mapped file."""
+        return _layout(table) == _layout(self._empty_table(timesteps)) and all(
             bool(row.isfinite().all()) for rows in table.values() for row in rows
         )
 
     def _compute_table(self, timesteps: torch.Tensor, on_progress: OnProgress) -> Table:
-        """Read every folded weight once, in the order of the files, the next while the last is multiplied."""
+        """Compute a table: read every folded weight once, in the order of the files, and multiply it."""
         component, device = self._replica.spec.checkpoint.component("transformer"), self._replica.device
         total = sum(stored_bytes(info) for name, info in component.stored().items() if is_folded(name))
         log.info("computing modulation for %d steps: reading %.2f GB", len(timesteps), total / 1e9)
         done, started = 0, time.perf_counter()
         levels = torch.cat([timesteps.float().cpu(), torch.zeros(int(self._config.zero_cond_t))])
         embedded = F.silu(self._time_embedding(levels))
-        table = self._empty(timesteps)
-        missing = self._layers(table)
-        halves: dict[str, torch.Tensor] = {}  # the weight or the bias of a layer, whichever came first
+        table = self._empty_table(timesteps)
+        missing = self._results(table)
+        waiting: dict[str, torch.Tensor] = {}  # weights without their bias yet, and the reverse
         for name, tensor in component.tensors(is_folded, device):
-            halves[name] = tensor.to(device, copy=tensor.dtype is torch.float32).float()
+            waiting[name] = tensor.to(device, copy=tensor.dtype is torch.float32).float()
             done += tensor.nbytes
             on_progress(done, total)
             layer = name.rpartition(".")[0]
             weight, bias = f"{layer}.weight", f"{layer}.bias"
-            if layer in missing and weight in halves and bias in halves:
-                # on a CPU faster than linear()
-                result = torch.addmm(halves.pop(bias).unsqueeze(1), halves.pop(weight), embedded.T).T
+            if layer in missing and weight in waiting and bias in waiting:
+                # faster than F.linear on a CPU
+                result = torch.addmm(waiting.pop(bias).unsqueeze(1), waiting.pop(weight), embedded.T).T
                 missing.pop(layer).copy_(result)
         if missing:
             raise CheckpointError(
@@ -181,17 +180,17 @@ class Modulation:
         log.info("modulation computed in %.1f s (%.2f GB/s)", seconds, total / 1e9 / seconds)
         return table
 
-    def _layers(self, table: Table) -> dict[str, torch.Tensor]:
-        """Where in the table each layer's results go."""
+    def _results(self, table: Table) -> dict[str, torch.Tensor]:
+        """The part of the table that each layer fills, by the layer's name."""
         blocks = itertools.product(range(self._config.layers), enumerate(STREAMS))
-        places = {
+        results = {
             f"transformer_blocks.{block}.{name}_mod.1": table[BLOCKS][:, block, stream]
             for block, (stream, name) in blocks
         }
-        return places | {"norm_out.linear": table[OUT]}
+        return results | {"norm_out.linear": table[OUT]}
 
     def _time_embedding(self, levels: torch.Tensor) -> torch.Tensor:
-        """The model's own timestep embedding (n, width), in FP32 from the unquantised weights."""
+        """The model's timestep embedding (n, width), in FP32 from the unquantised weights."""
         component, device = self._replica.spec.checkpoint.component("transformer"), self._replica.device
         stored = component.tensors(lambda name: name.startswith(TIME_EMBEDDER))
         weights = {name.removeprefix(TIME_EMBEDDER): tensor.to(device).float() for name, tensor in stored}

@@ -1,4 +1,4 @@
-"""Prompt and pictures to embeddings, as QwenImageEditPlusPipeline makes them."""
+"""The text encoder: prompt and pictures to the embeddings of diffusers' QwenImageEditPlusPipeline."""
 
 from __future__ import annotations
 
@@ -16,24 +16,22 @@ from ..limits import require_text
 from ..weights.components import Replica
 from .guard import STOP, Guard
 
-# Source of the template, of the tokens it costs and of the condition size: diffusers'
-# pipeline_qwenimage_edit_plus.py.
+# Source of the template, its token count and the picture's size: diffusers' pipeline_qwenimage_edit_plus.py.
 PROMPT_TEMPLATE = (
     "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
     "background), then explain how the user's text instruction should alter or modify the image. Generate a "
-    "new "
-    "image that meets the user's requirements while maintaining consistency with the original input where "
-    "appropriate.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    "new image that meets the user's requirements while maintaining consistency with the original input "
+    "where appropriate.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
-PROMPT_TEMPLATE_TOKENS = 64  # tokens before the user's text, dropped from the embeddings
+PROMPT_TEMPLATE_TOKENS = 64  # before the user's text; dropped from the embeddings
 PICTURE_TEMPLATE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"
-CONDITION_PIXELS = 384 * 384  # about what the text encoder sees of each picture
-MAX_PROMPT_TOKENS = 1024  # of the user's text alone; diffusers' limit for this model
+CONDITION_PIXELS = 384 * 384  # about the size at which the text encoder sees a picture
+MAX_PROMPT_TOKENS = 1024  # of the user's text; diffusers' limit for this model
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Qwen2.5-VL without its output head, with the processor that tokenises text and pictures for it."""
+    """Qwen2.5-VL without its output head, and the processor of its text and pictures."""
 
     replica: Replica
     model: transformers.Qwen2_5_VLModel
@@ -48,19 +46,16 @@ class TextEncoder:
         what: str = "The prompt",
         guard: str = STOP,
     ) -> torch.Tensor:
-        """Embed `prompt` about `pictures`: (1, L, width) FP32 on the encoder's device, without the template's
-        part.
+        """Embed a prompt with its pictures: (1, L, width) FP32 on the encoder's device.
 
-        what: the prompt in words, for errors. guard: what to do about NaN and infinity, one of guard.GUARDS.
-        Raises InputError for a prompt longer than the model was made for, or with signs that it keeps for
-        itself, and NonFiniteError.
+        The template's tokens are dropped. what: the prompt's name for errors. guard: what to do about NaN and
+        infinity, one of guard.GUARDS. Raises InputError as require_prompt does, and NonFiniteError.
         """
         self.require_prompt(prompt, what)
         resized = [_resize(picture) for picture in pictures]
         numbered = "".join(PICTURE_TEMPLATE.format(number) for number in range(1, len(pictures) + 1))
-        # The processor's whole answer goes on: with transformers 5 it holds the mm_token_type_ids without
-        # which the model silently gives picture tokens 1-D positions
-        # (https://github.com/huggingface/diffusers/issues/14194).
+        # In transformers 5 these include mm_token_type_ids. Without them, the model silently gives picture
+        # tokens 1-D positions, see https://github.com/huggingface/diffusers/issues/14194.
         inputs = self.processor(
             text=[PROMPT_TEMPLATE.format(numbered + prompt)],
             images=resized or None,
@@ -75,7 +70,7 @@ class TextEncoder:
         return Guard(self.replica, guard).run(embed, f"{what}'s embedding", self.model)
 
     def require_prompt(self, prompt: str, what: str) -> None:
-        """Raise InputError, as encode does, for a prompt that it would not take."""
+        """Raise InputError for a prompt that is too long or holds one of the model's special tokens."""
         tokenizer = self.processor.tokenizer
         reserved = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         used = [token for token in reserved if token in require_text(prompt, what)]

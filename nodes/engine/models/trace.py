@@ -1,4 +1,4 @@
-"""Which module broke: one forward watched from the inside."""
+"""Find the module of a model whose result is the first with NaN or infinity."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from typing import Any
 import torch
 
 FP16_MAX = torch.finfo(torch.float16).max  # 65504
-MASK = "mask"  # in the name of an argument that may hold infinities
+MASK = "mask"  # arguments with it in their name may hold infinities
 
 
 @dataclass(frozen=True)
 class Culprit:
-    """The first module of a forward that was given good values and gave bad ones.
+    """The first module of a forward with good inputs and a bad result.
 
-    name: dotted, "" for the model itself. largest_in, largest_out: magnitudes of its finite values.
-    bad_parameters: those of its own that hold NaN or infinity. given_bad: the model's own inputs were bad
-    already.
+    name: dotted; "" for the model itself. largest_in, largest_out: magnitudes of its finite values.
+    bad_parameters: its own parameters that hold NaN or infinity. given_bad: the model's inputs were bad.
     """
 
     name: str
@@ -43,14 +42,13 @@ class Culprit:
 
 @torch.inference_mode()
 def find_culprit(model: torch.nn.Module, forward: Callable[[], object]) -> Culprit | None:
-    """Run `forward`, which calls `model`, once more with every module watched; None if all stayed in range.
+    """Run `forward`, which calls `model`, and return the first module that fails; None if all stay in range.
 
-    Out of range is NaN, infinity and, in FP16, its largest value: diffusers' QwenImageTransformerBlock clips
-    infinities to that, which hides them. Costs a forward and a wait for the device at every module; leaves no
-    hook behind.
+    Out of range are NaN, infinity and, in FP16, its largest value, because the transformer's blocks clip
+    infinities to it. Costs a forward, and a wait for the device at every module. Removes its hooks.
     """
     found: list[Culprit] = []
-    inputs: list[_Range] = []  # of the modules being run, the innermost last
+    inputs: list[_Range] = []  # of the modules that are running, the innermost last
 
     def before(name: str, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         given = _Range() if found else _range_of((args, kwargs))
@@ -89,7 +87,7 @@ def watch_outputs(
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The floating-point tensors of nested tuples, lists and mappings, but masks, which may hold infinity."""
+    """The floating-point tensors in nested tuples, lists and mappings, without masks."""
     if isinstance(value, torch.Tensor):
         if value.is_floating_point() and value.numel():
             yield value
@@ -103,7 +101,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def magnitude(tensor: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude, 0-d FP32 on the tensor's device: one read of it, and NaN comes through."""
+    """The largest magnitude, 0-d FP32 on the tensor's device, from one read of it. NaN gives NaN."""
     lowest, highest = tensor.aminmax()
     return torch.maximum(-lowest, highest).float()
 

@@ -1,7 +1,7 @@
-"""Qwen-Image's transformer: the forward is ours, its weights keep the names diffusers gives them.
+"""Qwen-Image's transformer. It computes what diffusers' QwenImageTransformer2DModel computes.
 
-It computes what diffusers' QwenImageTransformer2DModel computes (the tests hold it equal). What depends on
-the timestep alone comes in as an argument, see modulation.py.
+Its weights have diffusers' names, and the tests compare the results. Everything that depends on the timestep
+alone is an argument of the forward, see modulation.py.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ EPS = 1e-6  # of every norm
 ROTARY_BASE = 10_000
 TOKEN_CHANNELS = LATENT_CHANNELS * PATCH**2
 FP16_MAX = torch.finfo(torch.float16).max
-IMAGE, TEXT = 0, 1  # the two streams, as the modulation orders them
+IMAGE, TEXT = 0, 1  # the two streams, in the modulation's order
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
-# Query, key, value (1, heads, tokens, head size) and a mask (1, 1, 1, tokens) or None, to what is attended.
+# Query, key and value (1, heads, tokens, head size), and a mask (1, 1, 1, tokens) or None, to the result.
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Attention by torch's fastest kernel for the card."""
+    """Attention by the kernel that torch chooses for the card. Shapes as in Attend."""
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
@@ -41,8 +41,8 @@ def rotary_embedding(
 ) -> Rotary:
     """Rotations for the image's and the text's tokens, complex64, each (tokens, head size / 2).
 
-    grids: rows and columns of tokens of what is denoised and of each reference. Positions count from each
-    picture's middle; the text's come after the largest of them.
+    grids: rows and columns of tokens, of the denoised picture and then of each reference. Positions count
+    from the middle of each picture. The text's positions come after the largest of them.
     """
     parts = []
     for number, (rows, columns) in enumerate(grids):
@@ -54,7 +54,7 @@ def rotary_embedding(
 
 
 def _rotations(positions: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
-    """positions (tokens, axes) to (tokens, half the sum of axes) complex64."""
+    """Positions (tokens, axes) to rotations (tokens, half the sum of axes), complex64."""
     angles = []
     for axis, channels in enumerate(axes):
         frequencies = 1.0 / torch.pow(ROTARY_BASE, torch.arange(0, channels, 2).float() / channels)
@@ -75,7 +75,7 @@ class RMSNorm(Module):
 
 
 class Attention(Module):
-    """Both streams attend over both."""
+    """Attention of both streams' tokens to the tokens of both."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -95,9 +95,9 @@ class Attention(Module):
         mask: torch.Tensor | None,
         attend: Attend,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """image (1, I, width), text (1, T, width), both normed and modulated, to what is added to each."""
+        """The changes of image (1, I, width) and text (1, T, width), which are normed and modulated."""
         text_tokens = text.shape[1]
-        # One after the other, so that no more than the joined three are held at once.
+        # One after the other, to hold no more than query, key and value in memory.
         query = torch.cat(
             [
                 _rotate(self.norm_added_q(self._heads(self.add_q_proj(text))), rotary[TEXT]),
@@ -133,7 +133,7 @@ class GELU(Module):
 class FeedForward(Module):
     def __init__(self, width: int):
         super().__init__()
-        # The middle one stands where diffusers has a dropout, so that names agree.
+        # The middle module takes the number of diffusers' dropout, so that the names agree.
         self.net = ModuleList([GELU(width, 4 * width), Module(), Linear(4 * width, width)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -160,23 +160,25 @@ class Block(Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """image (1, I, width) and text (1, T, width) after this block.
 
-        modulation: (rows, 2, 6 * width), as StepModulation.blocks. targets: how many of the image's tokens
-        are being denoised: they come first and take the first row, references the last.
+        modulation: (rows, 2, 6 * width), one layer of StepModulation.blocks. targets: how many tokens of the
+        image are denoised. They come first and use the first row; references use the last.
         """
-        of_image = _parts(modulation[:, IMAGE], targets)
-        of_text = _parts(modulation[:1, TEXT], text.shape[1])
-        attended = self.attn(_modulate(image, of_image, 0), _modulate(text, of_text, 0), rotary, mask, attend)
-        image, text = _add_gated(image, attended[0], of_image, 2), _add_gated(text, attended[1], of_text, 2)
+        for_image = _parts(modulation[:, IMAGE], targets)
+        for_text = _parts(modulation[:1, TEXT], text.shape[1])
+        attended = self.attn(
+            _modulate(image, for_image, 0), _modulate(text, for_text, 0), rotary, mask, attend
+        )
+        image, text = _add_gated(image, attended[0], for_image, 2), _add_gated(text, attended[1], for_text, 2)
         del attended
-        image = _add_gated(image, self.img_mlp(_modulate(image, of_image, 3)), of_image, 5)
-        text = _add_gated(text, self.txt_mlp(_modulate(text, of_text, 3)), of_text, 5)
-        if image.dtype == torch.float16:  # as diffusers does; the guard counts it as trouble
+        image = _add_gated(image, self.img_mlp(_modulate(image, for_image, 3)), for_image, 5)
+        text = _add_gated(text, self.txt_mlp(_modulate(text, for_text, 3)), for_text, 5)
+        if image.dtype == torch.float16:  # as diffusers does; the guard reports it
             image, text = image.clip(-FP16_MAX, FP16_MAX), text.clip(-FP16_MAX, FP16_MAX)
         return image, text
 
 
 class QwenImageTransformer(Module):
-    """The whole model but for what the timestep alone decides, which a StepModulation brings."""
+    """The whole model without the layers that depend on the timestep alone: see StepModulation."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -201,8 +203,8 @@ class QwenImageTransformer(Module):
     ) -> torch.Tensor:
         """The velocity (1, targets, 64) predicted for the first `targets` tokens.
 
-        image: (1, I, 64), what is denoised followed by references. text: (1, T, text_width). rotary:
-        see rotary_embedding. mask: (1, T) bool, False for text tokens that do not count; None where all do.
+        image: (1, I, 64), the denoised tokens, then those of the references. text: (1, T, text_width).
+        rotary: from rotary_embedding. mask: (1, T) bool, False for text tokens to ignore; None ignores none.
         """
         image, text = self.img_in(image), self.txt_in(self.txt_norm(text))
         if mask is not None:
@@ -216,7 +218,7 @@ class QwenImageTransformer(Module):
 
 @dataclass(frozen=True)
 class Transformer:
-    """A loaded transformer. arithmetic: the kernels its layers chose by a test on the card, in words."""
+    """A loaded transformer. arithmetic: the names of the kernels that its layers chose by a test."""
 
     replica: Replica
     model: QwenImageTransformer
@@ -224,12 +226,12 @@ class Transformer:
     arithmetic: str
 
 
-# Rows of a modulation (6, width), each with the tokens it is for.
+# Rows of a modulation (6, width), each with the tokens that use it.
 _Parts = list[tuple[slice, torch.Tensor]]
 
 
 def _parts(modulation: torch.Tensor, targets: int) -> _Parts:
-    """modulation: (1 or 2, 6 * width)."""
+    """Split a modulation (1 or 2, 6 * width): a second row is for the tokens after `targets`."""
     rows = modulation.unflatten(-1, (6, -1))
     if len(rows) == 1:
         return [(slice(None), rows[0])]
@@ -237,7 +239,7 @@ def _parts(modulation: torch.Tensor, targets: int) -> _Parts:
 
 
 def _modulate(x: torch.Tensor, parts: _Parts, first: int) -> torch.Tensor:
-    """Layer norm, then shift and scale: rows `first` and `first + 1` of the modulation."""
+    """Layer norm, then shift and scale by rows `first` and `first + 1` of the modulation."""
     normed = F.layer_norm(x, (x.shape[-1],), eps=EPS)
     return _join_parts(
         [torch.addcmul(rows[first], normed[:, tokens], 1 + rows[first + 1]) for tokens, rows in parts]
@@ -245,7 +247,7 @@ def _modulate(x: torch.Tensor, parts: _Parts, first: int) -> torch.Tensor:
 
 
 def _add_gated(x: torch.Tensor, change: torch.Tensor, parts: _Parts, gate: int) -> torch.Tensor:
-    """x + gate * change."""
+    """x + gate * change. gate: a row of the modulation."""
     return _join_parts([torch.addcmul(x[:, tokens], rows[gate], change[:, tokens]) for tokens, rows in parts])
 
 
@@ -254,6 +256,6 @@ def _join_parts(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _rotate(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
-    """x (1, tokens, heads, head size), its channels in pairs as complex numbers, times the rotations."""
+    """x (1, tokens, heads, head size) times the rotations. Pairs of channels are complex numbers."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotations.unsqueeze(1)).flatten(-2).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Pictures to reference latents and latents to pictures, one frame at a time."""
+"""The VAE: pictures to reference latents, and latents to pictures, whole or in tiles."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..arithmetic import exact_fp32
 from ..cards.kernels import is_out_of_memory
-from ..cards.transfer import cross
+from ..cards.transfer import copy_to
 from ..images import from_pixels
 from ..latents import MEGAPIXEL, MIN_SIZE, TOKEN_PIXELS, VAE_SCALE, dimensions_for_area, require_latents
 from ..limits import REFERENCE_MEGAPIXELS, TILING
@@ -28,15 +28,15 @@ from .guard import STOP, Guard, require_finite_input
 
 log = logging.getLogger("FireRed")
 
-# Latents around a tile that its pixels depend on. The decoder's part that is tiled sees 12.25: six 3x3
-# convolutions at each of the scales 1, 2, 4 and 8, one after each of the three upsamplings, and the last.
+# Latents around a tile on which its pixels depend. The decoder's tiled part reaches 12.25 latents: six 3x3
+# convolutions at each of the scales 1, 2, 4 and 8, one after each of three upsamplings, and a last one.
 HALO = 13
-TILES = (96, 64, SMALLEST_TILE)  # latents a side, halo included
+TILES = (96, 64, SMALLEST_TILE)  # latents on a side, with the halo
 
 
 @dataclass(frozen=True)
 class VAE:
-    """A loaded VAE. model: for single frames, see layers.keep_single_frames."""
+    """A loaded VAE. model: reduced to single frames, see layers.keep_single_frames."""
 
     replica: Replica
     model: diffusers.AutoencoderKLQwenImage
@@ -50,7 +50,11 @@ def encode_reference(
     megapixels: float,
     guard: str = STOP,
 ) -> torch.Tensor:
-    """The picture's raw latents (1, 16, 1, h, w), FP32 on the VAE's device, in multiples of 32 pixels."""
+    """The picture's raw latents (1, 16, 1, h, w), FP32 on the VAE's device.
+
+    Resized to about `megapixels` of 1024x1024, in multiples of 32 pixels. guard: as in decode. Raises
+    InputError for `megapixels` out of bounds, and NonFiniteError.
+    """
     area = REFERENCE_MEGAPIXELS.require(megapixels) * MEGAPIXEL
     width, height = dimensions_for_area(area, picture.width / picture.height)
     width, height = max(width, MIN_SIZE), max(height, MIN_SIZE)
@@ -74,26 +78,25 @@ def decode(
     free: float = math.inf,
     guard: str = STOP,
 ) -> torch.Tensor:
-    """Decode raw latents (B, 16, 1, h, w) or (B, 16, h, w) into an IMAGE (B, 8h, 8w, 3), 0 to 1, FP32 on the
-    CPU.
+    """Raw latents (B, 16, 1, h, w) or (B, 16, h, w) to an IMAGE (B, 8h, 8w, 3), 0 to 1, FP32 on the CPU.
 
-    tiling: `whole`, `tiled`, or `auto`: whole where that fits into `free` bytes, else in tiles. Should memory
-    run out all the same, the next smaller tiles are tried (not for `whole`). Tiles equal the whole but for
-    float rounding. guard: what to do about NaN and infinity, one of guard.GUARDS.
-    Raises InputError for latents of another shape and NonFiniteError for NaN in or out.
+    tiling: `whole`, `tiled`, or `auto`: whole if that fits into `free` bytes, else tiled. When memory runs
+    out, smaller tiles are tried (not for `whole`). Tiles change the pixels only by float rounding.
+    guard: what to do about NaN and infinity, one of guard.GUARDS. Raises InputError for latents of another
+    shape, and NonFiniteError.
     """
     latents = require_latents(samples, "The latent to decode")
     if guard == STOP:
         require_finite_input(latents, "The latent to decode")
     *_, height, width = latents.shape
-    tiles = _tiles(vae.replica, height, width, tiling, free)
-    watched = Guard(vae.replica, guard)
-    return torch.cat([from_pixels(_decode_one(vae, watched, raw, tiles)) for raw in latents.split(1)])
+    tiles = _tile_sizes(vae.replica, height, width, tiling, free)
+    one_guard = Guard(vae.replica, guard)  # so that `warn` logs once, not for each picture
+    return torch.cat([from_pixels(_decode_one(vae, one_guard, raw, tiles)) for raw in latents.split(1)])
 
 
 def decoding_bytes(replica: Replica, height: int, width: int, tiling: str) -> int:
-    """What decoding latents of that size takes at least beside the weights."""
-    return _decode_bytes(replica, height, width, _tiles(replica, height, width, tiling, 0)[-1])
+    """The bytes that decoding needs at least beside the weights. height, width: of the latents."""
+    return _decode_bytes(replica, height, width, _tile_sizes(replica, height, width, tiling, 0)[-1])
 
 
 def _decode_bytes(replica: Replica, height: int, width: int, tile: int) -> int:
@@ -102,7 +105,10 @@ def _decode_bytes(replica: Replica, height: int, width: int, tile: int) -> int:
 
 
 def require_room_to_decode(replica: Replica, height: int, width: int, tiling: str, room: float) -> None:
-    """Raise DoesNotFitError where latents of that size will not decode in `room` bytes, weights included."""
+    """Raise DoesNotFitError when weights and decoding do not fit into `room` bytes.
+
+    height, width: of the latents.
+    """
     how = "whole" if tiling == "whole" else "even in tiles"
     advice = "Set tiling to auto" if tiling == "whole" else "Choose another device for the VAE"
     require_room(
@@ -114,8 +120,8 @@ def require_room_to_decode(replica: Replica, height: int, width: int, tiling: st
     )
 
 
-def _tiles(replica: Replica, height: int, width: int, tiling: str, free: float) -> list[int]:
-    """The tile sizes to try, in turn."""
+def _tile_sizes(replica: Replica, height: int, width: int, tiling: str, free: float) -> list[int]:
+    """The tile sizes to try, in latents, the largest first."""
     whole = max(height, width)
     if TILING.require(tiling) == "whole":
         return [whole]
@@ -129,14 +135,14 @@ def _tiles(replica: Replica, height: int, width: int, tiling: str, free: float) 
 
 
 def _decode_one(vae: VAE, guard: Guard, raw: torch.Tensor, tiles: list[int]) -> torch.Tensor:
-    """Pixels (1, 3, 1, 8h, 8w). Sizes for which memory runs out are taken off `tiles`, for all pictures."""
+    """One picture's pixels (1, 3, 1, 8h, 8w). Removes sizes that run out of memory from `tiles`."""
     model, replica = vae.model, vae.replica
 
-    def attend() -> torch.Tensor:
-        part = model.post_quant_conv(cross(raw, replica.device).to(replica.spec.math))
+    def run_attention() -> torch.Tensor:
+        part = model.post_quant_conv(copy_to(raw, replica.device).to(replica.spec.math))
         return model.decoder.mid_block(model.decoder.conv_in(part))
 
-    features = guard.run(attend, "The picture being decoded", model)
+    features = guard.run(run_attention, "The picture being decoded", model)
     while len(tiles) > 1:
         try:
             return _decode_features(model, guard, features, tiles[0])
@@ -157,9 +163,10 @@ def _decode_one(vae: VAE, guard: Guard, raw: torch.Tensor, tiles: list[int]) -> 
 def _decode_features(
     vae: diffusers.AutoencoderKLQwenImage, guard: Guard, features: torch.Tensor, tile: int
 ) -> torch.Tensor:
-    """What is left after attention over the whole picture, tile by tile: pixels (1, 3, 1, 8h, 8w) on the CPU.
+    """Features (1, C, 1, h, w) to pixels (1, 3, 1, 8h, 8w) on the CPU, tile by tile.
 
-    Only convolutions and norms of single pixels are left, so a tile with its halo gives the same pixels.
+    After the attention there are only convolutions and norms of single pixels, so a tile with its halo gives
+    the same pixels as the whole.
     """
     *_, height, width = features.shape
     pixels = torch.empty(1, 3, 1, height * VAE_SCALE, width * VAE_SCALE)
@@ -180,7 +187,7 @@ def _upsample(decoder: Any, features: torch.Tensor) -> torch.Tensor:
 
 
 def _spans(length: int, tile: int) -> Iterator[tuple[slice, slice]]:
-    """Cut a side of `length` latents into spans, each with what it needs around it: at most about a tile."""
+    """Cut a side of `length` latents into spans. Yields each, and the same with its halo: about `tile`."""
     count = 1 if length <= tile else math.ceil((length - 2 * HALO) / (tile - 2 * HALO))
     edges = [HALO + round(number * (length - 2 * HALO) / count) for number in range(1, count)]
     for start, end in itertools.pairwise([0, *edges, length]):

@@ -1,4 +1,4 @@
-"""How large a model's activations get, block by block, measured in forwards it really runs."""
+"""Measure how large a model's activations get in each block, in real forwards."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from ..sampling.workers import LocalWorker
 from .ranges import OUTLIER, BlockRange
 
 BLOCKS = re.compile(r"(transformer_blocks|visual\.blocks|language_model\.layers)\.(\d+)(\..*)?")
-MAX_STEPS = 6  # a forward and a line in the chart each
+MAX_STEPS = 6  # each is a forward and a line in the chart
 TOWERS = {"visual.blocks": "vision tower", "language_model.layers": "language model"}
 
 
 def parse_steps(text: str, steps: int) -> list[int]:
-    """Step numbers from 1, as in "1, 20, 40"; those past the last mean the last. Raises InputError."""
+    """The step numbers (from 1) in "1, 20, 40". Numbers above `steps` mean the last. Raises InputError."""
     steps, parts = STEPS.require(steps), require_text(text, "look_at").replace(",", " ").split()
     try:
         numbers = sorted({min(int(part), steps) for part in parts})
@@ -49,10 +49,10 @@ def measure_transformer(
     samples: torch.Tensor | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> dict[str, list[BlockRange]]:
-    """The positive branch's ranges at `steps` (from 1), by a label for each.
+    """The ranges of the positive branch at `steps` (from 1), by labels such as "step 1".
 
-    samples: raw latents (B, 16, 1, h, w) of the run's size whose first picture, noised to a step's level, is
-    the state looked at; without any, or with zeros, it is noise alone. Raises InputError and NonFiniteError.
+    samples: raw latents (B, 16, 1, h, w) of the run's size. The model's input is their first picture with the
+    step's noise; without samples, or with zeros, noise alone. Raises InputError and NonFiniteError.
     """
     looked_at = {POSITIVE: run.conditions[POSITIVE]}
     worker = LocalWorker(transformer, run.schedule, run.padded_size, looked_at, OFF)
@@ -73,7 +73,7 @@ def measure_transformer(
 def measure_text_encoder(
     encoder: TextEncoder, prompt: str, pictures: Sequence[Image.Image]
 ) -> dict[str, list[BlockRange]]:
-    """The ranges of the vision tower (if there are pictures) and of the language model, by their names."""
+    """The ranges of the vision tower (if there are pictures) and of the language model, by name."""
     blocks = measure(encoder.model, lambda: encoder.encode(prompt, pictures, guard=OFF))
     return {
         label: tower
@@ -84,10 +84,10 @@ def measure_text_encoder(
 
 @torch.inference_mode()
 def measure(model: torch.nn.Module, forward: Callable[[], object]) -> list[BlockRange]:
-    """Run `forward`, which calls `model`, and return the ranges of the blocks in the order they ran.
+    """Run `forward`, which calls `model`, and return the ranges of its blocks in the order they run.
 
-    Adds a read of each activation and of each linear layer's input and, at the end, one copy to the host.
-    Leaves no hook behind.
+    Costs a read of each activation and of each linear layer's input, and one copy to the host at the end.
+    Removes its hooks.
     """
     tallies: dict[str, _Tally] = {}
     inside = {name: module for name, module in model.named_modules() if BLOCKS.fullmatch(name)}
@@ -115,7 +115,7 @@ def measure(model: torch.nn.Module, forward: Callable[[], object]) -> list[Block
 
 
 class _Tally:
-    """A block's counts while it runs, on its device: nothing waits for it before the end."""
+    """The counts of one block. They stay on its device: the program waits for it only at the end."""
 
     def __init__(self) -> None:
         self._peaks: list[torch.Tensor] = []
@@ -124,38 +124,38 @@ class _Tally:
         self.columns = self.channels = 0
 
     def add_output(self, tensor: torch.Tensor) -> None:
-        """tensor: (..., channels)."""
+        """Count a module's output (..., channels)."""
         peaks = _channel_peaks(tensor)
         self._peaks.append(peaks.max())
         self._overflows.append(_count_reaching(peaks, FP16_MAX))
         self.channels += peaks.numel()
 
     def add_column_input(self, tensor: torch.Tensor) -> None:
-        """tensor: what a linear layer is given, (..., columns)."""
+        """Count the input (..., columns) of a linear layer."""
         peaks = _channel_peaks(tensor)
         self._peaks.append(peaks.max())
         self._outliers.append(_count_reaching(peaks, OUTLIER))
         self.columns += peaks.numel()
 
     def totals(self) -> torch.Tensor:
-        """(3) FP32: the largest magnitude, outlier columns, overflowing channels."""
+        """Three FP32 numbers: the largest magnitude, outlier columns, overflowing channels."""
         largest = torch.stack(self._peaks).max()
         outliers = torch.stack([*self._outliers, torch.zeros_like(largest)]).sum()
         return torch.stack([largest, outliers, torch.stack(self._overflows).sum()])
 
 
 def _channel_peaks(tensor: torch.Tensor) -> torch.Tensor:
-    """Each channel's largest magnitude, (channels) FP32; NaN comes through."""
+    """The largest magnitude of each channel, (channels) FP32. NaN gives NaN."""
     lowest, highest = tensor.reshape(-1, tensor.shape[-1]).aminmax(dim=0)
     return torch.maximum(-lowest, highest).float()
 
 
 def _count_reaching(peaks: torch.Tensor, limit: float) -> torch.Tensor:
-    """How many are at or past the limit, NaN included, 0-d FP32."""
+    """How many peaks are at or above the limit or NaN, 0-d FP32."""
     return torch.logical_not(peaks < limit).sum().float()
 
 
 def _packed(statistics: LatentStatistics, samples: torch.Tensor) -> torch.Tensor:
-    """The first picture of a LATENT's raw latents, normalised and packed: (1, tokens, 64) FP32 on the CPU."""
+    """The first picture of raw latents, normalised and packed: (1, tokens, 64) FP32 on the CPU."""
     raw = require_finite_input(require_latents(samples, "The latent")[:1], "The latent").cpu().float()
     return pack(statistics.normalize(pad_to_patches(raw)))

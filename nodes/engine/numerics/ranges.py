@@ -1,4 +1,4 @@
-"""What measured activation ranges mean: which precisions hold them, and what to say about it."""
+"""Judge which precisions hold the measured activation ranges, and report it as text."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ..weights.components import Replica
 from ..weights.precision import ROLE_PRECISIONS, Precision
 
 OUTLIER = 6.0  # LLM.int8's threshold, https://huggingface.co/papers/2208.07339
-MARGIN = 4.0  # another prompt or picture easily doubles a magnitude
-MANY_OUTLIERS = 0.5  # of a block's columns: LLM.int8 then multiplies most of it a second time, in FP32
-MAX_NAMED = 4  # blocks in a verdict
+MARGIN = 4.0  # another prompt or picture can double a magnitude
+MANY_OUTLIERS = 0.5  # of a block's columns; above it, LLM.int8 multiplies most of the block twice
+MAX_NAMED = 4  # blocks that a verdict names
 
 
 @dataclass(frozen=True)
 class BlockRange:
-    """What one block's activations reached in one forward.
+    """The ranges of one block's activations in one forward.
 
-    name: dotted, "transformer_blocks.57". largest: the largest magnitude of all its modules' outputs and its
-    linear layers' inputs, NaN or infinity if one was. outliers: the share of its linear layers' input columns
-    that reach 6, which LLM.int8 takes out of INT8. overflows: the share of its modules' output channels
-    that reach 65504.
+    name: dotted, such as "transformer_blocks.57". largest: the largest magnitude of its modules' outputs and
+    its linear layers' inputs; NaN or infinity if there was one. outliers: the share of its linear layers'
+    input columns that reach 6, which LLM.int8 does not multiply in INT8. overflows: the share of its modules'
+    output channels that reach 65504.
     """
 
     name: str
@@ -38,7 +38,7 @@ class BlockRange:
         return int(self.name.rpartition(".")[2])
 
 
-Ranges = Mapping[str, Sequence[BlockRange]]  # by what is compared: the steps, or the text encoder's towers
+Ranges = Mapping[str, Sequence[BlockRange]]  # by step, or by tower of the text encoder
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,19 @@ class Verdict:
 def judge(role: str, ranges: Ranges) -> list[Verdict]:
     """A verdict for each precision of the component.
 
-    The rules. FP16 as arithmetic breaks where a magnitude reaches its limit of 65504, and is at risk within
-    a factor of 4 of it: these ranges are of one prompt, picture and seed. LLM.int8 (`int8-bnb`) is FP16
-    inside, but at threshold 6 every column that reaches 6 is multiplied in FP32 and the rest stays small, so
-    its range is safe; where more than half of a block's columns do, it multiplies most of the block twice
-    and is at risk of being slower than FP32. All others keep FP32's or BF16's range, 3e38, from end to end
-    (`int8-fast` by an FP32 scale for each token), and break only where FP32 itself does: where NaN or
-    infinity was measured.
+    FP16 arithmetic breaks where a magnitude reaches 65504. It is at risk within a factor of 4 of that limit,
+    because the ranges are of one prompt, picture and seed. LLM.int8 (`int8-bnb`) computes in FP16, but it
+    multiplies columns that reach 6 in FP32, and the other columns are small: its range is safe. It is at risk
+    of being slower than FP32 where more than half of a block's columns reach 6, because it multiplies these
+    twice. All other precisions keep the range of FP32 or BF16, 3e38 (`int8-fast` by an FP32 scale for each
+    token). They break only where NaN or infinity was measured, as FP32 does.
     """
     blocks = _worst(ranges)
     return [_judge(precision, blocks) for precision in ROLE_PRECISIONS[role].values()]
 
 
 def report(replica: Replica, ranges: Ranges) -> str:
-    """What was measured and the verdicts, as a few lines of text."""
+    """The measured ranges and the verdicts as a few lines of text."""
     lines = [f"Measured on the {replica}:"]
     for label, blocks in ranges.items():
         block = max(blocks, key=lambda block: _order(block.largest))
@@ -116,7 +115,7 @@ def _judge_outliers(name: str, blocks: Sequence[BlockRange]) -> Verdict:
 
 
 def _worst(ranges: Ranges) -> list[BlockRange]:
-    """Each block at its largest of all that was measured of it, in its order."""
+    """Each block with the largest of all its measurements, in the order of the blocks."""
     worst: dict[str, BlockRange] = {}
     for block in (block for blocks in ranges.values() for block in blocks):
         seen = worst.setdefault(block.name, block)
@@ -130,12 +129,12 @@ def _worst(ranges: Ranges) -> list[BlockRange]:
 
 
 def _order(value: float) -> float:
-    """For sorting: NaN above all."""
+    """A sort key that puts NaN last."""
     return math.inf if math.isnan(value) else value
 
 
 def _named(blocks: Sequence[BlockRange]) -> str:
-    """The blocks with their ranges, the largest first, a few of them."""
+    """The names and ranges of up to MAX_NAMED blocks, the largest first."""
     ordered = sorted(blocks, key=lambda block: _order(block.largest), reverse=True)
     named = ", ".join(f"{block.name} ({block.largest:.3g})" for block in ordered[:MAX_NAMED])
     return named + (f" and {len(blocks) - MAX_NAMED} more blocks" if len(blocks) > MAX_NAMED else "")

@@ -1,1 +1,4 @@
-"""From conditioning to latents: schedule, loop, workers, and what makes a run resume."""
+"""From conditioning to latents: read conditioning, schedule, denoise loop, workers, resume, cached encodings.
+
+What one forward of a model computes belongs in models.
+"""

@@ -1,12 +1,11 @@
-"""ComfyUI's CONDITIONING to and from what the sampler needs of it.
+"""Convert between ComfyUI's CONDITIONING and the sampler's Condition.
 
 A CONDITIONING is [[embeds (1, L, width), {"attention_mask": (1, L)?, "reference_latents": [raw latents]?}]],
-as core's TextEncodeQwenImageEditPlus makes it. Ours also says "image_size": (width, height) of the first
-picture, which a reference latent only holds rounded, and "latent_statistics", those of the VAE that made the
-reference latents.
+as core's TextEncodeQwenImageEditPlus makes it. Ours adds "image_size", the first picture's exact (width,
+height), and "latent_statistics" of the VAE that made the reference latents.
 
-Every other key is in one of the lists below, or said in the log once: nothing that would change the picture
-in core's sampler is dropped without a word.
+The lists below name the known keys. Any other key is logged once: nothing that changes the picture in core's
+sampler is dropped silently.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ OBEYED = {
     "image_size",
     "latent_statistics",
 }
-# What changes nothing in core either, for this model and one entry: core's text encoders set the first, the
-# rest only acts with what is refused below.
+# Keys that change nothing in core either, for this model and one entry. Core's text encoders set the first.
+# The others only have an effect together with keys that are refused below.
 WITHOUT_EFFECT = {
     "pooled_output",
     "default",
@@ -59,7 +58,7 @@ WITHOUT_EFFECT = {
 class Refusal:
     """A key that core's sampler obeys for this model and ours does not.
 
-    setters: the nodes that set it. is_neutral: whether core computes the same with this value as without.
+    setters: the nodes that set it. is_neutral: whether this value changes nothing in core.
     """
 
     setters: str
@@ -88,7 +87,7 @@ REFUSED = {
         "ConditioningSetAreaStrength and ConditioningSetArea", lambda value: _is_number(value, 1, 1)
     ),
     "mask": Refusal(f"ConditioningSetMask, {PROPERTIES}", is_all_ones),
-    # Any strength above 0 cancels out where there is one entry.
+    # With one entry, core's result is the same for any strength above 0.
     "mask_strength": Refusal("ConditioningSetMask", lambda value: _is_number(value, 1e-6, math.inf)),
     "control": Refusal("ControlNetApply and ControlNetApplyAdvanced"),
     "hooks": Refusal(HOOKS, lambda value: not getattr(value, "hooks", value)),
@@ -99,14 +98,14 @@ REFUSED = {
 
 
 class ReferenceMethod(Enum):
-    """How a checkpoint's transformer was taught to tell reference latents apart, in core's words."""
+    """How a checkpoint's transformer was trained to tell reference latents apart. Values: core's names."""
 
     INDEX = "index"
     INDEX_TIMESTEP_ZERO = "index_timestep_zero"
 
     @classmethod
     def of(cls, transformer_config: Mapping[str, Any]) -> ReferenceMethod:
-        """What the transformer's config.json says: core reads it off a mark in the weights."""
+        """The method in the transformer's config.json. Core reads it from a marker in the weights."""
         return cls.INDEX_TIMESTEP_ZERO if transformer_config.get("zero_cond_t") else cls.INDEX
 
 
@@ -115,12 +114,12 @@ POSITIVE, NEGATIVE = "positive", "negative"  # the branches of guidance
 
 @dataclass(frozen=True)
 class Condition:
-    """What one branch of guidance is conditioned on.
+    """The inputs of one branch of guidance.
 
     prompt_embeds: (1, L, width). mask: (1, L) bool, or None when every token counts.
     reference_latents: raw, (1, 16, 1, h, w) each, in the order of the pictures.
-    image_size: width and height in pixels of the first picture, as far as known.
-    statistics: of the VAE in use: of the reference latents, and of what is to be decoded.
+    image_size: width and height in pixels of the first picture, if known.
+    statistics: of the VAE's latents: the reference latents and the sampled ones.
     """
 
     prompt_embeds: torch.Tensor
@@ -131,7 +130,7 @@ class Condition:
 
     @property
     def tokens(self) -> int:
-        """What it adds to what the transformer attends over."""
+        """How many tokens the transformer attends to besides those of the sampled picture."""
         references = (latent.shape[-2] * latent.shape[-1] // PATCH**2 for latent in self.reference_latents)
         return self.prompt_embeds.shape[1] + sum(references)
 
@@ -144,7 +143,7 @@ def to_conditioning(
 ) -> list[list[Any]]:
     """A CONDITIONING of one entry.
 
-    image_size: width and height in pixels of the first picture. statistics: of the VAE, if there is one.
+    The arguments are as in Condition. statistics: of the VAE, if there is one.
     """
     extras: dict[str, Any] = {"image_size": image_size}
     if statistics is not None:
@@ -163,10 +162,10 @@ def from_conditioning(
 ) -> Condition:
     """Read a CONDITIONING of one entry, ours or core's.
 
-    branch: its name in errors. width: what the transformer expects of embeddings. method: what it makes of
-    reference latents. statistics: of latents where the conditioning names no VAE's. Raises InputError for
-    several entries, another shape or width, more pictures than an edit takes, and what core's sampler would
-    obey and ours does not; NonFiniteError for NaN.
+    branch: its name for errors. width: of the embeddings that the transformer takes. method: how the
+    transformer was trained to take reference latents. statistics: used if the conditioning has none. Raises
+    InputError for several entries, another shape or width, too many pictures, and a key that core's sampler
+    obeys and ours does not; NonFiniteError for NaN and infinity.
     """
     embeds, extras = _only_entry(conditioning, branch)
     if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[1] == 0:
@@ -196,7 +195,7 @@ def from_conditioning(
 
 
 def _only_entry(conditioning: Any, branch: str) -> tuple[torch.Tensor, Mapping[str, Any]]:
-    """The embeddings and the other keys of a CONDITIONING of one entry."""
+    """The embeddings and the other keys of a CONDITIONING. Raises InputError unless it has one entry."""
     what = f"The {branch} conditioning"
     if not isinstance(conditioning, list | tuple):
         raise InputError(
@@ -219,7 +218,7 @@ def _only_entry(conditioning: Any, branch: str) -> tuple[torch.Tensor, Mapping[s
 
 
 def _require_obeyed(extras: Mapping[str, Any], branch: str) -> None:
-    """Raise InputError for a key that core's sampler would obey; log those that nothing is done with."""
+    """Raise InputError for a key that only core's sampler obeys. Log keys that are not known."""
     for key, value in extras.items():
         refusal = REFUSED.get(key)
         if refusal is not None and value is not None and not refusal.is_neutral(value):
@@ -243,7 +242,7 @@ def _references(extras: Mapping[str, Any], branch: str) -> tuple[torch.Tensor, .
             f"reference_latents of the {branch} conditioning is {shown(listed)}; it must be a list of "
             "latents. Check the node that made it."
         )
-    # A batch of pictures is several references, as it is several pictures to the text encoder.
+    # A batch counts as several references, as it counts as several pictures for the text encoder.
     batches = [
         require_latents(raw, f"Reference latent {number} of the {branch} conditioning")
         for number, raw in enumerate(listed, start=1)
@@ -257,14 +256,14 @@ def _references(extras: Mapping[str, Any], branch: str) -> tuple[torch.Tensor, .
 
 
 def _image_size(size: Any) -> tuple[int, int] | None:
-    """Width and height of the first picture, or None where another pack uses the key for something else."""
+    """Width and height of the first picture, or None if another pack uses this key differently."""
     if isinstance(size, list | tuple) and len(size) == 2 and all(_is_number(s, 1, math.inf) for s in size):
         return int(size[0]), int(size[1])
     return None
 
 
 def _statistics(given: Any, default: LatentStatistics) -> LatentStatistics:
-    """Those of the VAE that made the latents, unless another pack uses the key for something else."""
+    """The given statistics, or the default if there are none or another pack uses this key differently."""
     if not isinstance(given, list | tuple) or len(given) != 2:
         return default
     for values, lowest in zip(given, (-math.inf, 1e-9), strict=True):
@@ -276,7 +275,7 @@ def _statistics(given: Any, default: LatentStatistics) -> LatentStatistics:
 
 
 def _trim(embeds: torch.Tensor, given: Any, branch: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Cut padding off the end, and drop a mask that then keeps all: masked attention is slower."""
+    """Cut padding off the end. Drop a mask that then keeps every token: masked attention is slower."""
     if given is None:
         return embeds, None
     mask = require_tensor(given, f"attention_mask of the {branch} conditioning")

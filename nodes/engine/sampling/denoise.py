@@ -1,4 +1,4 @@
-"""The denoise loop: flow-match Euler with true CFG, in FP32 whatever the precision of the model."""
+"""The denoise loop: flow-match Euler with true CFG. It computes in FP32 at every precision."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from .conditioning import NEGATIVE, POSITIVE
 from .schedule import Schedule
 
-# Packed latents (1, tokens, 64) FP32 and a step (from 0) to the velocity each branch predicts, so shaped.
+# Packed latents (1, tokens, 64) FP32 and a step (from 0) to each branch's velocity, of the same shape.
 Predict = Callable[[torch.Tensor, int], Mapping[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class StepState:
-    """After `step` (from 1) of `steps`. latents, denoised: packed (1, tokens, 64) FP32."""
+    """The state after `step` (from 1) of `steps`. latents, denoised: packed (1, tokens, 64) FP32."""
 
     step: int
     steps: int
@@ -32,10 +32,10 @@ def denoise(
     on_step: Callable[[StepState], None] = lambda state: None,
     first_step: int = 0,
 ) -> torch.Tensor:
-    """Sample packed latents (1, tokens, 64) FP32 from the noise level that `first_step` (from 0) starts at.
+    """Euler steps of flow matching (https://huggingface.co/papers/2403.03206).
 
-    true_cfg_scale: used at steps where both branches are predicted. on_step: called after each step; what it
-    raises stops the run. Flow matching with Euler steps: https://huggingface.co/papers/2403.03206
+    latents: packed (1, tokens, 64) FP32, at the noise level of `first_step` (from 0). true_cfg_scale: for
+    steps that predict both branches. on_step: called after each step; an exception stops the run.
     """
     for index in range(first_step, schedule.steps):
         sigma, next_sigma = schedule.sigmas[index].item(), schedule.sigmas[index + 1].item()
@@ -50,10 +50,9 @@ def denoise(
 
 
 def true_cfg(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
-    """Classifier-free guidance, each token rescaled to the norm of its positive prediction (Qwen-Image's
-    rule).
+    """Classifier-free guidance (https://huggingface.co/papers/2207.12598) with Qwen-Image's rescaling.
 
-    All tensors (1, tokens, 64) FP32. https://huggingface.co/papers/2207.12598
+    Each token gets the norm of its positive prediction. All tensors are (1, tokens, 64) FP32.
     """
     guided = negative + scale * (positive - negative)
     norm = guided.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(guided.dtype).tiny)

@@ -1,6 +1,6 @@
-"""An unfinished run kept on disk, so that a crash, a power cut or a cancelled queue costs a step and no more.
+"""Save an unfinished run on disk, so that it goes on at its last saved step after a crash or a cancel.
 
-The file's name is a digest of everything the result depends on: a run with any other input never finds it.
+The file's name is a digest of everything that the result depends on, so other inputs have another file.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from ..files.cache import DiskCache, digest
 
 log = logging.getLogger("FireRed")
 
-RECIPE = 1  # raise it when the loop computes something else
-MAX_SHARE = 0.01  # of the sampling time that may go into writing
+RECIPE = 1  # raise it when the results of the loop change
+MAX_SHARE = 0.01  # of the sampling time may go into writing
 NAME = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run is: `step` steps done of the picture after the finished ones.
+    """How far a run is.
 
-    latents: packed (1, tokens, 64) FP32, after that step. finished: raw latents (1, 16, 1, h, w) of each
-    picture done.
+    step: the number of steps done of the current picture. latents: the current picture's, packed
+    (1, tokens, 64) FP32. finished: raw latents (1, 16, 1, h, w) of each picture before it.
     """
 
     step: int
@@ -37,15 +37,15 @@ class RunState:
 
 
 class SavedRun:
-    """One run's file. Writing happens as often as it costs under a hundredth of the time, and on failure.
+    """The file of one run. It is written as often as MAX_SHARE allows, and when the run fails.
 
-    Nothing here stops a run: a disk that takes no more is logged once.
+    A failure to write is logged once and does not stop the run.
     """
 
     def __init__(self, store: DiskCache, name: str):
         self.name = name
         self._store = store
-        self._due = 0.0  # on the monotonic clock, which no change of the time of day moves
+        self._due = 0.0  # on the monotonic clock
         self._unsaved: RunState | None = None
         self._arithmetic = ""
         self._warned = False
@@ -53,28 +53,26 @@ class SavedRun:
     def result(self, batch: int) -> torch.Tensor | None:
         """The raw latents (batch, 16, 1, h, w) of a run that ended but was not decoded, or None.
 
-        None too where kernels were chosen by a test: whether they would be chosen again is known to `open`,
-        once the transformer is loaded.
+        Also None for a run whose kernels were chosen by a test. `open` compares them once the transformer is
+        loaded and has chosen its own.
         """
         kept = self._read()
         if kept is None or kept[1]:
             return None
-        return self.finished(kept[0], batch)
+        return self.finished_latents(kept[0], batch)
 
-    def finished(self, state: RunState, batch: int) -> torch.Tensor | None:
-        """The raw latents (batch, 16, 1, h, w) of a state that has them all, or None."""
+    def finished_latents(self, state: RunState, batch: int) -> torch.Tensor | None:
+        """The raw latents (batch, 16, 1, h, w) of a state with all pictures finished and finite, or None."""
         if len(state.finished) != batch:
             return None
         latents = torch.cat(state.finished)
-        if not bool(latents.isfinite().all()):  # as an unguarded run may end
+        if not bool(latents.isfinite().all()):  # possible without a guard
             return None
-        log.info("this run was sampled before and not decoded: its latents come from disk")
+        log.info("this run was sampled before but not decoded: its latents come from disk")
         return latents
 
     def open(self, arithmetic: str) -> RunState | None:
-        """The state to go on from, or None. arithmetic: the kernels chosen now; others would end in other
-        bits.
-        """
+        """The state to go on from, or None. arithmetic: the kernels chosen now, which must be the same."""
         self._arithmetic = arithmetic
         kept = self._read()
         if kept and kept[1] != arithmetic:
@@ -93,23 +91,23 @@ class SavedRun:
             )
             return state, bytes(tensors["arithmetic"].tolist()).decode()
         except (KeyError, ValueError, RuntimeError):
-            return None  # not ours: the run starts over
+            return None  # damaged: the run starts over
 
     def update(self, state: RunState, now: bool = False) -> None:
-        """Take note of a step, writing it if that is due or `now`."""
+        """Remember a step. Writes it if that is due, or at once with `now`."""
         self._unsaved = state
         if now or time.monotonic() >= self._due:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is not written yet; for when the run stops before its end."""
+        """Write the last step, if it is not written yet. For a run that stops before its end."""
         if self._unsaved is None:
             return
         started = time.monotonic()
         state, self._unsaved = self._unsaved, None
         try:
             self._store.write(self.name, _tensors(state, self._arithmetic))
-        except (OSError, RuntimeError) as error:  # a card that failed cannot give its latents either
+        except (OSError, RuntimeError) as error:  # RuntimeError: latents of a card that failed
             if not self._warned:
                 log.warning("this run cannot be resumed after a crash: its state is not written (%s)", error)
             self._warned = True
@@ -117,18 +115,18 @@ class SavedRun:
         self._due = ended + (ended - started) / MAX_SHARE
 
     def forget(self) -> None:
-        """Leave nothing behind."""
+        """Delete the file."""
         self._unsaved = None
         self._store.remove(self.name)
 
 
 def run_name(device: torch.device, *parts: object) -> str:
-    """The name of the run that depends on all these parts, and on how this process computes on the device."""
+    """The name of a run that depends on these parts and on how this process computes on the device."""
     return digest(RECIPE, computing_environment(device, "diffusers", "bitsandbytes"), *parts)
 
 
 def is_run_name(name: object) -> TypeGuard[str]:
-    """Whether this can be a run's name, and so a file's."""
+    """Whether this can be a run's name. Run names are safe as file names."""
     return isinstance(name, str) and NAME.fullmatch(name) is not None
 
 

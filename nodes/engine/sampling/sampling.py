@@ -1,8 +1,7 @@
-"""One sampling run: all checked and decided before a weight is loaded, then the loop for each picture."""
+"""One sampling run: check and decide everything before weights are loaded, then sample each picture."""
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..cards.transfer import cross
+from ..cards.transfer import copy_to
 from ..errors import InputError
 from ..images import warn_of_many_pictures
 from ..latents import (
@@ -45,18 +44,18 @@ from .workers import LocalWorker
 
 log = logging.getLogger("FireRed")
 
-# done, total, denoised: steps done of all pictures' steps, and the current estimate (1, 16, 1, h, w),
-# normalised.
+# Called with the number of steps done, the number of steps of all pictures, and the current estimate of the
+# picture: normalised latents (1, 16, 1, h, w).
 OnStep = Callable[[int, int, torch.Tensor], None]
-ROTARY_POSITIONS = 4096  # each way from 0, in the transformer's table (diffusers' QwenEmbedRope)
+ROTARY_POSITIONS = 4096  # on each side of 0; the limit of diffusers' QwenEmbedRope
 
 
 @dataclass(frozen=True)
 class SamplingRun:
     """A run that passed every check.
 
-    conditions: by branch; both where the run is guided. draws: for each picture which of the seed's draws is
-    its noise. height, width: of the latents asked for; the loop works on the next even size.
+    conditions: by branch; a run with guidance has both. draws: for each picture, the number of the seed's
+    draw that is its noise. height, width: of the resulting latents; the loop works on the next even size.
     """
 
     replica: Replica
@@ -75,27 +74,26 @@ class SamplingRun:
 
     @property
     def padded_size(self) -> tuple[int, int]:
+        """Height and width of the latents in the loop, both even."""
         return self.height + self.height % PATCH, self.width + self.width % PATCH
 
     def working_bytes(self) -> int:
-        """What the transformer needs beside its weights."""
+        """The bytes that the transformer needs beside its weights."""
         height, width = self.padded_size
         tokens = height * width // PATCH**2 + max(condition.tokens for condition in self.conditions.values())
         spec = self.replica.spec
         return transformer_bytes(spec.checkpoint, spec.precision, tokens, self.replica.fused)
 
     def require_room(self, room: float) -> None:
-        """Raise DoesNotFitError where the run does not go into `room` bytes, all that its device can give."""
+        """Raise DoesNotFitError, with what would fit instead, when the run needs more than `room` bytes."""
         if has_room(self.replica, self.working_bytes(), room):
             return
-        alternatives = (self._smaller(), self._with_fewer_references(), self._at_other_precisions())
-        fitting = [
-            words
-            for ways in alternatives
-            for words, _ in itertools.islice(
-                (way for way in ways if has_room(way[1].replica, way[1].working_bytes(), room)), 1
-            )
-        ]
+        changes = (self._smaller(), self._with_fewer_references(), self._at_other_precisions())
+        first_fitting = (
+            next((name for name, run in runs if has_room(run.replica, run.working_bytes(), room)), None)
+            for runs in changes
+        )
+        fitting = list(filter(None, first_fitting))
         remedy = f"What would fit: {', or '.join(fitting)}." if fitting else "Choose a bigger card, or cpu."
         require_room(self.replica, self.working_bytes(), room, f"Sampling {self._task}", remedy)
 
@@ -108,7 +106,7 @@ class SamplingRun:
         return f"{self.width * VAE_SCALE}x{self.height * VAE_SCALE} with {_pictures(self._references)}"
 
     def _smaller(self) -> Iterator[tuple[str, SamplingRun]]:
-        """This run at smaller sizes of its shape, the largest first."""
+        """This run at smaller sizes of the same shape, the largest first, each with a name."""
         for percent in range(95, 0, -5):
             height, width = (side * percent // 100 // PATCH * PATCH for side in (self.height, self.width))
             if min(height, width) * VAE_SCALE < MIN_SIZE:
@@ -116,6 +114,7 @@ class SamplingRun:
             yield f"{width * VAE_SCALE}x{height * VAE_SCALE}", replace(self, height=height, width=width)
 
     def _with_fewer_references(self) -> Iterator[tuple[str, SamplingRun]]:
+        """This run with fewer references, the most first, each with a name."""
         for count in reversed(range(self._references)):
             conditions = {
                 branch: replace(condition, reference_latents=condition.reference_latents[:count])
@@ -124,7 +123,7 @@ class SamplingRun:
             yield _pictures(count), replace(self, conditions=conditions)
 
     def _at_other_precisions(self) -> Iterator[tuple[str, SamplingRun]]:
-        """At the other precisions that are safe, the largest first."""
+        """This run at the precisions that errors may recommend, the largest first, each with a name."""
         replica = self.replica
         rows = (row for row in ROLE_PRECISIONS[replica.spec.role].values() if not row.is_fp16)
         others = [at_precision(replica, resolve(row, replica.card)) for row in rows]
@@ -134,7 +133,7 @@ class SamplingRun:
     def name(self, guard: str = STOP) -> str:
         """The run's name: a digest of everything its result depends on.
 
-        guard: what it let pass, which a stricter one must not take over.
+        guard: its level. A stricter guard must not continue a run that a weaker one let pass.
         """
         spec, card, schedule = self.replica.spec, self.replica.card, self.schedule
         parts: list[object] = [guard, spec.identity, *spec.precision.identity, card.name, self.padded_size]
@@ -152,7 +151,7 @@ def _pictures(count: int) -> str:
 
 
 def read_conditions(replica: Replica, branches: Mapping[str, Any]) -> dict[str, Condition]:
-    """Each branch's CONDITIONING as this transformer takes it. Raises InputError and NonFiniteError."""
+    """Read each branch's CONDITIONING for this transformer. Raises as from_conditioning does."""
     checkpoint = replica.spec.checkpoint
     config, statistics = checkpoint.component("transformer").config(), checkpoint.latent_statistics()
     method = ReferenceMethod.of(config)
@@ -176,11 +175,10 @@ def prepare_run(
 ) -> SamplingRun:
     """Check a run and decide its size and schedule.
 
-    conditions: POSITIVE and, for guidance above 1, NEGATIVE. width, height: pixels, 0 to follow the first
-    reference.
-    samples: a LATENT's tensor; it gives the size (over width and height) and how many pictures to sample.
-    draws: for each of them which of the seed's draws is its noise, if not in turn. Raises InputError for
-    every number out of bounds, and CheckpointError.
+    conditions: POSITIVE and, for guidance, NEGATIVE. width, height: pixels; 0 follows the first image.
+    samples: a LATENT's tensor. It overrides width and height, and gives the number of pictures to sample.
+    draws: for each picture, the number of the seed's draw that is its noise; 0, 1, 2 and so on by default.
+    Raises InputError for a number out of bounds, and CheckpointError.
     """
     true_cfg_scale, seed = TRUE_CFG_SCALE.require(true_cfg_scale), SEED.require(seed)
     steps, width, height = STEPS.require(steps), WIDTH.require(width), HEIGHT.require(height)
@@ -203,10 +201,10 @@ def prepare_run(
 
 
 def _require_positions(condition: Condition, branch: str, size: tuple[int, int]) -> None:
-    """Raise InputError where a branch has positions past the end of the transformer's rotary table.
+    """Raise InputError when a branch has rotary positions outside of +-ROTARY_POSITIONS.
 
-    size: height and width of the latents to sample. Pictures lie around position 0; text follows on the
-    largest of them.
+    size: height and width of the latents to sample. Pictures are centred on position 0. The text's positions
+    come after those of the largest picture.
     """
     sizes = [size, *(latent.shape[-2:] for latent in condition.reference_latents)]
     longest = max(-(-side // PATCH) for height_and_width in sizes for side in height_and_width)
@@ -227,29 +225,29 @@ def sample(
     transformer: Transformer,
     run: SamplingRun,
     on_step: OnStep = lambda done, total, denoised: None,
-    on_fold: OnProgress = ignore_progress,
+    on_modulation: OnProgress = ignore_progress,
     saved: SavedRun | None = None,
     guard: str = STOP,
 ) -> torch.Tensor:
-    """Do the run: raw latents (B, 16, 1, h, w), FP32 on the CPU.
+    """Do the run. Returns raw latents (B, 16, 1, h, w), FP32 on the CPU.
 
-    on_fold: told how far the schedule's modulation is, before the first step. What either callback raises
-    stops the run. saved: where the run is kept; one that was interrupted goes on at its last step, to the
-    same bits.
+    on_modulation: the progress of the schedule's modulation, before the first step. An exception in a
+    callback stops the run. saved: the run's file; an interrupted run goes on at its last saved step, with the
+    same bits. guard: what to do about NaN and infinity, one of guard.GUARDS. Raises NonFiniteError.
     """
     size = run.padded_size
     resumed = _resume(run, transformer, saved)
     finished = list(resumed.finished) if resumed else []
     if len(finished) == run.batch:
         return torch.cat(finished)
-    worker = LocalWorker(transformer, run.schedule, size, run.conditions, guard, on_fold)
+    worker = LocalWorker(transformer, run.schedule, size, run.conditions, guard, on_modulation)
     noise = map(pack, draw_noise(size, run.seed, run.draws[len(finished) :]))
     first = next(noise)
     state = resumed or RunState(0, first)
     statistics = run.conditions[POSITIVE].statistics
     while len(finished) < run.batch:
         latents = _sample_picture(run, worker, state, on_step, saved)
-        raw = statistics.denormalize(cross(unpack(latents, *size), torch.device("cpu")))
+        raw = statistics.denormalize(copy_to(unpack(latents, *size), torch.device("cpu")))
         finished.append(raw[..., : run.height, : run.width])
         state = RunState(0, next(noise, first[:0]), tuple(finished))
         if saved is not None:
@@ -260,7 +258,7 @@ def sample(
 def _sample_picture(
     run: SamplingRun, worker: LocalWorker, start: RunState, on_step: OnStep, saved: SavedRun | None
 ) -> torch.Tensor:
-    """The packed latents (1, tokens, 64) of the picture after the finished ones, on the run's device."""
+    """The packed latents (1, tokens, 64) of the next picture, on the run's device."""
     steps, done_before = run.schedule.steps, len(start.finished) * run.schedule.steps
 
     def report(step: StepState) -> None:
@@ -278,11 +276,11 @@ def _sample_picture(
 
 
 def _resume(run: SamplingRun, transformer: Transformer, saved: SavedRun | None) -> RunState | None:
-    """Where an interrupted run goes on, if there is one whose state is whole."""
+    """The state from which an interrupted run goes on; None if there is no usable one."""
     state = saved.open(transformer.arithmetic) if saved is not None else None
     if saved is None or state is None:
         return None
-    if saved.finished(state, run.batch) is not None:
+    if saved.finished_latents(state, run.batch) is not None:
         return state
     if len(state.finished) >= run.batch or not 0 <= state.step <= run.schedule.steps:
         return None

@@ -1,4 +1,4 @@
-"""The noise levels a sampling run visits, from the checkpoint's own scheduler configuration."""
+"""The noise levels of a sampling run, from the checkpoint's scheduler config."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..limits import STEPS
 
 @dataclass(frozen=True)
 class Schedule:
-    """Noise levels of a run.
+    """The noise levels of a run.
 
-    sigmas: (steps + 1) FP32 on the CPU, from the first step's level down to 0.
-    timesteps: (steps) FP32 on the CPU, what the transformer is told, 0 to 1.
+    sigmas: (steps + 1) FP32 on the CPU, from the level of the first step down to 0.
+    timesteps: (steps) FP32 on the CPU, the transformer's inputs, 0 to 1.
     """
 
     sigmas: torch.Tensor
@@ -32,11 +32,11 @@ class Schedule:
 def make_schedule(config: dict[str, Any], steps: int, image_tokens: int) -> Schedule:
     """The flow-match schedule of `steps` steps for an image of `image_tokens` packed tokens.
 
-    config: the checkpoint's scheduler_config.json. Raises InputError for steps out of bounds, and
-    CheckpointError for a config that diffusers refuses.
+    config: of the checkpoint's scheduler, from Component.config. Raises InputError for `steps` out of bounds
+    and CheckpointError for a config that diffusers refuses.
     """
     steps = STEPS.require(steps)
-    if steps == 1:  # stretching a schedule that is only its first level to end elsewhere would be 0 / 0
+    if steps == 1:  # shift_terminal stretches a schedule to its last level: 0 / 0 with one step
         config = config | {"shift_terminal": None}
     try:
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
@@ -50,7 +50,7 @@ def make_schedule(config: dict[str, Any], steps: int, image_tokens: int) -> Sche
 
 
 def dynamic_shift(config: dict[str, Any], image_tokens: int) -> float:
-    """The resolution-dependent shift mu, linear in the token count. config: as Component.config gives it."""
+    """The resolution-dependent shift mu, linear in the token count. config: from Component.config."""
     base_tokens, max_tokens = config["base_image_seq_len"], config["max_image_seq_len"]
     base_shift, max_shift = config["base_shift"], config["max_shift"]
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)

@@ -1,4 +1,4 @@
-"""Who computes predictions: the loop asks a worker, which knows a model, its device and conditioning."""
+"""Workers compute the predictions of the denoise loop, each with its model, device and conditions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from ..arithmetic import exact_fp32
-from ..cards.transfer import cross
+from ..cards.transfer import copy_to
 from ..latents import PATCH, pack, pad_to_patches
 from ..models.guard import STOP, Guard
 from ..models.modulation import StepModulation
@@ -21,18 +21,18 @@ from .schedule import Schedule
 
 
 class Worker(Protocol):
-    """Computes predictions for the loop; which branches, and where each is computed, is its affair."""
+    """Computes the predictions of a step. It decides which branches, and where to compute each."""
 
     def predict(self, latents: torch.Tensor, step: int) -> Mapping[str, torch.Tensor]:
-        """The velocity each branch predicts, by its name: (1, tokens, 64) FP32, for packed latents so shaped.
+        """The velocity that each branch predicts, by the branch's name: (1, tokens, 64) FP32.
 
-        step: from 0.
+        latents: packed, of the same shape. step: from 0.
         """
         ...
 
 
 class LocalWorker:
-    """One transformer on one device of this process: a branch after the other."""
+    """A transformer on one device of this process. It computes one branch after the other."""
 
     def __init__(
         self,
@@ -41,18 +41,18 @@ class LocalWorker:
         latent_size: tuple[int, int],
         conditions: Mapping[str, Condition],
         guard: str = STOP,
-        on_fold: OnProgress = ignore_progress,
+        on_modulation: OnProgress = ignore_progress,
     ):
-        """latent_size: height and width of the latents to sample, both even. conditions: by branch.
+        """Make the modulation of the schedule ready, and copy the conditions to the device.
 
-        guard: what to do about NaN and infinity, one of guard.GUARDS. on_fold: told how far the schedule's
-        modulation is, which is made ready first.
+        latent_size: height and width of the latents to sample, both even. conditions: by branch. guard: what
+        to do about NaN and infinity, one of guard.GUARDS. on_modulation: the modulation's progress.
         """
         self.model, self._steps = transformer.model, schedule.steps
         replica = transformer.replica
         self._device, self._compute = replica.device, replica.spec.math
         self._guard = Guard(replica, guard)
-        self._modulation = transformer.modulation.of(schedule.timesteps, on_fold)
+        self._modulation = transformer.modulation.of(schedule.timesteps, on_modulation)
         self._branches = {
             name: _Branch(condition, latent_size, self.model, replica)
             for name, condition in conditions.items()
@@ -61,7 +61,7 @@ class LocalWorker:
     @torch.inference_mode()
     @exact_fp32()
     def predict(self, latents: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
-        """As Worker.predict, on the worker's device. Raises NonFiniteError at the branch that went wrong."""
+        """As Worker.predict, on the worker's device. Raises NonFiniteError that names the bad branch."""
         latents = latents.to(self._device, self._compute)
         modulation = self._modulation.at(step)
         return {
@@ -75,7 +75,7 @@ class LocalWorker:
 
 
 class _Branch:
-    """What of one branch's condition the transformer takes, moved to the device once for all steps."""
+    """The inputs from one branch's condition, on the device. They are the same at every step."""
 
     def __init__(
         self,
@@ -85,17 +85,18 @@ class _Branch:
         replica: Replica,
     ):
         device, compute = replica.device, replica.spec.math
-        padded = [pad_to_patches(cross(raw, device)) for raw in condition.reference_latents]
+        padded = [pad_to_patches(copy_to(raw, device)) for raw in condition.reference_latents]
         sizes = [latent_size, *(raw.shape[-2:] for raw in padded)]
         grids = [(height // PATCH, width // PATCH) for height, width in sizes]
         self._references = [pack(condition.statistics.normalize(raw)).to(compute) for raw in padded]
-        self._text = cross(condition.prompt_embeds, device).to(compute)
+        self._text = copy_to(condition.prompt_embeds, device).to(compute)
         self._mask = None if condition.mask is None else condition.mask.to(device)
         self._rotary = rotary_embedding(model.config, grids, self._text.shape[1], device)
 
     def predict(
         self, model: QwenImageTransformer, latents: torch.Tensor, modulation: StepModulation
     ) -> torch.Tensor:
+        """The velocity (1, tokens, 64) FP32 for packed latents of that shape."""
         image = torch.cat([latents, *self._references], dim=1)
         targets = latents.shape[1]
         return model(image, self._text, modulation, self._rotary, targets, self._mask).float()

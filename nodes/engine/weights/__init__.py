@@ -1,1 +1,4 @@
-"""How a component's weights are held: precisions, stored formats, the layers that use them, their size."""
+"""A component's weights: precisions, stored formats, layers, filling a model, and the memory it takes.
+
+What a model computes with its weights belongs in models.
+"""

@@ -1,4 +1,4 @@
-"""What must be true of a component's files before anything of them is loaded."""
+"""Check a component's files before anything is loaded from them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from ..files.configs import already_quantized, read_json
 from ..files.tensors import DTYPES, read_header
 from .names import FOLDED, model_name
 
-# What other libraries store beside or instead of a weight: bitsandbytes, compressed-tensors, ComfyUI, GPTQ,
-# AWQ, nunchaku.
+# Tensors only of quantised checkpoints, by bitsandbytes, compressed-tensors, ComfyUI, GPTQ, AWQ or nunchaku.
 QUANTIZED = re.compile(
     r"scaled_fp8|.*\.(SCB|weight_format|(nested_)?absmax|(nested_)?quant_map|quant_state\..*|weight_scale|"
     r"input_scale|scale_weight|scale_input|comfy_quant|weight_packed|qweight|qzeros|wscales)"
 )
-# A processor as transformers 5 and 4 store it, and its tokenizer.
+# One of each is needed. transformers 5 writes the first processor file, transformers 4 the second.
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 
 def require_usable(role: str, checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError saying which file of a component is missing, damaged or not for these nodes."""
+    """Raise CheckpointError naming a file of the component that is missing, damaged or not readable here."""
     component = checkpoint.component(role)
     component.config()
     for shard in component.shards():
@@ -38,7 +37,7 @@ def require_usable(role: str, checkpoint: Checkpoint) -> None:
 
 
 def require_beside(role: str, checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError naming what a component needs outside its own folder and does not find there."""
+    """Raise CheckpointError naming a missing or damaged file that the component needs from other folders."""
     if role == "transformer":
         checkpoint.component("scheduler").config()
         checkpoint.latent_statistics()

@@ -1,4 +1,4 @@
-"""What a loader node chooses, as small frozen descriptions: what a component is, and where a replica runs."""
+"""What a loader node chooses, as frozen descriptions: the component, and the card it runs on."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .precision import Precision
 
 @dataclass(frozen=True)
 class ComponentSpec:
-    """What a component is: part of a checkpoint at a precision whose arithmetic is decided.
+    """A component of a checkpoint at a precision that is resolved for a card.
 
-    role: the component's folder in the checkpoint, `transformer`, `text_encoder` or `vae`.
-    identity: of that folder's files, so that replaced files are loaded anew.
-    processor: the identity of the files that a text encoder is loaded with, beside its own.
+    role: the component's folder in the checkpoint: `transformer`, `text_encoder` or `vae`.
+    identity: a hash of the files in that folder. When they change, they are loaded again.
+    processor: for a text encoder, the same hash of the processor's folder.
     """
 
     role: str
@@ -30,7 +30,7 @@ class ComponentSpec:
 
     @classmethod
     def of(cls, role: str, checkpoint: Checkpoint, precision: Precision) -> ComponentSpec:
-        """The component of the files that are there now. Raises CheckpointError where they cannot be read."""
+        """The component in the files as they are now. Raises CheckpointError when they cannot be read."""
         return cls(role, checkpoint, precision, *identities(role, checkpoint))
 
     @property
@@ -39,13 +39,13 @@ class ComponentSpec:
         return self.precision.math
 
     def nbytes(self) -> int:
-        """About how many bytes the weights take once loaded, read off the files' headers."""
+        """About how many bytes the loaded weights take, from the headers of the files."""
         return weight_bytes(self.role, self.checkpoint, self.precision)
 
     def require_unchanged(self) -> None:
-        """Raise CheckpointError where the files are not those that this describes.
+        """Raise CheckpointError when the files have changed since this description was made.
 
-        What is made from them is kept under the identities above, and must not come from other files.
+        Caches use the identities above as keys, so their content must come from the same files.
         """
         if (self.identity, self.processor) != identities(self.role, self.checkpoint):
             raise CheckpointError(
@@ -62,7 +62,7 @@ class Replica:
     card: Card
 
     def __str__(self) -> str:
-        """As people read it in logs and errors: "transformer int8, fp32 math, on gpu:0 (Tesla P40)"."""
+        """The text for logs and errors: "transformer int8, fp32 math, on gpu:0 (Tesla P40)"."""
         precision = self.spec.precision
         math = str(precision.math).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")
         if precision.fp16_inside:
@@ -76,21 +76,21 @@ class Replica:
 
     @property
     def fused(self) -> bool:
-        """Whether its attention runs without holding all its scores."""
+        """Whether its attention runs in a fused kernel, which does not hold all scores in memory."""
         return (self.spec.role, self.spec.math) not in self.card.unfused
 
 
 def identities(role: str, checkpoint: Checkpoint) -> tuple[str, str]:
-    """What ComponentSpec calls `identity` and `processor`."""
+    """ComponentSpec's `identity` and `processor`. Raises CheckpointError when files cannot be read."""
     beside = checkpoint.component("processor").identity() if role == "text_encoder" else ""
     return checkpoint.component(role).identity(), beside
 
 
 def fingerprint(role: str, checkpoint: Checkpoint) -> str:
-    """Changes when anything does that a result of this component depends on.
+    """A text that changes whenever a result of this component may change.
 
-    For the transformer that includes the schedule and the latents' statistics. The sampler reads them anew
-    for each run, so they are not part of its spec: its weights stay loaded when they change.
+    For the transformer it includes the schedule and the latents' statistics. They are not part of the spec,
+    because the sampler reads them for each run and the weights stay loaded when they change.
     """
     try:
         parts: list[object] = list(identities(role, checkpoint))
@@ -98,4 +98,4 @@ def fingerprint(role: str, checkpoint: Checkpoint) -> str:
             parts += [checkpoint.component("scheduler").config(), checkpoint.latent_statistics()]
         return repr(parts)
     except CheckpointError as error:
-        return str(error)  # the node itself says it
+        return str(error)  # the node raises it when it runs

@@ -1,6 +1,7 @@
-"""A model built on meta gets its weights: streamed to its device, each in its final form.
+"""Fill a model that was built on torch's meta device with its weights.
 
-Host memory stays small whatever the checkpoint's size: two tensors are in flight at a time.
+They are read one by one, and converted to their final form on the model's device. Host memory holds two
+tensors at a time, whatever the checkpoint's size.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..files.tensors import DTYPES, Layout, read_header, read_tensors, stored_by
 from ..progress import OnProgress
 from .components import ComponentSpec, Replica
 from .formats import QuantizedLinear
-from .layers import is_stored, prepare_layers
+from .layers import has_storage_dtype, prepare_layers
 from .names import model_name
 
 log = logging.getLogger("FireRed")
@@ -31,26 +32,26 @@ def fill(
 ) -> str:
     """Give a model on meta its weights, in their final form on the replica's device.
 
-    They come from the cache if it keeps them in that form, else from the checkpoint, and are then kept.
-    Returns the kernels that its layers chose, in words. Raises CheckpointError for a tensor that is missing,
-    unknown or of another shape.
+    Reads them from the cache if it has them. Otherwise converts the checkpoint's and adds them to the cache.
+    Returns the names of the kernels that its layers chose.
+    Raises CheckpointError for a tensor that is missing, unknown or of another shape.
     """
     spec = replica.spec
     prepare_layers(model, spec.role, spec.precision)
-    name = kept_name(spec)
+    name = cache_name(spec)
     kept = cache.find(name) if cache and name else None
     if kept is not None:
         try:
             _restore(model, kept, replica.device, on_progress)
             return _finish(model, replica)
         except CheckpointError as error:
-            log.warning("the cached weights are damaged and made again (%s)", error)
+            log.warning("the cached weights are damaged, so they are made again (%s)", error)
     _convert(model, replica, on_progress, cache if name else None)
     return _finish(model, replica)
 
 
-def kept_name(spec: ComponentSpec) -> str | None:
-    """The cache file of a component at a precision, None where nothing is kept of it."""
+def cache_name(spec: ComponentSpec) -> str | None:
+    """The name of a component's file in the cache; None for a precision that is not cached."""
     layer = spec.precision.layer
     if layer is None or layer.cached_as is None:
         return None
@@ -59,13 +60,13 @@ def kept_name(spec: ComponentSpec) -> str | None:
 
 
 class _Missing:
-    """The tensors that a model still needs: their shapes by their names in the model."""
+    """The tensors that a model still lacks: their shapes by their names in the model."""
 
     def __init__(self, shapes: Mapping[str, Shape], source: Path):
         self._shapes, self._source = dict(shapes), source
 
     def take(self, name: str, tensor: torch.Tensor, stored: str) -> None:
-        """Tick a tensor off. stored: its name in the file. Raises CheckpointError where none is needed so."""
+        """Remove a tensor that arrived. stored: its name in the file. Raises CheckpointError."""
         if name not in self._shapes:
             raise CheckpointError(f"{self._source} has a tensor this model does not know: {stored}.")
         expected = self._shapes.pop(name)
@@ -75,7 +76,7 @@ class _Missing:
             )
 
     def require_none(self) -> None:
-        """Raise CheckpointError where something was not there."""
+        """Raise CheckpointError when a tensor is still missing."""
         if self._shapes:
             raise CheckpointError(
                 f"{self._source} lacks {len(self._shapes)} of the model's tensors, the first being "
@@ -86,13 +87,13 @@ class _Missing:
 def _convert(
     model: torch.nn.Module, replica: Replica, on_progress: OnProgress, cache: DiskCache | None
 ) -> None:
-    """Fill the model from the checkpoint's unquantised tensors; keep what became of them in the cache."""
+    """Fill the model from the checkpoint's unquantised tensors, and write the results to the cache."""
     spec, device = replica.spec, replica.device
     component, modules = spec.checkpoint.component(spec.role), dict(model.named_modules())
     headers = {model_name(spec.role, name): info for name, info in component.stored().items()}
     headers.pop(None, None)
     missing = _Missing(_unquantised_shapes(model), component.folder)
-    name = kept_name(spec)
+    name = cache_name(spec)
     writer = cache.create(name, _final_layout(model, spec, headers)) if cache and name else None
     done, total = 0, sum(map(stored_bytes, headers.values()))
     try:
@@ -109,7 +110,7 @@ def _convert(
                 owner.set_weight(tensor)
                 parts = list(owner.layout())
             else:
-                dtype = spec.precision.storage if is_stored(owner, attribute) else spec.math
+                dtype = spec.precision.storage if has_storage_dtype(owner, attribute) else spec.math
                 _set_parameter(model, name, tensor, dtype or tensor.dtype)
             if writer is not None:
                 for part in parts:
@@ -117,7 +118,7 @@ def _convert(
             done += tensor.nbytes
             on_progress(done, total)
         missing.require_none()
-        spec.require_unchanged()  # before what was made of the files is kept under their identity
+        spec.require_unchanged()  # the cached file is named after the identity
         if writer is not None:
             writer.finish()
     finally:
@@ -126,11 +127,11 @@ def _convert(
 
 
 def _restore(model: torch.nn.Module, kept: Path, device: torch.device, on_progress: OnProgress) -> None:
-    """Fill the model from a cache file, whose tensors have their final form."""
+    """Fill the model from a file of the cache. Its tensors have their final form."""
     modules = dict(model.named_modules())
     missing = _Missing(_final_shapes(model), kept)
     done, total = 0, sum(map(stored_bytes, read_header(kept).values()))
-    for name, in_host in read_tensors(kept, borrowed_for=device):
+    for name, in_host in read_tensors(kept, reuse_buffers_for=device):
         tensor = in_host.to(device, copy=True)
         missing.take(name, tensor, name)
         path, _, attribute = name.rpartition(".")
@@ -149,7 +150,7 @@ def _quantized_layers(model: torch.nn.Module) -> Iterator[tuple[str, QuantizedLi
 
 
 def _unquantised_shapes(model: torch.nn.Module) -> dict[str, Shape]:
-    """What a checkpoint stores of the model."""
+    """The tensors that a checkpoint stores for the model."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for path, layer in _quantized_layers(model):
         shapes[f"{path}.weight"] = (layer.out_features, layer.in_features)
@@ -157,7 +158,7 @@ def _unquantised_shapes(model: torch.nn.Module) -> dict[str, Shape]:
 
 
 def _final_shapes(model: torch.nn.Module) -> dict[str, Shape]:
-    """What the filled model holds."""
+    """The tensors of the filled model."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for path, layer in _quantized_layers(model):
         shapes |= {f"{path}.{part}": shape for part, (_, shape) in layer.layout().items()}
@@ -165,13 +166,14 @@ def _final_shapes(model: torch.nn.Module) -> dict[str, Shape]:
 
 
 def _final_layout(model: torch.nn.Module, spec: ComponentSpec, headers: Mapping[str | None, dict]) -> Layout:
-    """What the filled model holds, with dtypes. headers: the stored tensors', by their names in the model."""
+    """The tensors of the filled model, with dtypes. headers: of the stored tensors, by names in the model."""
     layout: dict[str, tuple[torch.dtype, Shape]] = {}
     for path, layer in _quantized_layers(model):
         layout |= {f"{path}.{part}": described for part, described in layer.layout().items()}
     for name, parameter in model.named_parameters():
         owner, _, attribute = name.rpartition(".")
-        dtype = spec.precision.storage if is_stored(model.get_submodule(owner), attribute) else spec.math
+        in_storage = has_storage_dtype(model.get_submodule(owner), attribute)
+        dtype = spec.precision.storage if in_storage else spec.math
         if name in headers:
             layout[name] = (dtype or DTYPES[headers[name]["dtype"]], tuple(parameter.shape))
     return layout
@@ -182,7 +184,7 @@ def _set_parameter(model: torch.nn.Module, name: str, tensor: torch.Tensor, dtyp
 
 
 def _finish(model: torch.nn.Module, replica: Replica) -> str:
-    """Move what is no weight, and let layers test what the device can do; log their choices in one line."""
+    """Move the buffers to the device and let the layers choose kernels. Logs and returns their choices."""
     for name, buffer in model.named_buffers():
         if buffer.device != replica.device:
             set_module_tensor_to_device(model, name, replica.device, value=buffer, clear_cache=False)

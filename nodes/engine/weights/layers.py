@@ -1,4 +1,4 @@
-"""Layers that stand in for a model's own: stored and used in two dtypes, or doing less for the same."""
+"""Layers that replace a model's own: stored in one dtype and used in another, or faster for one frame."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .precision import Precision
 
 
 class UpcastLinear(torch.nn.Module):
-    """A linear layer whose weight is cast to the activation's dtype as it is used: losslessly, to FP32."""
+    """A linear layer that casts its stored weight to the activation's dtype at each use."""
 
     def __init__(self, layer: torch.nn.Linear):
         super().__init__()
@@ -24,7 +24,7 @@ class UpcastLinear(torch.nn.Module):
 
 
 class UpcastEmbedding(torch.nn.Module):
-    """A token embedding stored in one dtype whose rows come out in another."""
+    """A token embedding that is stored in one dtype and returns rows in another."""
 
     def __init__(self, layer: torch.nn.Embedding, compute: torch.dtype):
         super().__init__()
@@ -36,7 +36,7 @@ class UpcastEmbedding(torch.nn.Module):
 
 
 def prepare_layers(model: torch.nn.Module, role: str, precision: Precision) -> None:
-    """Swap the layers of a model still on meta for those that `precision` needs, under the same names."""
+    """Replace layers of a model on meta by those that `precision` needs, under the same names."""
     assert precision.compute is not None
     for path, module in list(model.named_modules()):
         for name, child in list(module.named_children()):
@@ -51,24 +51,23 @@ def prepare_layers(model: torch.nn.Module, role: str, precision: Precision) -> N
                 setattr(module, name, UpcastEmbedding(child, precision.compute))
 
 
-def is_stored(module: torch.nn.Module, parameter: str) -> bool:
-    """Whether this parameter keeps the storage dtype (a big matrix) rather than the compute dtype."""
-    stored = (UpcastLinear, UpcastEmbedding, torch.nn.Linear, torch.nn.Embedding)
-    return parameter == "weight" and isinstance(module, stored)
+def has_storage_dtype(module: torch.nn.Module, parameter: str) -> bool:
+    """Whether this parameter has the precision's storage dtype (a matrix), not its compute dtype."""
+    layers = (UpcastLinear, UpcastEmbedding, torch.nn.Linear, torch.nn.Embedding)
+    return parameter == "weight" and isinstance(module, layers)
 
 
 class FrameConv(torch.nn.Module):
-    """A causal 3-D convolution for a single frame: past frames are zeros, so its last time tap is all there
-    is.
+    """A causal 3-D convolution for a single frame. Past frames are zeros, so only its last time tap counts.
 
-    Equal to the 3-D one on (B, C, 1, H, W), at a third of its weights and arithmetic.
+    Equal to the 3-D one on (B, C, 1, H, W), with a third of its weights and arithmetic.
     """
 
     def __init__(self, conv: QwenImageCausalConv3d):
         super().__init__()
         self.weight = torch.nn.Parameter(conv.weight[:, :, -1].clone(), requires_grad=False)
         self.bias = conv.bias
-        self.padding = tuple(size // 2 for size in conv.kernel_size[1:])  # all of this model's keep the size
+        self.padding = tuple(size // 2 for size in conv.kernel_size[1:])  # all of this model keep the size
         self.stride = conv.stride[1:]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -76,7 +75,7 @@ class FrameConv(torch.nn.Module):
 
 
 def keep_single_frames(vae: AutoencoderKLQwenImage) -> None:
-    """Make a loaded AutoencoderKLQwenImage one for images: 2-D convolutions, none across time."""
+    """Reduce a loaded AutoencoderKLQwenImage to single frames: 2-D convolutions and none over time."""
     for module in list(vae.modules()):
         if hasattr(module, "time_conv"):
             del module.time_conv

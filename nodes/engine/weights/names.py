@@ -1,11 +1,11 @@
-"""Names of stored tensors, and what they are in the models built here."""
+"""The names of stored tensors, and their names in the models built here."""
 
 from __future__ import annotations
 
 import re
 
-# How transformers has stored Qwen2.5-VL over the years, as prefixes of its tensors' names. Its output head is
-# left out: embeddings are what goes into it.
+# Prefixes of tensor names in Qwen2.5-VL files of several transformers releases, with those of the model built
+# here. That model has no output head, so its tensors are left out.
 TEXT_ENCODER_PREFIXES = {
     "model.language_model.": "language_model.",
     "model.visual.": "visual.",
@@ -13,7 +13,7 @@ TEXT_ENCODER_PREFIXES = {
     "model.": "language_model.",
     "language_model.": "language_model.",
 }
-# What depends on the timestep alone: it is folded, see models/modulation.py.
+# Tensors whose results depend on the timestep alone. See models/modulation.py.
 FOLDED = re.compile(r"(transformer_blocks\.\d+\.(img|txt)_mod|norm_out|time_text_embed)\.")
 BIG_MATRICES = {
     "transformer": re.compile(r"transformer_blocks\..*\.weight"),
@@ -22,7 +22,7 @@ BIG_MATRICES = {
 
 
 def model_name(role: str, stored: str) -> str | None:
-    """A stored tensor's name in the model we build, or None for those we do without."""
+    """The name in the built model of a stored tensor; None for a tensor that the model does not have."""
     if role == "transformer":
         return None if FOLDED.match(stored) else stored
     if role == "text_encoder":
@@ -34,5 +34,5 @@ def model_name(role: str, stored: str) -> str | None:
 
 
 def is_big_matrix(role: str, name: str) -> bool:
-    """Whether a precision's format applies to this weight (its name in the model)."""
+    """Whether a precision's format applies to this weight. name: in the model."""
     return role in BIG_MATRICES and BIG_MATRICES[role].fullmatch(name) is not None

@@ -1,7 +1,6 @@
-"""The precisions: how weights are stored, in which arithmetic they are used, and what a card should get.
+"""The precisions: how weights are stored, and in which arithmetic they are used.
 
-A row of the table here is all that a new precision takes and, where it stores matrices in a new way, a class
-in formats/.
+A new precision is a row of the table here. If it stores matrices in a new way, add a class in formats/.
 """
 
 from __future__ import annotations
@@ -19,12 +18,14 @@ from .formats import Int8BnbLinear, Int8FastLinear, Int8Linear, Nf4Linear, Quant
 class Precision:
     """How a component's weights are stored and in which dtype it computes.
 
-    storage: dtype of the matrices while resident; None keeps the checkpoint's own. compute: dtype of
-    activations, of every product, and of small parameters (norms, biases); None is BF16 where the card has
-    it, else FP32. layer: the class that stores the big matrices in another way.
-    loss: what storing weights so costs the picture, in order; 0 is lossless. automatic: whether `auto` may
-    choose it. remedy: whether it runs on every card and keeps FP32's range there: what to choose where
-    another precision overflows.
+    storage: dtype of the matrices in memory; None keeps the checkpoint's.
+    compute: dtype of activations, products and small parameters (norms, biases); None is BF16 on a card that
+    has it, else FP32.
+    layer: the class that stores the big matrices in a format of its own.
+    loss: a rank of how much this storage changes the picture; 0 is lossless.
+    automatic: whether `auto` may choose it.
+    remedy: whether errors recommend it when another precision overflows. It then has to run on every card and
+    to keep FP32's range.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Precision:
 
     @property
     def math(self) -> torch.dtype:
-        """The dtype of its arithmetic, once it is resolved for a card."""
+        """The dtype of its arithmetic. Only for a precision that is resolved for a card."""
         assert self.compute is not None
         return self.compute
 
@@ -53,12 +54,12 @@ class Precision:
 
     @property
     def is_fp16(self) -> bool:
-        """Whether FP16 is what it stores or computes; such a precision is never proposed."""
+        """Whether it stores or computes in FP16. Such a precision is never recommended."""
         return torch.float16 in (self.storage, self.compute)
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """All of it that a result depends on."""
+        """The fields that a result depends on."""
         return self.name, self.storage, self.compute
 
 
@@ -74,7 +75,7 @@ PRECISIONS = {
         Precision("fp16", torch.float16, torch.float16),
     )
 }
-# FP16 as arithmetic overflows in Qwen2.5-VL's vision tower; as storage it is as good as any 16 bits.
+# FP16 arithmetic overflows in Qwen2.5-VL's vision tower, so FP16 is only how the weights are stored.
 _TEXT_ENCODER_FP16 = Precision("fp16", torch.float16, None)
 
 ROLE_PRECISIONS: dict[str, dict[str, Precision]] = {
@@ -89,7 +90,8 @@ MATH = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def resolve(precision: Precision, card: Card, math: str = "auto") -> Precision:
     """The precision with its arithmetic decided for this card.
 
-    math: `auto`, or `fp32` or `bf16` to force the arithmetic and leave the storage as it is.
+    math: `auto`, or `fp32` or `bf16` to force the arithmetic. The storage stays as it is. Raises InputError
+    for another value.
     """
     if math != "auto":
         if math not in MATH:
@@ -101,7 +103,7 @@ def resolve(precision: Precision, card: Card, math: str = "auto") -> Precision:
 
 
 def preferences(role: str, card: Card) -> tuple[str, ...]:
-    """What a card should try where nobody chose a precision, lossless first: the first that fits is taken."""
+    """The precisions that `auto` tries on a card, in order. It takes the first that fits."""
     native = torch.bfloat16 if card.native_bf16 else torch.float32
     rows = ROLE_PRECISIONS[role].values()
     return tuple(row.name for row in rows if row.automatic and row.compute in (None, native))

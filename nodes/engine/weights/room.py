@@ -1,4 +1,4 @@
-"""Whether a component fits where it is to run, and what to say where it does not."""
+"""Whether a component fits on its card, and the error when it does not."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .precision import ROLE_PRECISIONS, Precision, resolve
 
 
 class DoesNotFitError(FireRedError):
-    """A component too big for its card, found before anything was loaded."""
+    """A component is too big for its card. Raised before anything is loaded."""
 
 
 def working_bytes(replica: Replica, edit: Edit = Edit()) -> int:  # noqa: B008 - it is frozen
-    """What the component needs at least beside its weights, the driver's share included."""
+    """The bytes that the component needs at least beside its weights, with those of the driver."""
     reserved = RESERVED_BYTES if replica.card.is_gpu else 0
     spec = replica.spec
     needed = workspace_bytes(
@@ -26,14 +26,14 @@ def working_bytes(replica: Replica, edit: Edit = Edit()) -> int:  # noqa: B008 -
 
 
 def has_room(replica: Replica, working: float, room: float) -> bool:
-    """Whether weights and `working` bytes beside them go into `room`, all that the device can give."""
+    """Whether the weights and `working` bytes fit into `room` bytes, which is all the device can give."""
     return fits(replica.spec.nbytes(), working, room)
 
 
 def require_room(replica: Replica, working: float, room: float, task: str, remedy: str) -> None:
-    """Raise DoesNotFitError, before anything is loaded, where a task cannot fit its device.
+    """Raise DoesNotFitError when a task does not fit into `room` bytes. See has_room.
 
-    task: as in "Sampling 1024x1024". remedy: what to do, in a sentence.
+    task: its name, such as "Sampling 1024x1024". remedy: a sentence that says what to do.
     """
     if not has_room(replica, working, room):
         scores = "" if replica.fused else " (no fused attention kernel runs there in this arithmetic)"
@@ -44,7 +44,7 @@ def require_room(replica: Replica, working: float, room: float, task: str, remed
 
 
 def require_fit(replica: Replica) -> None:
-    """Raise DoesNotFitError, with what would fit instead, where the card is too small for a usual edit."""
+    """Raise DoesNotFitError, listing precisions that fit, when the card is too small for a usual edit."""
     if _fits_card(replica):
         return
     smaller = []
@@ -59,15 +59,15 @@ def require_fit(replica: Replica) -> None:
 
 
 def at_precision(replica: Replica, precision: Precision) -> Replica:
-    """The same component on the same card at another precision. precision: resolved for the card."""
+    """The same component on the same card at another precision, which is resolved for the card."""
     return replace(replica, spec=replace(replica.spec, precision=precision))
 
 
 def _fits_card(replica: Replica) -> bool:
-    """Whether the component and what it works with fit its card when nothing else is there.
+    """Whether the component and its working memory fit on the empty card.
 
-    Scores of attention do not count: they grow with the square of the size, so a smaller edit may do.
-    require_room, which knows the size, counts them.
+    The scores of unfused attention do not count: they grow with the square of the picture's size, so a
+    smaller edit may fit. require_room counts them, because there the size is known.
     """
     fused = replace(replica, card=replace(replica.card, unfused=frozenset()))
     return has_room(replica, working_bytes(fused), replica.card.memory)

@@ -1,4 +1,7 @@
-"""Ways to store a linear layer's matrix other than as one dtype: one file a library or kind of code."""
+"""Layers that store a matrix in a format of their own, such as INT8 rows with scales.
+
+Each format is a QuantizedLinear. Casting a plain tensor to another dtype needs no class here.
+"""
 
 from __future__ import annotations
 

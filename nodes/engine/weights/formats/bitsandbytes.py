@@ -1,4 +1,4 @@
-"""bitsandbytes' NF4 and LLM.int8(), as diffusers sets them up."""
+"""NF4 and LLM.int8() by bitsandbytes, with diffusers' settings."""
 
 from __future__ import annotations
 
@@ -15,28 +15,27 @@ from ...cards.libraries import require_libraries
 from ...errors import FireRedError, first_line
 from .linear import QuantizedLinear
 
-# Columns with a value of 6 or more leave INT8 for a product of their own
-# (https://huggingface.co/papers/2208.07339). At 0 nothing does, and whatever passes 65504 becomes NaN in
-# bitsandbytes' FP16.
+# Columns with a value of 6 or more are multiplied separately, not in INT8
+# (https://huggingface.co/papers/2208.07339). With 0 none is, and values above 65504 become NaN in FP16.
 OUTLIER_THRESHOLD = 6.0
 ALTERNATIVES = "choose int8, int8-fast or fp32, which run anywhere."
-TEST_ROWS, TEST_SIDE = 32, 256  # of the product that is tried
+TEST_ROWS, TEST_SIDE = 32, 256  # of the test product
 
 
 def import_bitsandbytes() -> ModuleType:
-    """The library, or a FireRedError naming the alternatives."""
+    """The imported library. Raises FireRedError, naming alternatives, when it is missing or too old."""
     try:
         require_libraries("bitsandbytes")
     except FireRedError as error:
         raise FireRedError(f"{error} Or {ALTERNATIVES}") from error
     library = importlib.import_module("bitsandbytes")
-    # It would warn at every product of every step that LLM.int8() casts to FP16.
+    # Without this, it warns at every product of every step that LLM.int8() casts to FP16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return library
 
 
 class BitsAndBytesLinear(QuantizedLinear):
-    """What the two layers share. max_error: the relative error a right product may have against FP64."""
+    """What both layers share. max_error: the largest relative error against FP64 of a correct product."""
 
     max_error: ClassVar[float]
 
@@ -46,7 +45,7 @@ class BitsAndBytesLinear(QuantizedLinear):
 
     @classmethod
     def require_usable(cls, card: Card, compute: torch.dtype, name: str) -> None:
-        """Raise FireRedError where bitsandbytes cannot multiply on the card: tried, not assumed."""
+        """Raise FireRedError when a test product fails on the card. See QuantizedLinear.require_usable."""
         import_bitsandbytes()
         if not card.is_gpu:
             raise FireRedError(
@@ -64,14 +63,14 @@ class BitsAndBytesLinear(QuantizedLinear):
 def product_fault(
     layer_class: type[BitsAndBytesLinear], compute: torch.dtype, device: torch.device
 ) -> str | None:
-    """What is wrong with a small product of such a layer on the device, tried once; None if nothing is.
+    """What is wrong with a small product of such a layer on the device; None if nothing is.
 
-    compute: the dtype of the activations.
+    compute: the dtype of the activations. The test runs once per process. Raises OutOfMemoryError.
     """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(TEST_SIDE, TEST_SIDE, generator=generator)
     tokens = torch.randn(TEST_ROWS, TEST_SIDE, generator=generator)
-    tokens[:, ::64] *= 10  # past the threshold
+    tokens[:, ::64] *= 10  # above the threshold
     expected = tokens.double() @ weight.double().T
     try:
         empty = torch.nn.utils.skip_init(torch.nn.Linear, TEST_SIDE, TEST_SIDE, bias=False)
@@ -80,7 +79,7 @@ def product_fault(
         product = layer(tokens.to(device, compute)).double().cpu()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # an absent native library raises a RuntimeError of its own
+    except Exception as error:  # a missing native library raises its own RuntimeError
         return first_line(error)
     wrong = float((product - expected).norm() / expected.norm())
     return None if wrong < layer_class.max_error else f"a product is wrong by {wrong:.0%}"
@@ -89,8 +88,8 @@ def product_fault(
 class Nf4Linear(BitsAndBytesLinear):
     """4-bit NormalFloat with double-quantised scales (https://huggingface.co/papers/2305.14314)."""
 
-    weight_bytes = 0.5 + (1 + 4 / 256) / 64  # half a byte each, and double-quantised scales of blocks of 64
-    max_error = 0.15  # rounding makes 9.2 %
+    weight_bytes = 0.5 + (1 + 4 / 256) / 64  # half a byte, and a double-quantised scale per block of 64
+    max_error = 0.15  # rounding causes 9.2 %
     weight: torch.Tensor
     quant_state: Any = None
 
@@ -105,12 +104,12 @@ class Nf4Linear(BitsAndBytesLinear):
 
 
 class Int8BnbLinear(BitsAndBytesLinear):
-    """LLM.int8(): the reference recipe, FP16 inside, kept to compare with."""
+    """LLM.int8(), the reference to compare with. It computes in FP16."""
 
-    weight_bytes = 1 + 4 / 3072  # a byte each and an FP32 scale a row
+    weight_bytes = 1 + 4 / 3072  # a byte, and an FP32 scale per row of 3072
     integer_products = True
     fp16_inside = True
-    max_error = 0.03  # rounding makes 1.0 %
+    max_error = 0.03  # rounding causes 1.0 %
     weight: torch.Tensor
 
     def __init__(self, layer: torch.nn.Linear, compute: torch.dtype):

@@ -1,6 +1,6 @@
-"""INT8 rows with FP32 scales: weight-only (`int8`), and with activations quantised too (`int8-fast`).
+"""INT8 rows with FP32 scales: `int8` quantises only weights, `int8-fast` quantises activations too.
 
-No FP16 anywhere, so every FP32 activation is in range. Rows are rotated before rounding, see int8_math.
+FP16 is not used, so no FP32 activation overflows. Rows are rotated before rounding, see int8_math.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from .int8_math import ROTATION, multiply_upcast, quantize_rows, rotate
 from .int8_paths import IntegerPath, choose_path
 from .linear import QuantizedLinear
 
-MIN_INT_MM_ROWS = 17  # torch._int_mm takes more than 16
+MIN_INT_MM_ROWS = 17  # torch._int_mm needs more than 16
 
 
 class Int8Linear(QuantizedLinear):
-    """INT8 matrix, every weight turned back into the activation's dtype as it is used."""
+    """An INT8 matrix. Each use turns it back into the activation's dtype."""
 
-    weight_bytes = 1 + 4 / 3072  # a byte each and an FP32 scale a row
+    weight_bytes = 1 + 4 / 3072  # a byte, and an FP32 scale per row of 3072
     cached_as = f"int8-rot{ROTATION}"
 
     def __init__(self, layer: torch.nn.Linear, compute: torch.dtype):
@@ -40,16 +40,16 @@ class Int8Linear(QuantizedLinear):
 
 
 class Int8FastLinear(Int8Linear):
-    """The same storage, with activations quantised token by token and multiplied as INT8 x INT8 -> INT32."""
+    """Int8Linear with activations quantised token by token, and products INT8 x INT8 -> INT32."""
 
-    # INT32 sums of the MLP, four times as wide as the model, and what lives beside them: 0.74 GiB in BF16 at
-    # 8442 tokens of 3072 on an H100.
+    # The INT32 sums of the MLP, which is four times as wide as the model, and tensors that exist with them.
+    # Measured in BF16 on an H100: 0.74 GiB for 8442 tokens of 3072 channels.
     product_bytes = 30.6
     integer_products = True
     path: IntegerPath | None = None
 
     def prepare(self) -> str:
-        """Choose by a self-test how this layer's shape is computed on its device."""
+        """Choose the path for this layer's shape on its device by a test."""
         self.path, report = choose_path(self.weight.device, self.compute, self.out_features, self.in_features)
         return report
 

@@ -1,4 +1,4 @@
-"""Which implementation of an INT8 product a layer takes: the fastest that passes a test on the card."""
+"""Choose the implementation of INT8 products: the fastest one that passes a test on the card."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from .int8_math import (
 
 log = logging.getLogger("FireRed")
 
-INT_MM_MULTIPLE = 8  # sizes torch._int_mm takes
-# The test's bound on a product's relative error against FP64: rounding both sides makes 1.2 to 1.8 %.
+INT_MM_MULTIPLE = 8  # torch._int_mm takes only multiples of it
+# The largest relative error of a correct product against FP64. Rounding both sides causes 1.2 to 1.8 %.
 MAX_ERROR = 0.03
 TEST_ROWS, TIMING_ROWS = 64, 2048
-# Weight-only has to be clearly faster to be taken: a tie must not fall one way today and the other tomorrow.
+# Weight-only is chosen only if it is clearly faster. At a tie, each start could choose another path.
 CLEARLY_FASTER = 0.9
 
 Quantize = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 Rescale = Callable[..., torch.Tensor]
+Multiply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,12 @@ class IntegerPath:
     ) -> torch.Tensor:
         """x (m, k) times the INT8 weight's transpose (k, n): (m, n) in x's dtype."""
         tokens, scale = self.quantize(x)
-        # The transpose stays a view: row-major times column-major is what every card's INT8 kernels take.
+        # The transpose stays a view: INT8 kernels of every card take row-major times column-major.
         return self.rescale(torch._int_mm(tokens, weight.t()), scale, weight_scale, bias, x.dtype)
 
 
 def integer_paths(device: torch.device) -> list[IntegerPath]:
-    """The implementations that might run on the device, without having tried them."""
+    """The implementations that may run on the device. None is tested yet."""
     paths = [IntegerPath("torch", quantize_tokens, rescale)]
     if device.type == "cuda":
         try:
@@ -66,47 +67,77 @@ def integer_paths(device: torch.device) -> list[IntegerPath]:
 def choose_path(
     device: torch.device, dtype: torch.dtype, out_features: int, in_features: int
 ) -> tuple[IntegerPath | None, str]:
-    """The fastest path that is right for this shape on this device, and its name; None is weight-only.
+    """The fastest correct path for this shape on this device, and a line for the log. None is weight-only.
 
-    A path is right when its product of heavy-tailed tokens, as large as 1e6, is within MAX_ERROR of FP64.
+    A path is correct when its product of heavy-tailed tokens up to 1e6 is within MAX_ERROR of FP64.
     """
     shape = f"{out_features}x{in_features}"
     if out_features % INT_MM_MULTIPLE or in_features % INT_MM_MULTIPLE:
         return None, f"{shape} weight-only (sizes)"
-    generator = torch.Generator().manual_seed(0)
-    unquantised = torch.randn(out_features, in_features, generator=generator).to(device)
-    weight, scale = quantize_rows(rotate(unquantised))
-    tokens = torch.randn(TEST_ROWS, in_features, generator=generator)
-    tokens[:, :: ROTATION + 1] *= 100  # heavy channels
-    tokens *= torch.logspace(-6, 6, TEST_ROWS).unsqueeze(1)
-    tokens = tokens.to(device, dtype)
-    bias = torch.randn(out_features, generator=generator).to(device, dtype)
-    expected = tokens.double() @ rotate(dequantize(weight, scale, torch.float32)).double().T + bias.double()
-    timed = tokens.repeat(TIMING_ROWS // TEST_ROWS, 1)
+    product = _TestProduct.of(device, dtype, out_features, in_features)
     fastest: IntegerPath | None = None
-    weight_only = _seconds(functools.partial(multiply_upcast, timed, weight, scale, bias), device)
-    best, notes = weight_only / CLEARLY_FASTER, []
+    best, faults = product.seconds(multiply_upcast) / CLEARLY_FASTER, []
     for path in integer_paths(device):
         try:
-            product = path.multiply(tokens, weight, scale, bias).double()
-            errors = (product - expected).norm(dim=1) / expected.norm(dim=1)
-            if not bool((errors < MAX_ERROR).all()):
-                notes.append(f"{path.name} wrong by {float(errors.max()):.1%}")
+            wrong = product.error(path.multiply)
+            if not wrong < MAX_ERROR:
+                faults.append(f"{path.name} wrong by {wrong:.1%}")
                 continue
-            seconds = _seconds(functools.partial(path.multiply, timed, weight, scale, bias), device)
+            seconds = product.seconds(path.multiply)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a card or a build cannot run is a path not taken
-            notes.append(f"{path.name} failed: {type(error).__name__}: {error}".splitlines()[0])
+        except Exception as error:  # a card or a build that cannot run this path
+            faults.append(f"{path.name} failed: {type(error).__name__}: {error}".splitlines()[0])
             continue
         if seconds < best:
             fastest, best = path, seconds * CLEARLY_FASTER
-    if notes:
-        log.info("int8-fast at %s: %s", shape, "; ".join(notes))
+    if faults:
+        log.info("int8-fast at %s: %s", shape, "; ".join(faults))
     return fastest, f"{shape} {fastest.name if fastest else 'weight-only'}"
 
 
+@dataclass(frozen=True)
+class _TestProduct:
+    """Inputs of a product on a device, and its result in FP64.
+
+    tokens: (TEST_ROWS, k). weight: INT8 (n, k), rotated. scale: (n, 1). bias: (n).
+    """
+
+    tokens: torch.Tensor
+    weight: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor
+    expected: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, device: torch.device, dtype: torch.dtype, out_features: int, in_features: int
+    ) -> _TestProduct:
+        """A product with heavy channels. Its tokens have magnitudes from 1e-6 to 1e6."""
+        generator = torch.Generator().manual_seed(0)
+        unquantised = torch.randn(out_features, in_features, generator=generator).to(device)
+        weight, scale = quantize_rows(rotate(unquantised))
+        tokens = torch.randn(TEST_ROWS, in_features, generator=generator)
+        tokens[:, :: ROTATION + 1] *= 100  # heavy channels
+        tokens *= torch.logspace(-6, 6, TEST_ROWS).unsqueeze(1)
+        tokens = tokens.to(device, dtype)
+        bias = torch.randn(out_features, generator=generator).to(device, dtype)
+        matrix = rotate(dequantize(weight, scale, torch.float32)).double()
+        return cls(tokens, weight, scale, bias, tokens.double() @ matrix.T + bias.double())
+
+    def error(self, multiply: Multiply) -> float:
+        """The largest relative error of a token's result; NaN where one is NaN."""
+        product = multiply(self.tokens, self.weight, self.scale, self.bias).double()
+        return float(((product - self.expected).norm(dim=1) / self.expected.norm(dim=1)).max())
+
+    def seconds(self, multiply: Multiply) -> float:
+        """The time of a product with TIMING_ROWS tokens."""
+        timed = self.tokens.repeat(TIMING_ROWS // TEST_ROWS, 1)
+        run = functools.partial(multiply, timed, self.weight, self.scale, self.bias)
+        return _seconds(run, self.tokens.device)
+
+
 def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
-    """The shortest of a few runs, after one to warm up."""
+    """The shortest of a few runs, after one run to warm up."""
     run()
     return min(seconds_each(run, device) for _ in range(repeats))

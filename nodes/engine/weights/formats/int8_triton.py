@@ -1,4 +1,4 @@
-"""The steps around an INT8 product, one fused Triton kernel each. Compute capability 7.0 and later."""
+"""The steps before and after an INT8 product as Triton kernels. For compute capability 7.0 and later."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from triton.language.extra import libdevice
 
 from .int8_math import LEVELS, ROTATION, hadamard
 
-ROWS = 16  # tokens a program
-COLUMNS = 256  # channels a turn
+ROWS = 16  # tokens per program
+COLUMNS = 256  # channels per loop turn
 RESCALE_ROWS, RESCALE_COLUMNS = 8, 512
 
 
@@ -32,7 +32,7 @@ def _quantize_kernel(
         part = tl.dot(tl.reshape(part, [ROWS * COLUMNS // BLOCK, BLOCK]), rotation)
         part = tl.reshape(part, [ROWS, COLUMNS])
         limit = tl.maximum(limit, tl.max(tl.abs(part), axis=1))
-        poison += tl.sum(part * 0.0, axis=1)  # NaN where the row holds NaN or infinity, which max may skip
+        poison += tl.sum(part * 0.0, axis=1)  # NaN if the row holds NaN or infinity, as max may skip them
     tl.store(scales + row, limit / LEVELS + poison, mask=row < rows)
     inverse = tl.where(limit > 0.0, LEVELS / limit, 0.0)
     for first in range(0, width, COLUMNS):
@@ -62,7 +62,7 @@ def _rescale_kernel(
 def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate and quantise activations (m, k) to INT8 with FP32 scales (m, 1). k must be a multiple of 256.
 
-    Rotates on tensor cores where there are some (TF32, an eighth of the INT8 rounding's error).
+    Cards with tensor cores rotate in TF32. Its error is an eighth of the error of rounding to INT8.
     """
     x = x.contiguous()
     rows, width = x.shape

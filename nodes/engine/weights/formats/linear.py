@@ -1,4 +1,4 @@
-"""What every format's layer can do."""
+"""The base class of the layers in this package."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ...files.tensors import Layout
 
 
 class QuantizedLinear(torch.nn.Module):
-    """A linear layer that stores its matrix its own way. Built on meta, given its weight on the device."""
+    """A linear layer with its own format of its matrix. It is built on meta, and gets its weight later."""
 
-    # Bytes that storing one weight takes.
+    # Bytes per stored weight.
     weight_bytes: ClassVar[float]
-    # Bytes that products take at least for each token and channel of the model's width.
+    # Bytes that a product takes at least per token and channel of the model's width.
     product_bytes: ClassVar[float] = 0.0
-    # Whether activations are multiplied as integers, at the card's rate for those.
+    # Whether activations are multiplied as integers, at the card's rate for integers.
     integer_products: ClassVar[bool] = False
-    # Whether products are computed in FP16, whatever the activations are.
+    # Whether products are computed in FP16, whatever the activations' dtype.
     fp16_inside: ClassVar[bool] = False
-    # The name of the stored form that is kept on disk, shared by formats that can read it; None for none.
+    # The name of the form that is cached on disk. Formats that can read it share the name. None: not cached.
     cached_as: ClassVar[str | None] = None
 
     def __init__(self, layer: torch.nn.Linear, compute: torch.dtype):
@@ -32,22 +32,25 @@ class QuantizedLinear(torch.nn.Module):
 
     @classmethod
     def require_usable(cls, card: Card, compute: torch.dtype, name: str) -> None:
-        """Raise FireRedError where such layers cannot multiply on the card. name: the precision's."""
+        """Raise FireRedError when such layers do not work on the card.
+
+        compute: dtype of the activations. name: of the precision.
+        """
 
     def layout(self) -> Layout:
-        """Its stored form: what it keeps of its matrix, by attribute. Empty where disks keep none of it."""
+        """Dtype and shape of the tensors that store its matrix, by attribute. Empty if not cached."""
         return {}
 
     def set_weight(self, weight: torch.Tensor) -> None:
-        """Turn the unquantised matrix (out, in), already on the device, into the stored form."""
+        """Convert the unquantised matrix (out, in) to the stored form. weight: on the layer's device."""
         raise NotImplementedError
 
     def restore(self, name: str, tensor: torch.Tensor) -> None:
-        """Take one of layout()'s tensors back, already on the device."""
+        """Set one of layout()'s tensors from the cache. tensor: on the layer's device."""
         setattr(self, name, tensor)
 
     def prepare(self) -> str | None:
-        """Called once its weight is there; may test what the device can do. Returns what to log, or None."""
+        """Called when the weight is set. It may test kernels on the device. Returns what to log, or None."""
         return None
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Embeddings and reference latents kept on disk: the same prompt and pictures are encoded once."""
+"""Embeddings and reference latents in the disk cache: the same prompt and pictures are encoded once."""
 
 from __future__ import annotations
 
@@ -11,37 +11,36 @@ from ..arithmetic import computing_environment
 from ..files.cache import DiskCache, digest, warn_not_kept
 from ..weights.components import Replica
 
-RECIPE = 1  # raise it when text.py or vae.encode_reference compute something else
-KEY = "encoded"  # the one tensor's name in a file
+RECIPE = 1  # raise it when the results of text.py or vae.encode_reference change
+KEY = "encoded"  # the name of a file's only tensor
 
 
 def embedding_name(replica: Replica, prompt: str, pictures: Sequence[Image.Image]) -> str:
-    """The file of a prompt's embedding about these pictures (8-bit RGB, in order)."""
+    """The name of a prompt's embedding with these pictures (8-bit RGB, in order)."""
     computed = computing_environment(replica.device, "transformers", "bitsandbytes")
     key = digest(RECIPE, *_identity(replica), computed, prompt, *_contents(pictures))
     return f"{replica.spec.checkpoint.name}-embedding-{key}"
 
 
 def reference_name(replica: Replica, picture: Image.Image, megapixels: float) -> str:
-    """The file of a picture's reference latent at that size."""
+    """The name of a picture's reference latent at that size."""
     computed = computing_environment(replica.device, "diffusers")
     key = digest(RECIPE, *_identity(replica), computed, float(megapixels), *_contents([picture]))
     return f"{replica.spec.checkpoint.name}-reference-{key}"
 
 
-def recall(
-    cache: DiskCache, names: Sequence[str], compute: Callable[[list[int]], Iterable[torch.Tensor]]
+def load_or_encode(
+    cache: DiskCache, names: Sequence[str], encode: Callable[[list[int]], Iterable[torch.Tensor]]
 ) -> list[torch.Tensor]:
-    """The tensors of these names, read from the cache; those it lacks are computed, kept, and returned with
-    them.
+    """The tensors of these names: from the cache, or encoded and then written to the cache.
 
-    compute: given the indices missing (never none), yields their tensors in turn. Equal names are computed
-    once.
+    encode: called with the indices that the cache lacks, if there are any; yields their tensors in this
+    order. A name that occurs twice is encoded once.
     """
     found = {name: kept[KEY] for name in names if (kept := cache.read(name)) and KEY in kept}
     missing = [index for index, name in enumerate(names) if name not in found and name not in names[:index]]
     if missing:
-        for index, tensor in zip(missing, compute(missing), strict=True):
+        for index, tensor in zip(missing, encode(missing), strict=True):
             found[names[index]] = tensor
             _keep(cache, names[index], tensor)
     return [found[name] for name in names]
@@ -49,7 +48,7 @@ def recall(
 
 def _keep(cache: DiskCache, name: str, tensor: torch.Tensor) -> None:
     if not bool(tensor.isfinite().all()):
-        return  # let pass by the guard this time, to be looked at again the next
+        return  # the guard let it pass; the next run must check it again
     try:
         cache.write(name, {KEY: tensor})
     except OSError as error:
@@ -57,7 +56,7 @@ def _keep(cache: DiskCache, name: str, tensor: torch.Tensor) -> None:
 
 
 def _identity(replica: Replica) -> tuple[object, ...]:
-    """What of an encoder decides what it computes."""
+    """The parts of an encoder's description that its results depend on."""
     spec = replica.spec
     return spec.role, spec.identity, spec.processor, *spec.precision.identity
 
