@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,7 @@ def parse_arguments() -> argparse.Namespace:
         default="hardware",
         help="one of the scripts in tests/benchmarks (default: hardware, which tests every card)",
     )
+    bench.add_argument("script_arguments", nargs="*", metavar="ARGS", help="passed on to the script")
     for command in (demo, serve, test, bench):
         command.add_argument(
             "--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help="your own ComfyUI"
@@ -242,9 +244,9 @@ def card_capabilities() -> list[float]:
     try:
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
-        return [float(line) for line in answer.split()]
-    except (OSError, ValueError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError):
         return []
+    return [float(line) for line in answer.split() if re.fullmatch(r"\d+\.\d+", line)]  # [N/A]: not answered
 
 
 def need_space(folder: Path) -> None:
@@ -303,7 +305,7 @@ def bench(environment: Environment, comfyui: Path, args: argparse.Namespace) -> 
     names = sorted(path.stem for path in (ROOT / "tests/benchmarks").glob("*.py"))
     if args.name not in names:
         raise SetupError(f"Choose a benchmark: {', '.join(names)}.")
-    return run_python(environment, comfyui, f"tests/benchmarks/{args.name}.py")
+    return run_python(environment, comfyui, f"tests/benchmarks/{args.name}.py", *args.script_arguments)
 
 
 COMMANDS = {"demo": demo, "serve": serve, "test": test, "bench": bench}

@@ -15,8 +15,10 @@ from .encode import FireRedEncodePrompt
 from .engine.cards.libraries import startup_warning
 from .examine import FireRedNumerics
 from .load import FireRedLoadTextEncoder, FireRedLoadTransformer, FireRedLoadVAE
+from .lora import FireRedLoadLoRA
 from .plan import FireRedHardwarePlan
 from .sample import FireRedSampler
+from .schedule import FireRedSchedule
 
 NODE_CLASS_MAPPINGS = {
     "FireRedLoadTransformer": FireRedLoadTransformer,
@@ -27,6 +29,8 @@ NODE_CLASS_MAPPINGS = {
     "FireRedDecode": FireRedDecode,
     "FireRedNumerics": FireRedNumerics,
     "FireRedHardwarePlan": FireRedHardwarePlan,
+    "FireRedLoadLoRA": FireRedLoadLoRA,
+    "FireRedSchedule": FireRedSchedule,
 }
 
 

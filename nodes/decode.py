@@ -29,7 +29,7 @@ class FireRedDecode(io.ComfyNode):
                     options=list(TILING.options),
                     default="auto",
                     optional=True,
-                    tooltip="auto: whole where it fits in memory, else in tiles, without seams.",
+                    tooltip="auto: whole if it fits into memory, else in tiles without seams.",
                 ),
                 guard_input(),
             ],

@@ -126,6 +126,7 @@ def _measure_transformer(
         seed=seed,
         samples=samples,
         draws=None if given is None else given.draws,
+        options=transformer.options,
     )
     run.require_room(host.room(replica))
     with host.borrow(transformer, run.working_bytes()) as model:

@@ -62,8 +62,8 @@ def guard_input() -> io.Input:
         default=STOP,
         optional=True,
         advanced=True,
-        tooltip="When a result holds NaN or infinity: stop and name the module that broke, warn in the log "
-        "and go on, or do not look.",
+        tooltip="For NaN or infinity in a result. stop: end with an error that names the module. warn: log "
+        "it and go on. off: do not check.",
     )
 
 
@@ -85,8 +85,8 @@ class FireRedLoadTransformer(_Loader):
                     default="auto",
                     optional=True,
                     advanced=True,
-                    tooltip="Force the arithmetic, whatever the weights are stored as. fp32 on a modern "
-                    "card computes what a P40 would.",
+                    tooltip="Force the arithmetic; the weights are stored as before. fp32 on a modern card "
+                    "computes what a P40 would.",
                 ),
             ],
             outputs=[Transformer.Output("transformer", display_name="transformer")],

@@ -30,8 +30,8 @@ class FireRedSampler(io.ComfyNode):
             node_id="FireRedSampler",
             display_name="FireRed Sampler",
             category=CATEGORY,
-            description="Denoise with flow-match Euler and true CFG. Stops with an error where a black "
-            "image would begin.",
+            description="Denoise with flow-match Euler and true CFG. Stops with an error where the image "
+            "would turn black.",
             inputs=[
                 Transformer.Input("transformer"),
                 io.Conditioning.Input("positive"),
@@ -112,6 +112,7 @@ class FireRedSampler(io.ComfyNode):
             seed=seed,
             samples=None if given is None else given.samples,
             draws=None if given is None else given.draws,
+            options=transformer.options,
         )
         _log_unused_inputs(negative is not None, cfg, given)
         saved = host.saved_run(run.name(guard)) if resume == "on" else None

@@ -69,6 +69,9 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     tiny_checkpoint.build(models / "zero_cond_t", zero_cond_t=True)
     tiny_checkpoint.build(models / "wide", joint_attention_dim=3584)
     core_vae.write(folder, "tiny")
+    lightning = folder / "models" / "loras" / "FireRed-Image-Edit-1.0-Lightning-8steps-v1.1.safetensors"
+    lightning.parent.mkdir()
+    lightning.touch()  # which firered_lightning names; a page marks a node whose file is missing
     return folder
 
 

@@ -27,7 +27,7 @@ SNAPSHOT = Path(__file__).with_name("contract.json")
 def node_contract(info: dict) -> dict:
     """The part of a node's /object_info that saved workflows and API prompts rely on."""
     inputs = {
-        kind: {name: describe_input(*replica) for name, replica in info["input"].get(kind, {}).items()}
+        kind: {name: describe_input(*spec) for name, spec in info["input"].get(kind, {}).items()}
         for kind in ("required", "optional")
     }
     outputs = [list(pair) for pair in zip(info["output_name"], info["output"], strict=True)]
@@ -53,7 +53,7 @@ def test_nodes_inputs_and_outputs_are_frozen(client: Client) -> None:
 
 def test_every_input_with_a_default_is_optional() -> None:
     for name, node in json.loads(SNAPSHOT.read_text(encoding="utf-8")).items():
-        assert not [key for key, replica in node["required"].items() if "default" in replica], name
+        assert not [key for key, spec in node["required"].items() if "default" in spec], name
 
 
 def test_requirements_are_the_projects_dependencies_and_what_loaders_check() -> None:

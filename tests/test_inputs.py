@@ -12,7 +12,7 @@ import torch
 from conftest import replica_for
 from engine.errors import InputError
 from engine.files.checkpoint import Checkpoint
-from engine.latents import draw_noise, empty_as_qwen, read_latent
+from engine.latents import QWEN_STATISTICS, draw_noise, empty_as_qwen, read_latent
 from engine.models import loading
 from engine.sampling.conditioning import POSITIVE, Condition, ReferenceMethod, from_conditioning
 from engine.sampling.sampling import prepare_run, sample
@@ -288,6 +288,20 @@ def test_each_key_is_refused_but_where_it_changes_nothing(
     for value in other:
         with pytest.raises(InputError, match=f"The negative conditioning has {key}.*set by"):
             from_conditioning(conditioning(**{key: value}), "negative", 128)
+
+
+@pytest.mark.parametrize("size", [(float("inf"), 1), (float("nan"), 1), (0, 1), (1,), "big", 5])
+def test_a_size_that_is_none_is_taken_for_another_packs_key(size: object) -> None:
+    assert from_conditioning(conditioning(image_size=size), "positive", 128).image_size is None
+
+
+@pytest.mark.parametrize(
+    "statistics",
+    [([0.0] * 16, [0.0] * 16), ([float("inf")] * 16, [1.0] * 16), ([0.0] * 4, [1.0] * 4), "other", 5, [[]]],
+)
+def test_statistics_that_are_none_leave_the_checkpoints_own(statistics: object) -> None:
+    read = from_conditioning(conditioning(latent_statistics=statistics), "positive", 128)
+    assert read.statistics == QWEN_STATISTICS
 
 
 def test_what_core_itself_sets_is_silent(caplog: pytest.LogCaptureFixture) -> None:

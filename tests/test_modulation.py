@@ -115,7 +115,7 @@ def test_folding_says_what_it_reads(tiny: Checkpoint, caplog: pytest.LogCaptureF
     seen: list[tuple[int, int]] = []
     with caplog.at_level("INFO"):
         modulation = modulation_of(replica_for(tiny, "transformer"))
-        modulation.of(torch.tensor([0.5, 0.25]), lambda *progress: seen.append(progress))
+        modulation.of(torch.tensor([0.5, 0.25]), on_progress=lambda *progress: seen.append(progress))
     stored = tiny.component("transformer").stored().items()
     weights = sum(stored_bytes(info) for name, info in stored if is_folded(name))
     assert seen[-1] == (weights, weights) and [done for done, _ in seen] == sorted(done for done, _ in seen)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from .checkpoints import checkpoint_fingerprint, checkpoint_names, get_checkpoint, validate_checkpoint
 from .components import hardware_plan, open_component
 from .devices import device_labels, free_memory
+from .loras import get_lora, lora_fingerprint, lora_names
 from .memory import Handle, borrow, require_handle, room
 from .progress import check_cancelled, progress_reporter, sampling_reporter
 from .storage import RUN_KEY, disk_cache, forget_run, forget_run_after_prompt, saved_run
@@ -26,7 +27,10 @@ __all__ = [
     "forget_run_after_prompt",
     "free_memory",
     "get_checkpoint",
+    "get_lora",
     "hardware_plan",
+    "lora_fingerprint",
+    "lora_names",
     "open_component",
     "progress_reporter",
     "require_handle",

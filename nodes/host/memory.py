@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -17,6 +17,7 @@ from ..engine.cards.heartbeat import heartbeat_where_compiled
 from ..engine.errors import InputError
 from ..engine.limits import shown
 from ..engine.progress import before_each_block
+from ..engine.sampling.options import DEFAULT_OPTIONS, SamplingOptions
 from ..engine.weights.components import Replica
 from ..engine.weights.estimates import RESERVED_BYTES
 from ..engine.weights.room import require_room, working_bytes
@@ -68,6 +69,11 @@ class Handle:
 
     replica: Replica
     patcher: Any
+    options: SamplingOptions = DEFAULT_OPTIONS
+
+    def with_options(self, **changes: Any) -> Handle:
+        """The same weights, sampled otherwise: fields of SamplingOptions. Nothing is loaded again."""
+        return replace(self, options=replace(self.options, **changes))
 
 
 def require_handle(given: Any, role: str) -> Handle:

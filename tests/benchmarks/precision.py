@@ -39,7 +39,7 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 
 def replica_for(folder: Path, role: str, precision: str, math: str = "fp32") -> Replica:
     memory, name = torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name()
-    card = Card("gpu:0", name, torch.device("cpu"), DEVICE, native_bf16=math == "bf16", memory=memory)
+    card = Card("gpu:0", name, DEVICE, native_bf16=math == "bf16", memory=memory)
     resolved = resolve(ROLE_PRECISIONS[role][precision], card, math)
     return Replica(ComponentSpec.of(role, open_checkpoint(folder), resolved), card)
 

@@ -11,7 +11,7 @@ import itertools
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from ..errors import CheckpointError
 from ..files.cache import DiskCache, digest
 from ..files.tensors import Layout, stored_bytes
 from ..progress import OnProgress, ignore_progress
+from ..weights.adapters import Adapters, Product
 from ..weights.components import Replica
 from ..weights.names import FOLDED
 from .config import TransformerConfig
@@ -59,21 +60,50 @@ class StepModulation(NamedTuple):
 class ScheduleModulation:
     """The modulation of one schedule: a row for each timestep, and with `has_zero` a last one for timestep 0.
 
-    table: `blocks` (rows, layers, 2, 6 * width) and `out` (rows, 2 * width), FP32, on the CPU.
+    table: `blocks` (rows, layers, 2, 6 * width) and `out` (rows, 2 * width), FP32, on the CPU. change: what
+    LoRAs add to it.
     """
 
-    def __init__(self, table: Table, has_zero: bool, device: torch.device, compute: torch.dtype):
-        self._table, self._has_zero = table, has_zero
+    def __init__(
+        self,
+        table: Table,
+        has_zero: bool,
+        device: torch.device,
+        compute: torch.dtype,
+        change: TableChange | None = None,
+    ):
+        self._table, self._has_zero, self._change = table, has_zero, change
         self._device, self._compute = device, compute
         self._current: tuple[int, StepModulation] | None = None
 
     def at(self, step: int) -> StepModulation:
         """The modulation of a step (from 0). The last one stays in memory: both branches of a step use it."""
         if self._current is None or self._current[0] != step:
-            blocks = self._table[BLOCKS][[step, -1] if self._has_zero else [step]]
-            rows = (rows.to(self._device, self._compute) for rows in (blocks, self._table[OUT][step]))
-            self._current = step, StepModulation(*rows)
+            rows = [step, -1] if self._has_zero else [step]
+            part: Table = {name: self._table[name][rows] for name in (BLOCKS, OUT)}
+            if self._change is not None:
+                part = self._change.added_to(part, rows)
+            blocks, out = (part[name].to(self._device, self._compute) for name in (BLOCKS, OUT))
+            self._current = step, StepModulation(blocks, out[0])
         return self._current[1]
+
+
+class TableChange(NamedTuple):
+    """What LoRAs on the folded layers add to a table: their products of the embedded timesteps.
+
+    embedded: (rows, width) FP32, on the transformer's device, as are the products.
+    """
+
+    embedded: torch.Tensor
+    products: Mapping[str, Product]
+
+    def added_to(self, part: Table, rows: Sequence[int]) -> Table:
+        """These rows of a table, FP32 on the transformer's device, with the change in them."""
+        changed = {name: tensor.to(self.embedded.device, copy=True) for name, tensor in part.items()}
+        embedded, results = self.embedded[list(rows)], _results(changed)
+        for layer, product in self.products.items():
+            results[layer].add_(product.of(embedded) @ product.up.float().T)
+        return changed
 
 
 class Modulation:
@@ -84,15 +114,22 @@ class Modulation:
         self._tables: OrderedDict[str, Table] = OrderedDict()
 
     @exact_fp32()
-    def of(self, timesteps: torch.Tensor, on_progress: OnProgress = ignore_progress) -> ScheduleModulation:
+    def of(
+        self,
+        timesteps: torch.Tensor,
+        adapters: Adapters | None = None,
+        on_progress: OnProgress = ignore_progress,
+    ) -> ScheduleModulation:
         """The modulation for these timesteps (n,), FP32, 0 to 1.
 
+        adapters: LoRAs, whose change of the modulation is added without reading the weights again.
         on_progress: in bytes of weights, if they must be read. Raises CheckpointError.
         """
-        table = self._find(timesteps) or self._compute(timesteps, on_progress)
-        return ScheduleModulation(
-            table, self._config.zero_cond_t, self._replica.device, self._replica.spec.math
-        )
+        table, replica = self._find(timesteps) or self._compute(timesteps, on_progress), self._replica
+        change = None
+        if adapters is not None and adapters.folded:
+            change = TableChange(self._embedded(timesteps), adapters.folded)
+        return ScheduleModulation(table, self._config.zero_cond_t, replica.device, replica.spec.math, change)
 
     def _find(self, timesteps: torch.Tensor) -> Table | None:
         """A table from memory or from the cache, marked as just used."""
@@ -156,10 +193,8 @@ class Modulation:
         total = sum(stored_bytes(info) for name, info in component.stored().items() if is_folded(name))
         log.info("computing modulation for %d steps: reading %.2f GB", len(timesteps), total / 1e9)
         done, started = 0, time.perf_counter()
-        levels = torch.cat([timesteps.float().cpu(), torch.zeros(int(self._config.zero_cond_t))])
-        embedded = F.silu(self._time_embedding(levels))
-        table = self._empty_table(timesteps)
-        missing = self._results(table)
+        embedded, table = self._embedded(timesteps), self._empty_table(timesteps)
+        missing = _results(table)
         waiting: dict[str, torch.Tensor] = {}  # weights without their bias yet, and the reverse
         for name, tensor in component.tensors(is_folded, device):
             waiting[name] = tensor.to(device, copy=tensor.dtype is torch.float32).float()
@@ -180,17 +215,9 @@ class Modulation:
         log.info("modulation computed in %.1f s (%.2f GB/s)", seconds, total / 1e9 / seconds)
         return table
 
-    def _results(self, table: Table) -> dict[str, torch.Tensor]:
-        """The part of the table that each layer fills, by the layer's name."""
-        blocks = itertools.product(range(self._config.layers), enumerate(STREAMS))
-        results = {
-            f"transformer_blocks.{block}.{name}_mod.1": table[BLOCKS][:, block, stream]
-            for block, (stream, name) in blocks
-        }
-        return results | {"norm_out.linear": table[OUT]}
-
-    def _time_embedding(self, levels: torch.Tensor) -> torch.Tensor:
-        """The model's timestep embedding (n, width), in FP32 from the unquantised weights."""
+    def _embedded(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the folded layers take: (rows, width) FP32 on the device, from the unquantised weights."""
+        levels = torch.cat([timesteps.float().cpu(), torch.zeros(int(self._config.zero_cond_t))])
         component, device = self._replica.spec.checkpoint.component("transformer"), self._replica.device
         stored = component.tensors(lambda name: name.startswith(TIME_EMBEDDER))
         weights = {name.removeprefix(TIME_EMBEDDER): tensor.to(device).float() for name, tensor in stored}
@@ -198,7 +225,17 @@ class Modulation:
             levels.to(device), TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0, scale=TIME_SCALE
         )
         x = F.silu(F.linear(x, weights["linear_1.weight"], weights["linear_1.bias"]))
-        return F.linear(x, weights["linear_2.weight"], weights["linear_2.bias"])
+        return F.silu(F.linear(x, weights["linear_2.weight"], weights["linear_2.bias"]))
+
+
+def _results(table: Table) -> dict[str, torch.Tensor]:
+    """The part of a table that each layer fills, by the layer's name."""
+    blocks = itertools.product(range(table[BLOCKS].shape[1]), enumerate(STREAMS))
+    results = {
+        f"transformer_blocks.{block}.{name}_mod.1": table[BLOCKS][:, block, stream]
+        for block, (stream, name) in blocks
+    }
+    return results | {"norm_out.linear": table[OUT]}
 
 
 def _layout(table: Table) -> Layout:

@@ -55,7 +55,7 @@ def measure_transformer(
     step's noise; without samples, or with zeros, noise alone. Raises InputError and NonFiniteError.
     """
     looked_at = {POSITIVE: run.conditions[POSITIVE]}
-    worker = LocalWorker(transformer, run.schedule, run.padded_size, looked_at, OFF)
+    worker = LocalWorker(transformer, run.schedule, run.padded_size, looked_at, OFF, options=run.options)
     noise = pack(next(draw_noise(run.padded_size, run.seed, run.draws)))
     picture = torch.zeros_like(noise)
     if samples is not None and bool(samples.any()):

@@ -37,6 +37,8 @@ from ..notices import first_time
 
 log = logging.getLogger("FireRed")
 
+MAX_SIDE = 1e6  # pixels of a picture; what is beyond is no size
+MAX_STATISTIC = 1e6  # of a latent channel
 OBEYED = {
     "attention_mask",
     "reference_latents",
@@ -257,7 +259,7 @@ def _references(extras: Mapping[str, Any], branch: str) -> tuple[torch.Tensor, .
 
 def _image_size(size: Any) -> tuple[int, int] | None:
     """Width and height of the first picture, or None if another pack uses this key differently."""
-    if isinstance(size, list | tuple) and len(size) == 2 and all(_is_number(s, 1, math.inf) for s in size):
+    if isinstance(size, list | tuple) and len(size) == 2 and all(_is_number(s, 1, MAX_SIDE) for s in size):
         return int(size[0]), int(size[1])
     return None
 
@@ -266,9 +268,9 @@ def _statistics(given: Any, default: LatentStatistics) -> LatentStatistics:
     """The given statistics, or the default if there are none or another pack uses this key differently."""
     if not isinstance(given, list | tuple) or len(given) != 2:
         return default
-    for values, lowest in zip(given, (-math.inf, 1e-9), strict=True):
+    for values, lowest in zip(given, (-MAX_STATISTIC, 1 / MAX_STATISTIC), strict=True):
         numbers = isinstance(values, list | tuple) and len(values) == LATENT_CHANNELS
-        if not numbers or not all(_is_number(value, lowest, math.inf) for value in values):
+        if not numbers or not all(_is_number(value, lowest, MAX_STATISTIC) for value in values):
             return default
     mean, std = given
     return LatentStatistics(tuple(mean), tuple(std))

@@ -38,6 +38,7 @@ from ..weights.precision import ROLE_PRECISIONS, resolve
 from ..weights.room import at_precision, has_room, require_room
 from .conditioning import NEGATIVE, POSITIVE, Condition, ReferenceMethod, from_conditioning
 from .denoise import StepState, denoise
+from .options import DEFAULT_OPTIONS, SamplingOptions
 from .resume import RunState, SavedRun, run_name
 from .schedule import Schedule, make_schedule
 from .workers import LocalWorker
@@ -66,6 +67,7 @@ class SamplingRun:
     draws: tuple[int, ...]
     height: int
     width: int
+    options: SamplingOptions = DEFAULT_OPTIONS
 
     @property
     def batch(self) -> int:
@@ -82,7 +84,8 @@ class SamplingRun:
         height, width = self.padded_size
         tokens = height * width // PATCH**2 + max(condition.tokens for condition in self.conditions.values())
         spec = self.replica.spec
-        return transformer_bytes(spec.checkpoint, spec.precision, tokens, self.replica.fused)
+        adapters = sum(adapter.lora.nbytes for adapter in self.options.adapters if adapter.strength)
+        return transformer_bytes(spec.checkpoint, spec.precision, tokens, self.replica.fused) + adapters
 
     def require_room(self, room: float) -> None:
         """Raise DoesNotFitError, with what would fit instead, when the run needs more than `room` bytes."""
@@ -143,6 +146,7 @@ class SamplingRun:
             references = condition.reference_latents
             parts += [branch, condition.prompt_embeds, condition.mask, len(references), *references]
             parts += [condition.statistics]
+        parts += self.options.identity(len(self.conditions) > 1)
         return run_name(card.device, *parts)
 
 
@@ -172,17 +176,19 @@ def prepare_run(
     seed: int,
     samples: torch.Tensor | None = None,
     draws: Sequence[int] | None = None,
+    options: SamplingOptions = DEFAULT_OPTIONS,
 ) -> SamplingRun:
     """Check a run and decide its size and schedule.
 
     conditions: POSITIVE and, for guidance, NEGATIVE. width, height: pixels; 0 follows the first image.
     samples: a LATENT's tensor. It overrides width and height, and gives the number of pictures to sample.
     draws: for each picture, the number of the seed's draw that is its noise; 0, 1, 2 and so on by default.
-    Raises InputError for a number out of bounds, and CheckpointError.
+    options: what the graph lays over the transformer. Raises InputError for a number out of bounds, and
+    CheckpointError.
     """
     true_cfg_scale, seed = TRUE_CFG_SCALE.require(true_cfg_scale), SEED.require(seed)
     steps, width, height = STEPS.require(steps), WIDTH.require(width), HEIGHT.require(height)
-    guided = true_cfg_scale > 1 and NEGATIVE in conditions
+    guided = true_cfg_scale > 1 and NEGATIVE in conditions and options.guides_any_of(steps)
     used = {name: conditions[name] for name in ((POSITIVE, NEGATIVE) if guided else (POSITIVE,))}
     batch = 1
     if samples is None:
@@ -195,9 +201,10 @@ def prepare_run(
         _require_positions(condition, branch, (height, width))
     warn_of_many_pictures(max(len(condition.reference_latents) for condition in used.values()))
     tokens = -(-height // PATCH) * -(-width // PATCH)
-    schedule = make_schedule(replica.spec.checkpoint.component("scheduler").config(), steps, tokens)
-    scale = true_cfg_scale if guided else 1.0
-    return SamplingRun(replica, used, schedule, scale, seed, tuple(draws or range(batch)), height, width)
+    config = replica.spec.checkpoint.component("scheduler").config()
+    schedule, scale = make_schedule(config, steps, tokens, options.shift), true_cfg_scale if guided else 1.0
+    numbers = tuple(draws or range(batch))
+    return SamplingRun(replica, used, schedule, scale, seed, numbers, height, width, options)
 
 
 def _require_positions(condition: Condition, branch: str, size: tuple[int, int]) -> None:
@@ -240,7 +247,7 @@ def sample(
     finished = list(resumed.finished) if resumed else []
     if len(finished) == run.batch:
         return torch.cat(finished)
-    worker = LocalWorker(transformer, run.schedule, size, run.conditions, guard, on_modulation)
+    worker = LocalWorker(transformer, run.schedule, size, run.conditions, guard, on_modulation, run.options)
     noise = map(pack, draw_noise(size, run.seed, run.draws[len(finished) :]))
     first = next(noise)
     state = resumed or RunState(0, first)

@@ -29,13 +29,16 @@ class Schedule:
         return len(self.timesteps)
 
 
-def make_schedule(config: dict[str, Any], steps: int, image_tokens: int) -> Schedule:
+def make_schedule(config: dict[str, Any], steps: int, image_tokens: int, shift: float = 0.0) -> Schedule:
     """The flow-match schedule of `steps` steps for an image of `image_tokens` packed tokens.
 
-    config: of the checkpoint's scheduler, from Component.config. Raises InputError for `steps` out of bounds
-    and CheckpointError for a config that diffusers refuses.
+    config: of the checkpoint's scheduler, from Component.config. shift: one for all sizes, used as ComfyUI's
+    ModelSamplingAuraFlow does; 0 for the checkpoint's own schedule. Raises InputError for `steps` out of
+    bounds and CheckpointError for a config that diffusers refuses.
     """
     steps = STEPS.require(steps)
+    if shift:
+        config = config | {"use_dynamic_shifting": False, "shift": shift, "shift_terminal": None}
     if steps == 1:  # shift_terminal stretches a schedule to its last level: 0 / 0 with one step
         config = config | {"shift_terminal": None}
     try:

@@ -15,8 +15,10 @@ from ..models.guard import STOP, Guard
 from ..models.modulation import StepModulation
 from ..models.transformer import QwenImageTransformer, Transformer, rotary_embedding
 from ..progress import OnProgress, ignore_progress
+from ..weights.adapters import Adapters
 from ..weights.components import Replica
-from .conditioning import Condition
+from .conditioning import POSITIVE, Condition
+from .options import DEFAULT_OPTIONS, SamplingOptions
 from .schedule import Schedule
 
 
@@ -42,8 +44,9 @@ class LocalWorker:
         conditions: Mapping[str, Condition],
         guard: str = STOP,
         on_modulation: OnProgress = ignore_progress,
+        options: SamplingOptions = DEFAULT_OPTIONS,
     ):
-        """Make the modulation of the schedule ready, and copy the conditions to the device.
+        """Make the modulation of the schedule ready, and copy the conditions and LoRAs to the device.
 
         latent_size: height and width of the latents to sample, both even. conditions: by branch. guard: what
         to do about NaN and infinity, one of guard.GUARDS. on_modulation: the modulation's progress.
@@ -52,7 +55,8 @@ class LocalWorker:
         replica = transformer.replica
         self._device, self._compute = replica.device, replica.spec.math
         self._guard = Guard(replica, guard)
-        self._modulation = transformer.modulation.of(schedule.timesteps, on_modulation)
+        self._options, self._adapters = options, Adapters(options.adapters, self._device)
+        self._modulation = transformer.modulation.of(schedule.timesteps, self._adapters, on_modulation)
         self._branches = {
             name: _Branch(condition, latent_size, self.model, replica)
             for name, condition in conditions.items()
@@ -64,14 +68,17 @@ class LocalWorker:
         """As Worker.predict, on the worker's device. Raises NonFiniteError that names the bad branch."""
         latents = latents.to(self._device, self._compute)
         modulation = self._modulation.at(step)
-        return {
-            name: self._guard.run(
-                functools.partial(branch.predict, self.model, latents, modulation),
-                f"Step {step + 1} of {self._steps}: the {name} prediction",
-                self.model,
-            )
-            for name, branch in self._branches.items()
-        }
+        guided = self._options.is_guided(step, self._steps)
+        with self._adapters.attached(self.model):
+            return {
+                name: self._guard.run(
+                    functools.partial(branch.predict, self.model, latents, modulation),
+                    f"Step {step + 1} of {self._steps}: the {name} prediction",
+                    self.model,
+                )
+                for name, branch in self._branches.items()
+                if guided or name == POSITIVE
+            }
 
 
 class _Branch:

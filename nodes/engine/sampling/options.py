@@ -1,0 +1,42 @@
+"""What a graph lays over a transformer before it samples. None of it decides which weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..limits import Real
+from ..weights.adapters import Adapter
+
+STRENGTH = Real("strength", -100.0, 100.0)
+SHIFT = Real("shift", 0.0, 100.0)
+GUIDANCE_FROM, GUIDANCE_TO = (Real(name, 0.0, 1.0) for name in ("guidance_from", "guidance_to"))
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """adapters: LoRAs, in the order of the graph. shift: of the schedule; 0 keeps the checkpoint's own.
+
+    guidance_from, guidance_to: the part of the steps, 0 to 1, that computes both branches of guidance.
+    """
+
+    adapters: tuple[Adapter, ...] = ()
+    shift: float = 0.0
+    guidance_from: float = 0.0
+    guidance_to: float = 1.0
+
+    def is_guided(self, step: int, steps: int) -> bool:
+        """Whether a step (from 0) computes the negative branch too."""
+        return self.guidance_from <= step / steps < self.guidance_to
+
+    def guides_any_of(self, steps: int) -> bool:
+        """Whether any step of so many computes the negative branch."""
+        return any(self.is_guided(step, steps) for step in range(steps))
+
+    def identity(self, guided: bool) -> list[object]:
+        """What a run's result depends on beside its schedule. guided: whether there are two branches."""
+        adapters = [(each.lora.identity, each.strength) for each in self.adapters if each.strength]
+        interval = (self.guidance_from, self.guidance_to)
+        return [*adapters, *([interval] if guided and interval != (0.0, 1.0) else [])]
+
+
+DEFAULT_OPTIONS = SamplingOptions()

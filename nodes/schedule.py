@@ -1,0 +1,63 @@
+"""The steps of sampling: their noise levels, and which of them are guided."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from . import host
+from .engine.sampling.options import GUIDANCE_FROM, GUIDANCE_TO, SHIFT
+from .load import CATEGORY, Transformer
+
+
+class FireRedSchedule(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        part = dict(min=0.0, max=1.0, step=0.01, optional=True)
+        return io.Schema(
+            node_id="FireRedSchedule",
+            display_name="FireRed Schedule",
+            category=CATEGORY,
+            description="Set the noise levels of the steps, and in which of them guidance is computed.",
+            inputs=[
+                Transformer.Input("transformer"),
+                io.Float.Input(
+                    "shift",
+                    default=0.0,
+                    min=SHIFT.low,
+                    max=SHIFT.high,
+                    step=0.01,
+                    optional=True,
+                    tooltip="0: the checkpoint's own, which depends on the size. Lightning LoRAs want 3.",
+                ),
+                io.Float.Input(
+                    "guidance_from",
+                    default=0.0,
+                    **part,
+                    tooltip="Part of the steps, 0 to 1, before which only the positive branch is computed.",
+                ),
+                io.Float.Input(
+                    "guidance_to",
+                    default=1.0,
+                    **part,
+                    tooltip="Part of the steps, 0 to 1, after which only the positive branch is computed.",
+                ),
+            ],
+            outputs=[Transformer.Output("transformer", display_name="transformer")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        transformer: host.Handle,
+        shift: float = 0.0,
+        guidance_from: float = 0.0,
+        guidance_to: float = 1.0,
+    ) -> io.NodeOutput:
+        handle = host.require_handle(transformer, "transformer")
+        return io.NodeOutput(
+            handle.with_options(
+                shift=SHIFT.require(shift),
+                guidance_from=GUIDANCE_FROM.require(guidance_from),
+                guidance_to=GUIDANCE_TO.require(guidance_to),
+            )
+        )
