@@ -33,7 +33,7 @@ TORCH_LEGACY = ("torch==2.7.1", "torchvision==0.22.1", "torchaudio==2.7.1")
 TORCH_LEGACY_INDEX = "https://download.pytorch.org/whl/cu126"
 FIRST_CURRENT_CAPABILITY = 7.5
 FIRST_TRITON_CAPABILITY = 7.0
-TEST_PACKAGES = ("pytest", "ruff", "mypy", "comfy-test==0.4.15", "playwright")
+TEST_PACKAGES = ("pytest", "ruff", "mypy", "comfy-test==0.4.15", "playwright", "peft")
 MIN_FREE_GB = 12
 BROWSERS = (
     "chromium",

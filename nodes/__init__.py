@@ -19,6 +19,7 @@ from .lora import FireRedLoadLoRA
 from .plan import FireRedHardwarePlan
 from .sample import FireRedSampler
 from .schedule import FireRedSchedule
+from .step_cache import FireRedStepCache
 
 NODE_CLASS_MAPPINGS = {
     "FireRedLoadTransformer": FireRedLoadTransformer,
@@ -31,6 +32,7 @@ NODE_CLASS_MAPPINGS = {
     "FireRedHardwarePlan": FireRedHardwarePlan,
     "FireRedLoadLoRA": FireRedLoadLoRA,
     "FireRedSchedule": FireRedSchedule,
+    "FireRedStepCache": FireRedStepCache,
 }
 
 

@@ -10,6 +10,20 @@ from ..weights.adapters import Adapter
 STRENGTH = Real("strength", -100.0, 100.0)
 SHIFT = Real("shift", 0.0, 100.0)
 GUIDANCE_FROM, GUIDANCE_TO = (Real(name, 0.0, 1.0) for name in ("guidance_from", "guidance_to"))
+THRESHOLD = Real("threshold", 0.0, 10.0)
+START, END = Real("start", 0.0, 1.0), Real("end", 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class StepCacheOptions:
+    """threshold: how far predictions may drift unseen, as a part of their size; 0 computes every step.
+
+    start, end: the part of the steps, 0 to 1, in which steps may be skipped. The last is always computed.
+    """
+
+    threshold: float = 0.0
+    start: float = 0.0
+    end: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -23,6 +37,7 @@ class SamplingOptions:
     shift: float = 0.0
     guidance_from: float = 0.0
     guidance_to: float = 1.0
+    step_cache: StepCacheOptions = StepCacheOptions()
 
     def is_guided(self, step: int, steps: int) -> bool:
         """Whether a step (from 0) computes the negative branch too."""
@@ -36,7 +51,9 @@ class SamplingOptions:
         """What a run's result depends on beside its schedule. guided: whether there are two branches."""
         adapters = [(each.lora.identity, each.strength) for each in self.adapters if each.strength]
         interval = (self.guidance_from, self.guidance_to)
-        return [*adapters, *([interval] if guided and interval != (0.0, 1.0) else [])]
+        cache = self.step_cache
+        parts: list[object] = [*adapters, *([interval] if guided and interval != (0.0, 1.0) else [])]
+        return [*parts, *([cache.threshold, cache.start, cache.end] if cache.threshold else [])]
 
 
 DEFAULT_OPTIONS = SamplingOptions()

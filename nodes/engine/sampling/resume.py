@@ -8,13 +8,15 @@ from __future__ import annotations
 import logging
 import re
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TypeGuard
 
 import torch
 
 from ..arithmetic import computing_environment
 from ..files.cache import DiskCache, digest
+from .step_cache import STATE
 
 log = logging.getLogger("FireRed")
 
@@ -28,12 +30,14 @@ class RunState:
     """How far a run is.
 
     step: the number of steps done of the current picture. latents: the current picture's, packed
-    (1, tokens, 64) FP32. finished: raw latents (1, 16, 1, h, w) of each picture before it.
+    (1, tokens, 64) FP32. finished: raw latents (1, 16, 1, h, w) of each picture before it. step_cache: from
+    StepCache.state.
     """
 
     step: int
     latents: torch.Tensor
     finished: tuple[torch.Tensor, ...] = ()
+    step_cache: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class SavedRun:
@@ -87,7 +91,10 @@ class SavedRun:
                 return None
             finished = tensors["finished"]
             state = RunState(
-                int(tensors["step"]), tensors["latents"], finished.split(1) if finished.numel() else ()
+                int(tensors["step"]),
+                tensors["latents"],
+                finished.split(1) if finished.numel() else (),
+                {name: tensor for name, tensor in tensors.items() if name.startswith(STATE)},
             )
             return state, bytes(tensors["arithmetic"].tolist()).decode()
         except (KeyError, ValueError, RuntimeError):
@@ -136,4 +143,5 @@ def _tensors(state: RunState, arithmetic: str) -> dict[str, torch.Tensor]:
         "step": torch.tensor(state.step),
         "latents": state.latents,
         "finished": torch.cat(state.finished) if state.finished else torch.empty(0),
+        **state.step_cache,
     }

@@ -41,6 +41,7 @@ from .denoise import StepState, denoise
 from .options import DEFAULT_OPTIONS, SamplingOptions
 from .resume import RunState, SavedRun, run_name
 from .schedule import Schedule, make_schedule
+from .step_cache import StepCache
 from .workers import LocalWorker
 
 log = logging.getLogger("FireRed")
@@ -78,6 +79,12 @@ class SamplingRun:
     def padded_size(self) -> tuple[int, int]:
         """Height and width of the latents in the loop, both even."""
         return self.height + self.height % PATCH, self.width + self.width % PATCH
+
+    @property
+    def guided_steps(self) -> list[int]:
+        """The steps, from 0, that compute the negative branch too."""
+        steps = range(self.schedule.steps) if NEGATIVE in self.conditions else ()
+        return [step for step in steps if self.options.is_guided(step, self.schedule.steps)]
 
     def working_bytes(self) -> int:
         """The bytes that the transformer needs beside its weights."""
@@ -267,19 +274,24 @@ def _sample_picture(
 ) -> torch.Tensor:
     """The packed latents (1, tokens, 64) of the next picture, on the run's device."""
     steps, done_before = run.schedule.steps, len(start.finished) * run.schedule.steps
+    kept = {name: tensor.to(run.replica.device) for name, tensor in start.step_cache.items()}
+    cache = StepCache(worker.predict, run.schedule, run.options.step_cache, run.guided_steps, kept)
 
     def report(step: StepState) -> None:
         if saved is not None:
-            saved.update(RunState(step.step, step.latents, start.finished))
+            saved.update(RunState(step.step, step.latents, start.finished, cache.state()))
         on_step(done_before + step.step, run.batch * steps, unpack(step.denoised, *run.padded_size))
 
     latents = start.latents.to(run.replica.device, torch.float32)
     try:
-        return denoise(worker.predict, latents, run.schedule, run.true_cfg_scale, report, start.step)
+        final = denoise(cache.predict, latents, run.schedule, run.true_cfg_scale, report, start.step)
     except BaseException:
         if saved is not None:
             saved.flush()
         raise
+    if cache.skipped:
+        log.info("the step cache computed %d of %d steps", steps - cache.skipped, steps)
+    return final
 
 
 def _resume(run: SamplingRun, transformer: Transformer, saved: SavedRun | None) -> RunState | None:
