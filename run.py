@@ -72,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
         "demo", help="edit the example photo through a real ComfyUI and print the PNG's path"
     )
     demo.add_argument(
-        "--checkpoint", help="a folder in ComfyUI's models/diffusers (default: a tiny random one)"
+        "--checkpoint", help="a folder in ComfyUI's models/diffusers (default: the built-in FireRed-Demo)"
     )
     demo.add_argument("--prompt", help="what to change (default: the workflow's)")
     serve = commands.add_parser("serve", help="open ComfyUI with these nodes and print its address")

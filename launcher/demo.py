@@ -4,39 +4,31 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from launcher.client import OnEvent, Prompt, PromptRejected, Run, ServerError
-from launcher.folders import ROOT, work_folder
+from launcher.folders import EXAMPLE_PHOTO, ROOT, work_folder
 from launcher.server import Server
 
-WORKFLOW = ROOT / "workflows" / "api" / "firered_edit.json"
-PHOTO = "cat.png"
-TINY = "tiny-random"
-TINY_STEPS = 8
+WORKFLOWS = ROOT / "workflows" / "api"
+BUILT_IN = "FireRed-Demo"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", default=TINY)
-    parser.add_argument("--prompt", default="Add a red hat on the cat")
+    parser.add_argument("--checkpoint", default=BUILT_IN)
+    parser.add_argument("--prompt")
     arguments = parser.parse_args()
-    work = work_folder()
-    steps = None
-    if arguments.checkpoint == TINY:
+    if arguments.checkpoint == BUILT_IN:
         print(
-            "No --checkpoint: using a tiny one with random weights. "
-            "It runs every part; its picture is noise.",
-            flush=True,
+            f"No --checkpoint: using {BUILT_IN}, a toy that knows a few edits. It is not FireRed.", flush=True
         )
-        build_tiny_checkpoint(work / "models" / "diffusers" / TINY)
-        steps = TINY_STEPS
+    work = work_folder()
     try:
-        run, seconds = edit(work, demo_prompt(arguments.checkpoint, arguments.prompt, steps))
+        run, seconds = edit(work, demo_prompt(arguments.checkpoint, arguments.prompt))
     except PromptRejected as rejected:
         return failed(*rejected.reasons)
     except ServerError as error:
@@ -53,26 +45,21 @@ def failed(*lines: str) -> int:
     return 1
 
 
-def build_tiny_checkpoint(folder: Path) -> None:
-    """Write the tests' checkpoint in a separate process, to hide what its libraries print."""
-    if not folder.exists():
-        command = [sys.executable, ROOT / "tests" / "tiny_checkpoint.py", folder]
-        subprocess.run(command, check=True, capture_output=True)
+def demo_prompt(checkpoint: str, text: str | None) -> Prompt:
+    """The shipped API workflow of the built-in model, or that of a real one with this checkpoint.
 
-
-def demo_prompt(checkpoint: str, text: str, steps: int | None) -> Prompt:
-    """The shipped API workflow with this checkpoint, text and number of steps, and the example photo."""
-    prompt: Prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    text: what to change, if not what the workflow says.
+    """
+    name = "firered_demo" if checkpoint == BUILT_IN else "firered_edit"
+    prompt: Prompt = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
     for node in prompt.values():
         inputs = node["inputs"]
         if "checkpoint" in inputs:
             inputs["checkpoint"] = checkpoint
         if node["class_type"] == "LoadImage":
-            inputs["image"] = PHOTO
-        if node["class_type"] == "FireRedEncodePrompt":
+            inputs["image"] = EXAMPLE_PHOTO
+        if node["class_type"] == "FireRedEncodePrompt" and text:
             inputs["prompt"] = text
-        if node["class_type"] == "FireRedSampler" and steps:
-            inputs["steps"] = steps
     return prompt
 
 

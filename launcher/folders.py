@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK_FOLDER = "firered-image-edit"
+EXAMPLE_PHOTO = "firered_cat.jpg"
 
 
 def comfyui_folder() -> Path:
@@ -33,7 +34,7 @@ def prepare_work_folder(comfyui: Path, work: Path) -> None:
         (work / name).mkdir(parents=True, exist_ok=True)
     if not (work / "custom_nodes" / PACK_FOLDER).exists():
         add_pack(work, ROOT, PACK_FOLDER)
-    for picture in [comfyui / "input" / "example.png", *(ROOT / "workflows" / "input").glob("*.png")]:
+    for picture in [comfyui / "input" / "example.png", *(ROOT / "workflows" / "input").glob("*.??g")]:
         if picture.is_file() and not (work / "input" / picture.name).exists():
             shutil.copy(picture, work / "input")
     folders = "".join(f"  {path.name}: {path.name}\n" for path in sorted((comfyui / "models").glob("*/")))

@@ -10,6 +10,7 @@ import logging
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
+from . import host
 from .decode import FireRedDecode
 from .encode import FireRedEncodePrompt
 from .engine.cards.libraries import startup_warning
@@ -39,9 +40,13 @@ NODE_CLASS_MAPPINGS = {
 class FireRedExtension(ComfyExtension):
     @override
     async def on_load(self) -> None:
-        """Log missing libraries. The nodes exist without them, so that workflows open; loaders raise."""
+        """Log missing libraries, and put the photo of the template firered_demo where Load Image finds it.
+
+        The nodes exist without their libraries, so that workflows open; loaders raise.
+        """
         if warning := startup_warning():
             logging.getLogger("FireRed").warning("FireRed nodes: %s", warning)
+        host.provide_example_photo()
 
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

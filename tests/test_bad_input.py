@@ -59,7 +59,10 @@ def with_conditioning(shape: str, fill: str = "0.1", entries: int = 1, reference
 @pytest.mark.parametrize("node", ["1", "2", "3"])
 def test_a_checkpoint_that_is_not_there(client: Client, node: str) -> None:
     details = rejection(client, changed(edit_prompt(), node, checkpoint="absent"), node)
-    (choices,) = re.findall(r"There is no checkpoint 'absent'\. Choose one of (.+)", details)
+    (choices,) = re.findall(
+        r"There is no checkpoint 'absent'\. Choose one of (.+)\. The template firered_demo runs without a",
+        details,
+    )
     assert {"tiny", "wide", "zero_cond_t"} <= set(choices.split(", "))  # other tests add theirs
 
 
@@ -310,9 +313,7 @@ def test_weights_that_overflow_stop_at_the_step(client: Client, damaged: Path) -
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
     with Server(tmp_path, ("--disable-api-nodes", "--database-url", "sqlite:///:memory:")) as empty:
         loader = empty.client.get("/object_info/FireRedLoadVAE")["FireRedLoadVAE"]
-        (choice,) = loader["input"]["required"]["checkpoint"][1]["options"]
-        assert "put a FireRed folder into models/diffusers" in choice
-        for checkpoint in (choice, "FireRed-Image-Edit-1.0"):
-            details = rejection(empty.client, edit_prompt(checkpoint), "3")
-            assert "Get FireRed with: hf download FireRedTeam/FireRed-Image-Edit-1.0" in details
-            assert str(tmp_path / "models" / "diffusers") in details
+        assert loader["input"]["required"]["checkpoint"][1]["options"] == ["FireRed-Demo"]
+        details = rejection(empty.client, edit_prompt("FireRed-Image-Edit-1.0"), "3")
+        assert "The template firered_demo runs without a download. Get FireRed with: hf download" in details
+        assert str(tmp_path / "models" / "diffusers") in details

@@ -12,7 +12,14 @@ from .devices import device_labels, free_memory
 from .loras import get_lora, lora_fingerprint, lora_names
 from .memory import Handle, borrow, require_handle, room
 from .progress import check_cancelled, progress_reporter, sampling_reporter
-from .storage import RUN_KEY, disk_cache, forget_run, forget_run_after_prompt, saved_run
+from .storage import (
+    RUN_KEY,
+    disk_cache,
+    forget_run,
+    forget_run_after_prompt,
+    provide_example_photo,
+    saved_run,
+)
 
 __all__ = [
     "RUN_KEY",
@@ -33,6 +40,7 @@ __all__ = [
     "lora_names",
     "open_component",
     "progress_reporter",
+    "provide_example_photo",
     "require_handle",
     "room",
     "sampling_reporter",

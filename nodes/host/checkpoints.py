@@ -16,13 +16,20 @@ from ..engine.files.search import find_checkpoints
 from ..engine.limits import shown
 from ..engine.weights.components import fingerprint
 
+# Ships with the pack, so that it runs without a download. See its model card, FireRed-Demo/README.md.
+BUILT_IN = Path(__file__).resolve().parents[2] / "demo_model" / "FireRed-Demo"
+DEMO_HINT = "The template firered_demo runs without a download."
 NO_CHECKPOINT = "put a FireRed folder into models/diffusers"
 SEARCHING_SHARE = 0.1  # of all time that may go into searching the disk for checkpoints
 
 
 def checkpoint_names() -> list[str]:
-    """The edit-pipeline folders in ComfyUI's diffusers folders, or one line that says where to put them."""
-    return list(_found_checkpoints()) or [NO_CHECKPOINT]
+    """The edit-pipeline folders below ComfyUI's diffusers folders, the built-in one last.
+
+    Without any, one line that says where to put them.
+    """
+    built_in = [BUILT_IN.name] if BUILT_IN.is_dir() else []
+    return list(dict.fromkeys([*_found_checkpoints(), *built_in])) or [NO_CHECKPOINT]
 
 
 def _found_checkpoints() -> dict[str, Path]:
@@ -56,7 +63,7 @@ def get_checkpoint(name: object) -> Checkpoint:
     Raises CheckpointError that lists all names, or says what is wrong with this folder.
     """
     problem = None
-    for root in _checkpoint_roots():
+    for root in (*_checkpoint_roots(), *([str(BUILT_IN.parent)] if name == BUILT_IN.name else [])):
         folder = _folder_below(root, name)
         if folder is not None:
             try:
@@ -67,11 +74,10 @@ def get_checkpoint(name: object) -> Checkpoint:
         raise problem
     found = _found_checkpoints()
     choices = (
-        f"Choose one of {', '.join(found)}"
-        if found
-        else f"None is in {' or '.join(_checkpoint_roots())}. {download_hint()}"
+        f"Choose one of {', '.join(found)}." if found else f"None is in {' or '.join(_checkpoint_roots())}."
     )
-    raise CheckpointError(f"There is no checkpoint {shown(name)}. {choices}")
+    download = "" if found else f" {download_hint()}"
+    raise CheckpointError(f"There is no checkpoint {shown(name)}. {choices} {DEMO_HINT}{download}")
 
 
 def _folder_below(root: str, name: object) -> Path | None:

@@ -1,8 +1,10 @@
-"""The files that these nodes keep in ComfyUI's model folder: derived files and unfinished runs."""
+"""The files that these nodes keep in ComfyUI's folders: derived files, unfinished runs, an example photo."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ from ..engine.sampling.resume import SavedRun, is_run_name
 DEFAULT_CACHE_GB = 100
 RUN_KEY = "firered_run"  # in a LATENT: the name of the run that made it
 QUEUE_SECONDS = 0.1  # between two looks at ComfyUI's queue
+EXAMPLE_PHOTO = Path(__file__).resolve().parents[2] / "workflows" / "input" / "firered_cat.jpg"
 RUNS_GB = 1  # of unfinished runs; one picture of 1 megapixel takes 1 MB
 
 
@@ -70,3 +73,14 @@ def forget_run_after_prompt(run: SavedRun) -> None:
 
 def _cache_folder() -> Path:
     return Path(os.environ.get("FIRERED_CACHE_DIR") or Path(folder_paths.models_dir) / "firered_cache")
+
+
+def provide_example_photo() -> None:
+    """Copy the photo of the template firered_demo into ComfyUI's input folder, unless it is there.
+
+    A folder that cannot be written is left alone: only that template needs the photo.
+    """
+    target = Path(folder_paths.get_input_directory()) / EXAMPLE_PHOTO.name
+    with contextlib.suppress(OSError):
+        if EXAMPLE_PHOTO.is_file() and not target.exists():
+            shutil.copyfile(EXAMPLE_PHOTO, target)
