@@ -34,6 +34,7 @@ class FireRedLoadLoRA(io.ComfyNode):
                 io.Combo.Input(
                     "lora",
                     options=host.lora_names(),
+                    optional=True,  # as strength is: the page would show required inputs before it
                     tooltip="A .safetensors file in models/loras, made for Qwen-Image-Edit or FireRed.",
                 ),
             ],
@@ -45,7 +46,9 @@ class FireRedLoadLoRA(io.ComfyNode):
         return host.lora_fingerprint(lora)
 
     @classmethod
-    def execute(cls, transformer: host.Handle, lora: str, strength: float = 1.0) -> io.NodeOutput:
+    def execute(
+        cls, transformer: host.Handle, strength: float = 1.0, lora: str | None = None
+    ) -> io.NodeOutput:
         handle, strength = host.require_handle(transformer, "transformer"), STRENGTH.require(strength)
         adapter = Adapter(host.get_lora(lora, handle.replica.spec.checkpoint), strength)
         return io.NodeOutput(handle.with_options(adapters=(*handle.options.adapters, adapter)))

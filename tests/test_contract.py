@@ -92,7 +92,9 @@ def test_the_registrys_archive_holds_what_its_files_start() -> None:
     assert started == {"launcher/demo.py", "launcher/serve.py"} <= set(tracked.splitlines())
     assert "run.py" not in packed or started <= packed
     assert not [path for path in packed if path.startswith("demo_model/training")]
-    assert "demo_model/FireRed-Demo/model_index.json" in packed and "workflows/input/firered_cat.jpg" in packed
+    assert (
+        "demo_model/FireRed-Demo/model_index.json" in packed and "workflows/input/firered_cat.jpg" in packed
+    )
 
 
 def test_the_version_is_the_changelogs_and_the_workflows() -> None:

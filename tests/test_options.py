@@ -197,6 +197,10 @@ def test_a_lora_that_is_not_there_is_refused(client: Client, lora: str) -> None:
         client.run(with_lora("absent.safetensors", 1.0))
 
 
+def test_no_lora_at_all_is_told(client: Client, lora: str) -> None:
+    assert "There is no LoRA chosen" in failure(client, changed(with_lora(lora, 1.0), LORA, lora=None), LORA)
+
+
 def test_a_lora_of_another_model_says_so(client: Client, work: Path, lora: str) -> None:
     from safetensors.torch import save_file
 

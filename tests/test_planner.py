@@ -55,6 +55,7 @@ def test_four_p40_say_what_was_not_chosen_and_why(real_size: Checkpoint) -> None
         "transformer fp32 on gpu:0: 25.3 GiB + 1.1 GiB to work with do not fit 23.4 GiB",
     )
     assert plan.rejected[2:] == (cfg_line(plan),)
+    assert f"with a Lightning LoRA (8 steps, cfg 1) {4 * plan.step_seconds / 60:.0f} min" in str(plan)
     minutes = 40 * plan.step_seconds / 60
     assert f"{minutes:.0f} min for 40 steps (projected from assumed speeds)" in plan.speed
 

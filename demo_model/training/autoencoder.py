@@ -20,6 +20,7 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
 )
 from edits import KIND, EditMaker, kind_shares
 from instructions import COLOUR_NAMES, NOTHING
+from torch import autocast
 
 CONFIG = dict(
     base_dim=24, z_dim=16, dim_mult=[1, 2, 3, 3], num_res_blocks=1, temperal_downsample=[False, True, True]
@@ -162,7 +163,7 @@ def train(
             warm = min(1, (progress.step - restarted + 1) / 100)
             group["lr"] = LEARNING_RATE * warm * min(1, 0.01 + 2 * (1 - done))
         pixels = any_views(maker, BATCH, (SIDE, SIDE))
-        with torch.amp.autocast_mode.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             raw = model.encode_raw(pixels.contiguous(memory_format=torch.channels_last))
             noise = torch.randn_like(raw) * (NOISE * raw.detach().float().std((0, 2, 3), keepdim=True))
             decoded = model.decode_raw((raw + noise).to(raw.dtype))

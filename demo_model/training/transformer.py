@@ -21,6 +21,7 @@ from muon import Muon
 from text_encoder import READ_TOKENS, Encoder
 from text_encoder import WIDTH as TEXT_WIDTH
 from tiny_checkpoint import SCHEDULER_CONFIG
+from torch import autocast
 from torchvision.transforms.functional import to_pil_image
 
 LAYERS, HEADS, HEAD_SIZE = 4, 4, 64
@@ -328,7 +329,7 @@ class Trainer:
 
     def _autocast(self):
         kind = self.maker.device.type
-        return torch.amp.autocast_mode.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
+        return autocast(kind, torch.bfloat16, enabled=kind == "cuda")
 
     def train(
         self, progress: Progress, seconds: float, deadline: float, save=lambda: None, report=print

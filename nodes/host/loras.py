@@ -30,6 +30,8 @@ def get_lora(name: object, checkpoint: Checkpoint) -> LoRA:
 
     Raises InputError for a name that is not there and a file made for another model, and CheckpointError.
     """
+    if name is None or name == NO_LORA:
+        raise InputError("There is no LoRA chosen. Choose one, or take this node out.")
     path = _path(name)
     if path is None:
         raise InputError(

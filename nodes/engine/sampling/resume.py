@@ -16,12 +16,12 @@ import torch
 
 from ..arithmetic import computing_environment
 from ..files.cache import DiskCache, digest
-from .step_cache import STATE
 
 log = logging.getLogger("FireRed")
 
 RECIPE = 1  # raise it when the results of the loop change
 MAX_SHARE = 0.01  # of the sampling time may go into writing
+STEP_CACHE = "step_cache."  # prefix of the names of its tensors
 NAME = re.compile(r"[0-9a-f]{32}")
 
 
@@ -94,7 +94,7 @@ class SavedRun:
                 int(tensors["step"]),
                 tensors["latents"],
                 finished.split(1) if finished.numel() else (),
-                {name: tensor for name, tensor in tensors.items() if name.startswith(STATE)},
+                {name: tensor for name, tensor in tensors.items() if name.startswith(STEP_CACHE)},
             )
             return state, bytes(tensors["arithmetic"].tolist()).decode()
         except (KeyError, ValueError, RuntimeError):

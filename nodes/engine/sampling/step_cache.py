@@ -20,12 +20,12 @@ import torch
 from .conditioning import NEGATIVE, POSITIVE
 from .denoise import Predict
 from .options import StepCacheOptions
+from .resume import STEP_CACHE
 from .schedule import Schedule
 
 log = logging.getLogger("FireRed")
 
 EXTRAPOLATED = 0.5  # of the way that a straight line through the last two predictions goes
-STATE = "step_cache."  # prefix of the tensors in a saved run
 
 Predictions = Mapping[str, torch.Tensor]
 
@@ -115,10 +115,10 @@ class StepCache:
                 tensors[f"{name}.sigma"] = torch.tensor(computed.sigma, dtype=torch.float64)
                 tensors[f"{name}.latents"] = computed.latents
                 tensors |= {f"{name}.of.{branch}": made for branch, made in computed.predictions.items()}
-        return {STATE + name: tensor for name, tensor in tensors.items()}
+        return {STEP_CACHE + name: tensor for name, tensor in tensors.items()}
 
     def _restore(self) -> None:
-        kept = {name.removeprefix(STATE): tensor for name, tensor in self.kept.items()}
+        kept = {name.removeprefix(STEP_CACHE): tensor for name, tensor in self.kept.items()}
         if "numbers" not in kept:
             return
         self._drift, skipped = kept["numbers"].tolist()
