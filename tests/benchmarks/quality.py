@@ -212,8 +212,8 @@ def table(report: Callable[[str], None]) -> dict[str, list[torch.Tensor]]:
 PAGE = """# What a precision costs the picture
 
 Made by `python3 run.py bench quality docs/quality.md`, with torch {torch} on {machine}.
-Four edits of one photo by the built-in model FireRed-Demo, {width}x{height}, {steps} steps, cfg {cfg:g}, seed
-{seed}. Each is compared with the same edit in FP32 with all steps. PSNR is in dB, higher is better; above
+Four edits of one photo by the built-in model FireRed-Demo, {width}x{height}, {steps} steps, cfg {cfg:g},
+seed {seed}. Each is compared with the same edit in FP32 with all steps. PSNR is in dB, higher is better; above
 40 the eye sees no difference. SSIM is 1 for equal pictures.
 
 ![original, fp32, int8, int8-fast, nf4](quality.jpg)
@@ -240,7 +240,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         page = Path(sys.argv[1])
         settings = dict(width=WIDTH, height=HEIGHT, steps=STEPS, cfg=CFG, seed=SEED, torch=torch.__version__)
-        machine = f"a CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+        machine = f"a CPU ({platform.machine()}, threads: {torch.get_num_threads()})"
         page.write_text(PAGE.format(table="\n".join(lines), machine=machine, **settings), encoding="utf-8")
         contact_sheet(shown).save(page.with_suffix(".jpg"), quality=88)
 
