@@ -213,8 +213,8 @@ PAGE = """# What a precision costs the picture
 
 Made by `python3 run.py bench quality docs/quality.md`, with torch {torch} on {machine}.
 Four edits of one photo by the built-in model FireRed-Demo, {width}x{height}, {steps} steps, cfg {cfg:g},
-seed {seed}. Each is compared with the same edit in FP32 with all steps. PSNR is in dB, higher is better; above
-40 the eye sees no difference. SSIM is 1 for equal pictures.
+seed {seed}. Each is compared with the same edit in FP32 with all steps. PSNR is in dB, higher is better.
+Above 40 the eye sees no difference. SSIM is 1 for equal pictures.
 
 ![original, fp32, int8, int8-fast, nf4](quality.jpg)
 
