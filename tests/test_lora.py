@@ -304,6 +304,42 @@ def test_a_file_that_cannot_be_applied_says_why(
         opened(tiny, path)
 
 
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({"lora_alpha": 8}, 2.0),
+        ({"lora_alpha": 8, "use_rslora": True}, 4.0),
+        ({"lora_alpha": 8, "alpha_pattern": {"attn.to_q": 2}}, 0.5),
+        ({"lora_alpha": 8, "alpha_pattern": ["odd"]}, 2.0),
+    ],
+)
+def test_pefts_configuration_sets_the_scale(
+    tiny: Checkpoint, path: Path, config: dict[str, object], scale: float
+) -> None:
+    tensors = {f"{NAME}.lora_A.weight": torch.ones(4, 64), f"{NAME}.lora_B.weight": torch.ones(64, 4)}
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(config)})
+    assert opened(tiny, path).layers[NAME].scale == scale
+
+
+@pytest.mark.parametrize(
+    ("metadata", "error"),
+    [
+        (json.dumps({"use_dora": True}), InputError),
+        (json.dumps({"alpha_pattern": {"(": 1}}), CheckpointError),
+        (json.dumps({"lora_alpha": "eight"}), CheckpointError),
+        ("[1", CheckpointError),
+        ("[1]", CheckpointError),
+    ],
+)
+def test_a_configuration_that_cannot_be_obeyed_says_so(
+    tiny: Checkpoint, path: Path, metadata: str, error: type[Exception]
+) -> None:
+    tensors = {f"{NAME}.lora_A.weight": torch.ones(4, 64), f"{NAME}.lora_B.weight": torch.ones(64, 4)}
+    save_file(tensors, path, {"lora_adapter_metadata": metadata})
+    with pytest.raises(error, match=r"style\.safetensors"):
+        opened(tiny, path)
+
+
 def test_a_pickle_is_refused_unread(tiny: Checkpoint, tmp_path: Path) -> None:
     torch.save({"a": 1}, tmp_path / "style.pt")
     with pytest.raises(InputError, match=r"is no \.safetensors file\. Other formats can run programs"):

@@ -183,17 +183,26 @@ class _Scales:
         names = {key: layer for layer, key in alphas.items()}
         self._alphas = {names[key]: float(value) for key, value in _read_scalars(path, names)}
         self._config = _peft_configuration(path)
+        if self._config.get("use_dora"):
+            raise InputError(f"{path.name} is a DoRA, which these nodes do not apply. Use a plain LoRA.")
 
     def of(self, layer: str, rank: int) -> float:
         """Raises CheckpointError for an alpha that is no number."""
         alpha = self._alphas.get(layer)
         if alpha is None:
-            patterns = self._config.get("alpha_pattern") or {}
-            fitting = [value for name, value in patterns.items() if re.search(rf"(^|\.){name}$", layer)]
-            alpha = (fitting or [self._config.get("lora_alpha", rank)])[0]
+            alpha = self._pattern_alpha(layer) or self._config.get("lora_alpha", rank)
         if not isinstance(alpha, int | float) or not math.isfinite(alpha):
             raise CheckpointError(f"{self._path}: the alpha of {layer} is {alpha!r}. {AGAIN}")
         return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+
+    def _pattern_alpha(self, layer: str) -> Any:
+        """The alpha that peft's configuration gives for a layer, by regular expressions of names."""
+        patterns = self._config.get("alpha_pattern")
+        try:
+            named = patterns.items() if isinstance(patterns, dict) else ()
+            return next((alpha for name, alpha in named if re.search(rf"(^|\.){name}$", layer)), None)
+        except re.error as error:
+            raise CheckpointError(f"{self._path}: its alpha_pattern is damaged ({error}). {AGAIN}") from error
 
 
 def _read_scalars(path: Path, names: Iterable[str]) -> Iterable[tuple[str, float]]:
