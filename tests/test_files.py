@@ -199,7 +199,10 @@ def other_patches(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without("tokenizer.json"), r"tokenizer\.json|\('Describe' has 0\) is 3, not 64"),
+        (
+            without("tokenizer.json"),
+            r"tokenizer\.json|\('Describe' has 0\) is 3, not 64|processor cannot be read",
+        ),
         (other_numbers, r"the number of the token <\|image_pad\|> is 7, not 6"),
         (no_merges, "tokens before the prompt .* not 64"),
         (other_patches, "the image processor's patch_size is 16, not 14"),

@@ -59,6 +59,7 @@ def factors(checkpoint: Checkpoint, seed: int = 0, rank: int = RANK) -> Factors:
 
 def peft(found: Factors, path: Path) -> float:
     config = {"r": RANK, "lora_alpha": ALPHA, "target_modules": ["to_q"]}
+    config |= {"rank_pattern": {}, "alpha_pattern": {}}
     metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in config.items()})}
     _save(found, path, "transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight", metadata=metadata)
     return ALPHA / RANK
