@@ -23,9 +23,7 @@ def main() -> int:
     parser.add_argument("--prompt")
     arguments = parser.parse_args()
     if arguments.checkpoint == BUILT_IN:
-        print(
-            f"No --checkpoint: using {BUILT_IN}, a toy that knows a few edits. It is not FireRed.", flush=True
-        )
+        print(f"Using {BUILT_IN}, a toy that knows a few edits. It is not FireRed.", flush=True)
     work = work_folder()
     try:
         run, seconds = edit(work, demo_prompt(arguments.checkpoint, arguments.prompt))

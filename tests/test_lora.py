@@ -341,6 +341,31 @@ def test_a_configuration_that_cannot_be_obeyed_says_so(
         opened(tiny, path)
 
 
+def test_a_factor_that_is_not_finite_is_named(tiny: Checkpoint, path: Path) -> None:
+    """torch's attention on a CPU turns NaN queries into 0: the picture would be wrong without an error."""
+    lightx2v(factors(tiny), path)
+    tensors = load_file(path)
+    tensors[f"{NAME}.lora_down.weight"][0, 0] = math.nan
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"to_q\.lora_down\.weight holds NaN or infinity"):
+        Adapters([Adapter(opened(tiny, path), 1.0)], CPU)
+
+
+def test_two_loras_for_a_layer_in_one_file_are_refused(tiny: Checkpoint, path: Path) -> None:
+    down, up = torch.ones(2, 64), torch.ones(64, 2)
+    halves = {f"{NAME}.lora_A.{name}.weight": down.clone() for name in ("default", "second")}
+    save_file(halves | {f"{NAME}.lora_B.default.weight": up}, path)
+    with pytest.raises(InputError, match="has two LoRAs for transformer_blocks"):
+        opened(tiny, path)
+
+
+def test_factors_of_whole_numbers_are_refused(tiny: Checkpoint, path: Path) -> None:
+    ones = torch.ones(2, 64, dtype=torch.int8)
+    save_file({f"{NAME}.lora_A.weight": ones, f"{NAME}.lora_B.weight": ones.T.contiguous()}, path)
+    with pytest.raises(CheckpointError, match="is stored as I8"):
+        opened(tiny, path)
+
+
 def test_a_pickle_is_refused_unread(tiny: Checkpoint, tmp_path: Path) -> None:
     torch.save({"a": 1}, tmp_path / "style.pt")
     with pytest.raises(InputError, match=r"is no \.safetensors file\. Other formats can run programs"):

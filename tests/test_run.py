@@ -144,7 +144,7 @@ def test_the_demo_speaks_before_its_libraries_and_its_server_logs_no_error(tmp_p
         assert demo.stdout is not None
         first, second, third = (demo.stdout.readline() for _ in range(3))
         os.killpg(demo.pid, signal.SIGTERM)
-    assert first.startswith("No --checkpoint: using FireRed-Demo") and second == "\n"
+    assert first.startswith("Using FireRed-Demo") and second == "\n"
     assert third.split()[0] in {node["class_type"] for node in edit_prompt().values()}
     (log,) = tmp_path.glob("server-*.log")
     assert "[ERROR]" not in log.read_text(encoding="utf-8")

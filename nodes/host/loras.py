@@ -45,6 +45,8 @@ def get_lora(name: object, checkpoint: Checkpoint) -> LoRA:
 
 def lora_fingerprint(name: object) -> str:
     """For a node's fingerprint_inputs: changes when the file does. Never raises."""
+    if name is None:  # a link gives it, so it may be any
+        return " ".join(map(lora_fingerprint, lora_names()))
     path = _path(name)
     return "" if path is None else repr(file_identity(path))
 

@@ -108,7 +108,10 @@ def open_lora(path: Path, layers: Mapping[str, tuple[int, int]]) -> LoRA:
         if match is None or layer is None:
             others.append(key)
         elif "factor" in match.groupdict():
-            found.setdefault(layer, {})["down" if match["factor"] in DOWN else "up"] = key
+            halves, half = found.setdefault(layer, {}), "down" if match["factor"] in DOWN else "up"
+            if half in halves:
+                raise InputError(f"{path.name} has two LoRAs for {layer}: {halves[half]} and {key}. Use one.")
+            halves[half] = key
         else:
             alphas[layer] = key
     _require_supported(path, found, others)
@@ -170,8 +173,10 @@ def _factors(
             f"this transformer's has {inputs} and {outputs}."
         )
     for half in keys.values():
-        if header[half]["dtype"] not in DTYPES:
-            raise CheckpointError(f"{path}: {half} is stored as {header[half]['dtype']}, which is not read.")
+        dtype = DTYPES.get(header[half]["dtype"])
+        if dtype is None or not dtype.is_floating_point:
+            stored = header[half]["dtype"]
+            raise CheckpointError(f"{path}: {half} is stored as {stored}. Use a file in BF16, FP16 or FP32.")
     return Factors(keys["down"], keys["up"], down[0], scales.of(layer, down[0]))
 
 
@@ -200,7 +205,7 @@ class _Scales:
         patterns = self._config.get("alpha_pattern")
         try:
             named = patterns.items() if isinstance(patterns, dict) else ()
-            return next((alpha for name, alpha in named if re.search(rf"(^|\.){name}$", layer)), None)
+            return next((alpha for name, alpha in named if re.search(rf"(^|\.)({name})$", layer)), None)
         except re.error as error:
             raise CheckpointError(f"{self._path}: its alpha_pattern is damaged ({error}). {AGAIN}") from error
 

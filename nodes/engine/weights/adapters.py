@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..errors import CheckpointError
 from ..files.checkpoint import Checkpoint
 from ..files.lora import LoRA
 from ..files.tensors import read_tensors
@@ -99,6 +100,9 @@ def _read(adapter: Adapter, device: torch.device) -> Iterator[tuple[str, Product
     stored = read_tensors(lora.path, lambda name: name in wanted, reuse_buffers_for=device)
     tensors: Mapping[str, torch.Tensor] = {name: tensor.to(device, copy=True) for name, tensor in stored}
     lora.require_unchanged()
+    for name, tensor in tensors.items():  # attention may turn NaN into 0, which no guard sees
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{lora.path}: {name} holds NaN or infinity. Download it again.")
     for layer, factors in lora.layers.items():
         scale = torch.full((factors.rank,), factors.scale * adapter.strength, device=device)
         yield layer, Product(tensors[factors.down], tensors[factors.up], scale)
