@@ -12,7 +12,6 @@ from .load import CATEGORY, Transformer
 class FireRedSchedule(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        part = dict(min=0.0, max=1.0, step=0.01, optional=True)
         return io.Schema(
             node_id="FireRedSchedule",
             display_name="FireRed Schedule",
@@ -32,13 +31,19 @@ class FireRedSchedule(io.ComfyNode):
                 io.Float.Input(
                     "guidance_from",
                     default=0.0,
-                    **part,
+                    min=GUIDANCE_FROM.low,
+                    max=GUIDANCE_FROM.high,
+                    step=0.01,
+                    optional=True,
                     tooltip="Part of the steps, 0 to 1, before which only the positive branch is computed.",
                 ),
                 io.Float.Input(
                     "guidance_to",
                     default=1.0,
-                    **part,
+                    min=GUIDANCE_TO.low,
+                    max=GUIDANCE_TO.high,
+                    step=0.01,
+                    optional=True,
                     tooltip="Part of the steps, 0 to 1, after which only the positive branch is computed.",
                 ),
             ],

@@ -18,12 +18,15 @@ from engine.models.guard import GUARDS, OFF, STOP, WARN, Guard
 from engine.models.trace import FP16_MAX, Culprit, find_culprit
 from engine.sampling.conditioning import NEGATIVE, POSITIVE
 from engine.sampling.denoise import denoise
+from engine.sampling.options import SamplingOptions
 from engine.sampling.schedule import Schedule
 from engine.sampling.workers import LocalWorker
+from engine.weights.adapters import Adapter
 from engine.weights.precision import ROLE_PRECISIONS
 from PIL import Image
 from prompts import SAMPLE, changed, edit_prompt, fail, succeed
 from safetensors.torch import load_file, save_file
+from test_lora import factors, lightx2v, opened
 from test_sampling import condition
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -264,6 +267,17 @@ class Operations(TorchDispatchMode):
         if any(isinstance(arg, torch.Tensor) and arg.numel() > 8 for arg in args):
             self.names = [*getattr(self, "names", []), str(function)]
         return function(*args, **(kwargs or {}))
+
+
+def test_a_lora_that_overflows_is_named(tiny: Checkpoint, tmp_path: Path) -> None:
+    """Its own factors are finite, and so is the checkpoint: only together they are too much."""
+    path = tmp_path / "wild.safetensors"
+    lightx2v({name: (down * 1e18, up * 1e18) for name, (down, up) in factors(tiny).items()}, path)
+    options = SamplingOptions(adapters=(Adapter(opened(tiny, path), 100.0),))
+    transformer = loading.load(replica_for(tiny, "transformer"))
+    worker = LocalWorker(transformer, SCHEDULE, (4, 4), {POSITIVE: condition()}, options=options)
+    with pytest.raises(NonFiniteError, match=r"lower the strength of the LoRA \(wild at 100\)"):
+        run(worker)
 
 
 def test_checking_reads_a_good_prediction_once(tiny: Checkpoint) -> None:

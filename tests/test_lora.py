@@ -91,6 +91,12 @@ def ai_toolkit(found: Factors, path: Path) -> float:
     return 1.0
 
 
+def lycoris(found: Factors, path: Path) -> float:
+    flat = {name.replace(".", "_"): pair for name, pair in found.items()}
+    _save(flat, path, "lycoris_{}.lora_down.weight", "lycoris_{}.lora_up.weight", "lycoris_{}.alpha")
+    return ALPHA / RANK
+
+
 def _save(
     found: Factors, path: Path, down: str, up: str, alpha: str = "", metadata: dict[str, str] | None = None
 ) -> None:
@@ -102,7 +108,8 @@ def _save(
     save_file(tensors, path, metadata)
 
 
-FORMATS = [peft, diffusers, lightx2v, kohya, diffsynth, ai_toolkit]
+FORMATS = [peft, diffusers, lightx2v, kohya, diffsynth, ai_toolkit, lycoris]
+UNKNOWN_TO_DIFFUSERS = (diffsynth, lycoris)  # their prefixes, to diffusers 0.42
 Writer = Callable[[Factors, Path], float]
 
 
@@ -155,11 +162,10 @@ def test_every_format_equals_its_product(
     assert not any(module._forward_hooks for module in transformer.model.modules())
 
 
-@pytest.mark.parametrize("write", [write for write in FORMATS if write is not diffsynth])
+@pytest.mark.parametrize("write", [write for write in FORMATS if write not in UNKNOWN_TO_DIFFUSERS])
 def test_what_diffusers_reads_is_what_diffusers_computes(
     checkpoint: Checkpoint, transformer: Transformer, tmp_path: Path, write: Writer
 ) -> None:
-    """diffusers 0.42 does not know the prefix pipe.dit."""
     path = tmp_path / "style.safetensors"
     write(factors(checkpoint), path)
     expected = fused_by_diffusers(checkpoint, path, 0.7)
@@ -271,7 +277,7 @@ NAME = "transformer_blocks.0.attn.to_q"
     ("tensors", "error", "message"),
     [
         (_flux(), InputError, "is no LoRA for this transformer: none of its 2 tensors .* double_blocks.0"),
-        ({}, InputError, "style.safetensors is empty"),
+        ({}, InputError, "style.safetensors holds no factors of a LoRA"),
         ({f"{NAME}.lokr_w1": torch.ones(2, 2)}, InputError, "It holds LoKr, which these nodes do not apply"),
         ({f"{NAME}.hada_w1_a": torch.ones(2, 2)}, InputError, "It holds LoHa"),
         ({f"{NAME}.diff": torch.ones(2, 2)}, InputError, "It holds a full difference"),
@@ -281,9 +287,19 @@ NAME = "transformer_blocks.0.attn.to_q"
             InputError, "is a DoRA",
         ),
         ({f"{NAME}.lora_A.weight": torch.ones(2, 64)}, CheckpointError, "but not its other half"),
+        ({f"{NAME}.alpha": torch.tensor(1.0)}, InputError, "holds no factors of a LoRA"),
+        (
+            {f"{NAME}.lora_A.weight": torch.ones(2, 64, 1, 1),
+             f"{NAME}.lora_B.weight": torch.ones(64, 2, 1, 1)},
+            InputError, "was made for convolutions",
+        ),
+        (
+            {f"{NAME}.lora_A.weight": torch.ones(2, 64), f"{NAME}.lora_B.weight": torch.ones(64, 3)},
+            CheckpointError, "share no rank",
+        ),
         (
             {f"{NAME}.lora_A.weight": torch.ones(0, 64), f"{NAME}.lora_B.weight": torch.ones(64, 0)},
-            CheckpointError, "of no rank",
+            CheckpointError, "share no rank",
         ),
         (
             {f"{NAME}.lora_A.weight": torch.ones(2, 100), f"{NAME}.lora_B.weight": torch.ones(64, 2)},
@@ -295,7 +311,8 @@ NAME = "transformer_blocks.0.attn.to_q"
             CheckpointError, "the alpha of transformer_blocks.0.attn.to_q is nan",
         ),
     ],
-    ids=["flux", "empty", "lokr", "loha", "diff", "dora", "half", "rank 0", "shape", "alpha"],
+    ids=["flux", "empty", "lokr", "loha", "diff", "dora", "half", "alpha alone", "convolution", "two ranks",
+         "rank 0", "shape", "alpha"],
 )  # fmt: skip
 def test_a_file_that_cannot_be_applied_says_why(
     tiny: Checkpoint, path: Path, tensors: dict[str, torch.Tensor], error: type[Exception], message: str
@@ -320,6 +337,25 @@ def test_pefts_configuration_sets_the_scale(
     tensors = {f"{NAME}.lora_A.weight": torch.ones(4, 64), f"{NAME}.lora_B.weight": torch.ones(64, 4)}
     save_file(tensors, path, {"lora_adapter_metadata": json.dumps(config)})
     assert opened(tiny, path).layers[NAME].scale == scale
+
+
+def test_pefts_configuration_beside_a_file_is_part_of_it(tiny: Checkpoint, tmp_path: Path) -> None:
+    path, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    lightx2v({NAME: (torch.ones(4, 64), torch.ones(64, 4))}, path)
+    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.endswith("alpha")}
+    save_file(tensors, path)
+    config.write_text(json.dumps({"lora_alpha": 8}))
+    lora = opened(tiny, path)
+    assert lora.layers[NAME].scale == 2.0
+    config.write_text(json.dumps({"lora_alpha": 2}))
+    with pytest.raises(CheckpointError, match="changed while it was in use"):
+        lora.require_unchanged()
+    assert opened(tiny, path).identity != lora.identity
+
+
+def test_a_suffix_in_capitals_is_one(tiny: Checkpoint, tmp_path: Path) -> None:
+    lightx2v(factors(tiny), tmp_path / "STYLE.SAFETENSORS")
+    assert opened(tiny, tmp_path / "STYLE.SAFETENSORS").layers
 
 
 @pytest.mark.parametrize(

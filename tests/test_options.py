@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import replica_for
+from engine.errors import InputError
 from engine.files.checkpoint import Checkpoint, open_checkpoint
 from engine.models import loading
 from engine.sampling.conditioning import NEGATIVE, POSITIVE
-from engine.sampling.options import SamplingOptions
+from engine.sampling.options import SamplingOptions, StepCacheOptions
 from engine.sampling.sampling import sample
 from engine.sampling.schedule import make_schedule
 from engine.sampling.workers import LocalWorker
@@ -92,6 +93,18 @@ def test_a_run_without_any_guided_step_is_one_without_guidance(tiny: Checkpoint)
     assert torch.equal(sample(transformer, never), sample(transformer, unguided))
 
 
+def test_guidance_that_no_step_computes_is_told(tiny: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
+    plan(tiny, steps=2, options=SamplingOptions(guidance_from=0.6, guidance_to=0.9))
+    assert "cfg 4 has no effect: none of the 2 steps is between guidance_from 0.6" in caplog.text
+
+
+def test_an_interval_that_ends_before_it_starts_is_refused() -> None:
+    with pytest.raises(InputError, match=r"guidance_from \(0.5\) is after guidance_to \(0.4\)"):
+        SamplingOptions(guidance_from=0.5, guidance_to=0.4)
+    with pytest.raises(InputError, match=r"start \(1\) is after end \(0\)"):
+        StepCacheOptions(0.1, start=1.0, end=0.0)
+
+
 # Names of runs, and memory
 
 
@@ -147,6 +160,7 @@ def test_a_lora_changes_the_picture_and_loads_nothing_again(
     plain = keep_tensor(changed(edit_prompt(), SAMPLE, resume="off"), [SAMPLE, 0], "latent")
     without = latents(client, work, plain)
     loads = server.text().count(LOADED)
+    assert loads
     whole, half, zero = (latents(client, work, with_lora(lora, strength)) for strength in (1.0, 0.5, 0.0))
     assert torch.equal(zero, without)
     assert not torch.equal(whole, without) and not torch.equal(half, whole)

@@ -60,7 +60,7 @@ def _checkpoint_roots() -> list[str]:
 def get_checkpoint(name: object) -> Checkpoint:
     """The checkpoint of that name, as checkpoint_names spells it.
 
-    Raises CheckpointError that lists all names, or says what is wrong with this folder.
+    Raises CheckpointError that lists the user's checkpoints, or says what is wrong with this folder.
     """
     problem = None
     for root in (*_checkpoint_roots(), *([str(BUILT_IN.parent)] if name == BUILT_IN.name else [])):

@@ -9,8 +9,7 @@ import folder_paths
 
 from ..engine.errors import InputError
 from ..engine.files.checkpoint import Checkpoint
-from ..engine.files.identity import file_identity
-from ..engine.files.lora import LoRA, open_lora
+from ..engine.files.lora import LoRA, is_lora_name, lora_identity, open_lora
 from ..engine.limits import shown
 from ..engine.weights.adapters import adaptable_layers
 
@@ -22,7 +21,7 @@ NO_LORA = "put a LoRA into models/loras"
 def lora_names() -> list[str]:
     """The .safetensors files below ComfyUI's loras folders, or one line that says where to put them."""
     names = folder_paths.get_filename_list("loras")
-    return [name for name in names if name.endswith(".safetensors")] or [NO_LORA]
+    return list(filter(is_lora_name, names)) or [NO_LORA]
 
 
 def get_lora(name: object, checkpoint: Checkpoint) -> LoRA:
@@ -48,7 +47,7 @@ def lora_fingerprint(name: object) -> str:
     if name is None:  # a link gives it, so it may be any
         return " ".join(map(lora_fingerprint, lora_names()))
     path = _path(name)
-    return "" if path is None else repr(file_identity(path))
+    return "" if path is None else repr(lora_identity(path))
 
 
 def _path(name: object) -> Path | None:

@@ -21,7 +21,7 @@ DEFAULT_CACHE_GB = 100
 RUN_KEY = "firered_run"  # in a LATENT: the name of the run that made it
 QUEUE_SECONDS = 0.1  # between two looks at ComfyUI's queue
 EXAMPLE_PHOTO = Path(__file__).resolve().parents[2] / "workflows" / "input" / "firered_cat.jpg"
-RUNS_GB = 1  # of unfinished runs; one picture of 1 megapixel takes 1 MB
+RUNS_GB = 1  # of unfinished runs; one picture of 1 megapixel takes 1 to 8 MB
 
 
 def disk_cache() -> DiskCache:

@@ -30,6 +30,7 @@ PREFIXES = (
     "transformer.",
     "lora_unet_",
     "lora_transformer_",
+    "lycoris_",
 )
 FACTOR = re.compile(r"(?P<layer>.+)\.(?P<factor>lora_A|lora_B|lora_down|lora_up)(\.\w+)?\.weight")
 ALPHA = re.compile(r"(?P<layer>.+)\.(lora_)?alpha")
@@ -48,6 +49,7 @@ OTHER_KINDS = {
 }
 MAX_NAMED = 3
 AGAIN = "Download it again."
+SUFFIX = ".safetensors"
 
 
 class Factors(NamedTuple):
@@ -66,12 +68,12 @@ class Factors(NamedTuple):
 class LoRA:
     """A LoRA file for one transformer.
 
-    identity: of the file's content. layers: the changed ones, by their names in the model. nbytes: of their
-    factors. left_out: what else the file holds, in words.
+    identity: as lora_identity gives it. layers: the changed ones, by their names in the model. nbytes: of
+    their factors. left_out: what else the file holds, in words.
     """
 
     path: Path
-    identity: tuple[int, int, str]
+    identity: tuple[tuple[int, int, str], ...]
     layers: Mapping[str, Factors]
     nbytes: int
     left_out: str = ""
@@ -82,8 +84,18 @@ class LoRA:
 
     def require_unchanged(self) -> None:
         """Raise CheckpointError where the file is another one than was opened."""
-        if file_identity(self.path) != self.identity:
+        if lora_identity(self.path) != self.identity:
             raise CheckpointError(f"{self.path} changed while it was in use. Run the prompt again.")
+
+
+def lora_identity(path: Path) -> tuple[tuple[int, int, str], ...]:
+    """What changes with the content of a LoRA's file, or of peft's configuration beside it. Never raises."""
+    return tuple(file_identity(each) for each in (path, _configuration_beside(path)) if each is not None)
+
+
+def is_lora_name(name: str) -> bool:
+    """Whether a file of that name may be a LoRA."""
+    return name.lower().endswith(SUFFIX)
 
 
 def open_lora(path: Path, layers: Mapping[str, tuple[int, int]]) -> LoRA:
@@ -92,12 +104,12 @@ def open_lora(path: Path, layers: Mapping[str, tuple[int, int]]) -> LoRA:
     layers: the transformer's linear layers by name, each with its outputs and inputs. Raises InputError for a
     file of another kind or for another model, and CheckpointError for one that is damaged.
     """
-    if path.suffix != ".safetensors":
+    if not is_lora_name(path.name):
         raise InputError(
             f"{path.name} is no .safetensors file. Other formats can run programs when they are read: use "
             "the LoRA's .safetensors file."
         )
-    identity, header = file_identity(path), read_header(path)
+    identity, header = lora_identity(path), read_header(path)
     found: dict[str, dict[str, str]] = {}
     others: list[str] = []
     alphas: dict[str, str] = {}
@@ -145,7 +157,7 @@ def _require_supported(path: Path, found: Mapping[str, Any], others: list[str]) 
             "do not apply."
         )
     if not others:
-        raise InputError(f"{path.name} is empty. Download it again.")
+        raise InputError(f"{path.name} holds no factors of a LoRA. {AGAIN}")
     raise InputError(
         f"{path.name} is no LoRA for this transformer: none of its {len(others)} tensors belongs to one of "
         f"its layers. They are called {_listed(others)}. Use a LoRA made for Qwen-Image-Edit or FireRed."
@@ -165,8 +177,15 @@ def _factors(
         raise CheckpointError(f"{path} has {next(iter(keys.values()))} but not its other half. {AGAIN}")
     down, up = (header[keys[half]]["shape"] for half in ("down", "up"))
     outputs, inputs = shape
-    if len(down) != 2 or len(up) != 2 or down[0] != up[1] or not down[0]:
-        raise CheckpointError(f"{path}: the factors of {layer} are {down} and {up}, of no rank. {AGAIN}")
+    if len(down) != 2 or len(up) != 2:
+        raise InputError(
+            f"{path.name} was made for convolutions: the factors of {layer} have the shapes {down} and {up}. "
+            "Use a LoRA made for Qwen-Image-Edit or FireRed."
+        )
+    if down[0] != up[1] or not down[0]:
+        raise CheckpointError(
+            f"{path}: the factors of {layer} have the shapes {down} and {up}, which share no rank. {AGAIN}"
+        )
     if (up[0], down[1]) != (outputs, inputs):
         raise InputError(
             f"{path.name} was made for another model: its {layer} has {down[1]} inputs and {up[0]} outputs, "
@@ -225,14 +244,19 @@ def _peft_configuration(path: Path) -> dict[str, Any]:
             written = (file.metadata() or {}).get(METADATA)
         if written is not None:
             content = json.loads(written)
-            inner = {key.removeprefix("transformer."): value for key, value in content.items()}
-            return inner if isinstance(content, dict) else {}
-        beside = path.with_name("adapter_config.json")
-        if path.name == "adapter_model.safetensors" and beside.is_file():
+            return {key.removeprefix("transformer."): value for key, value in content.items()}
+        beside = _configuration_beside(path)
+        if beside is not None:
             return dict(json.loads(beside.read_text(encoding="utf-8")))
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: its configuration cannot be read ({error}). {AGAIN}") from error
     return {}
+
+
+def _configuration_beside(path: Path) -> Path | None:
+    """peft's configuration, which belongs to a file of one name only."""
+    beside = path.with_name("adapter_config.json")
+    return beside if path.name == "adapter_model.safetensors" and beside.is_file() else None
 
 
 def _described(others: list[str]) -> str:

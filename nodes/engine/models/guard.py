@@ -13,6 +13,7 @@ import torch
 
 from ..errors import NonFiniteError
 from ..limits import Choice
+from ..weights.adapters import Adapter
 from ..weights.components import ComponentSpec, Replica
 from ..weights.precision import ROLE_PRECISIONS
 from .trace import FP16_MAX, Culprit, find_culprit, magnitude, tensors_in, watch_outputs
@@ -28,10 +29,12 @@ class Guard:
     """Checks the results of one component during one run.
 
     level: `stop` raises NonFiniteError, `warn` logs the run's first bad result, `off` does not check.
+    adapters: the LoRAs over the component, which may be the cause as well.
     """
 
-    def __init__(self, replica: Replica, level: str = STOP):
+    def __init__(self, replica: Replica, level: str = STOP, adapters: Sequence[Adapter] = ()):
         self.replica, self._level = replica, GUARD.require(level)
+        self._adapters = [adapter for adapter in adapters if adapter.strength]
         self._largest = 0.0  # magnitude of the results so far
         self._warned = False
 
@@ -100,7 +103,7 @@ class Guard:
                 "copies between cards). Run it again, or on another device."
             )
         else:
-            said.append(_remedy(self.replica.spec, culprit))
+            said.append(_remedy(self.replica.spec, culprit, self._adapters))
         return " ".join(said)
 
 
@@ -111,11 +114,16 @@ def require_finite_input(tensor: torch.Tensor, what: str) -> torch.Tensor:
     raise NonFiniteError(f"{_count(tensor, what)}. The image would be black: check the node that made it.")
 
 
-def _remedy(spec: ComponentSpec, culprit: Culprit | None) -> str:
+def _remedy(spec: ComponentSpec, culprit: Culprit | None, adapters: Sequence[Adapter]) -> str:
     fp16 = spec.precision.is_fp16 or spec.precision.fp16_inside
     if culprit is not None and culprit.bad_parameters and not fp16:
         names = " and ".join(culprit.bad_parameters)
         return f"Its {names} holds NaN or infinity: the file is damaged. Download the {spec.role} again."
+    if spec.math is torch.float32 and not fp16 and adapters:
+        laid_over = " and ".join(f"{adapter.lora.name} at {adapter.strength:g}" for adapter in adapters)
+        return (
+            f"Even FP32 arithmetic overflowed: lower the strength of the LoRA ({laid_over}), or take it out."
+        )
     if spec.math is torch.float32 and not fp16:
         return "Check the checkpoint: even FP32 arithmetic overflowed."
     names = " or ".join(row.name for row in ROLE_PRECISIONS[spec.role].values() if row.remedy)

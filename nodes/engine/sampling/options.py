@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..errors import InputError
 from ..limits import Real
 from ..weights.adapters import Adapter
 
@@ -14,16 +15,25 @@ THRESHOLD = Real("threshold", 0.0, 10.0)
 START, END = Real("start", 0.0, 1.0), Real("end", 0.0, 1.0)
 
 
+def _require_order(first: Real, start: float, last: Real, end: float) -> None:
+    if start > end:
+        raise InputError(f"{first.name} ({start:g}) is after {last.name} ({end:g}). Exchange them.")
+
+
 @dataclass(frozen=True)
 class StepCacheOptions:
     """threshold: how far predictions may drift unseen, as a part of their size; 0 computes every step.
 
     start, end: the part of the steps, 0 to 1, in which steps may be skipped. The last is always computed.
+    Raises InputError for a start after the end.
     """
 
     threshold: float = 0.0
     start: float = 0.0
     end: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_order(START, self.start, END, self.end)
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,7 @@ class SamplingOptions:
     """adapters: LoRAs, in the order of the graph. shift: of the schedule; 0 keeps the checkpoint's own.
 
     guidance_from, guidance_to: the part of the steps, 0 to 1, that computes both branches of guidance.
+    Raises InputError for a start after the end.
     """
 
     adapters: tuple[Adapter, ...] = ()
@@ -38,6 +49,9 @@ class SamplingOptions:
     guidance_from: float = 0.0
     guidance_to: float = 1.0
     step_cache: StepCacheOptions = StepCacheOptions()
+
+    def __post_init__(self) -> None:
+        _require_order(GUIDANCE_FROM, self.guidance_from, GUIDANCE_TO, self.guidance_to)
 
     def is_guided(self, step: int, steps: int) -> bool:
         """Whether a step (from 0) computes the negative branch too."""

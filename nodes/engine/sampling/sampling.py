@@ -195,7 +195,13 @@ def prepare_run(
     """
     true_cfg_scale, seed = TRUE_CFG_SCALE.require(true_cfg_scale), SEED.require(seed)
     steps, width, height = STEPS.require(steps), WIDTH.require(width), HEIGHT.require(height)
-    guided = true_cfg_scale > 1 and NEGATIVE in conditions and options.guides_any_of(steps)
+    guided = true_cfg_scale > 1 and NEGATIVE in conditions
+    if guided and not options.guides_any_of(steps):
+        guided = False
+        log.warning(
+            "cfg %g has no effect: none of the %d steps is between guidance_from %g and guidance_to %g",
+            true_cfg_scale, steps, options.guidance_from, options.guidance_to,
+        )  # fmt: skip
     used = {name: conditions[name] for name in ((POSITIVE, NEGATIVE) if guided else (POSITIVE,))}
     batch = 1
     if samples is None:

@@ -11,7 +11,6 @@ All branches of a step share one decision, which depends on the latents alone.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -22,8 +21,6 @@ from .denoise import Predict
 from .options import StepCacheOptions
 from .resume import STEP_CACHE
 from .schedule import Schedule
-
-log = logging.getLogger("FireRed")
 
 EXTRAPOLATED = 0.5  # of the way that a straight line through the last two predictions goes
 

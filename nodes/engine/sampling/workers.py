@@ -54,7 +54,7 @@ class LocalWorker:
         self.model, self._steps = transformer.model, schedule.steps
         replica = transformer.replica
         self._device, self._compute = replica.device, replica.spec.math
-        self._guard = Guard(replica, guard)
+        self._guard = Guard(replica, guard, options.adapters)
         self._options, self._adapters = options, Adapters(options.adapters, self._device)
         self._modulation = transformer.modulation.of(schedule.timesteps, self._adapters, on_modulation)
         self._branches = {

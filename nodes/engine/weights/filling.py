@@ -44,7 +44,7 @@ def fill(
         try:
             _restore(model, kept, replica.device, on_progress)
             return _finish(model, replica)
-        except CheckpointError as error:
+        except (OSError, CheckpointError) as error:  # another process may delete it at any time
             log.warning("the cached weights are damaged, so they are made again (%s)", error)
     _convert(model, replica, on_progress, cache if name else None)
     return _finish(model, replica)
