@@ -21,11 +21,11 @@ class _Loader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, checkpoint: Any = None) -> bool | str:
-        return host.validate_checkpoint(checkpoint)
+        return host.validate_checkpoint(checkpoint, cls.ROLE)
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: Any = None, **_: Any) -> str:
-        return host.checkpoint_fingerprint(checkpoint, [cls.ROLE])
+        return host.checkpoint_fingerprint(checkpoint, [cls.ROLE], cls.ROLE)
 
 
 def _inputs(role: str) -> list[io.Input]:
@@ -33,9 +33,9 @@ def _inputs(role: str) -> list[io.Input]:
     return [
         io.Combo.Input(
             "checkpoint",
-            options=host.checkpoint_names(),
+            options=host.checkpoint_names(role),
             tooltip="A FireRed or Qwen-Image-Edit folder in models/diffusers (the one with "
-            "model_index.json).",
+            f"model_index.json), or a file of its {component} in models/{host.FILE_FOLDERS[role]}.",
         ),
         io.Combo.Input(
             "precision",

@@ -45,7 +45,7 @@ class FireRedHardwarePlan(io.ComfyNode):
                 io.Int.Input("steps", default=40, min=STEPS.low, max=STEPS.high, optional=True),
                 io.Combo.Input(
                     "checkpoint",
-                    options=host.checkpoint_names(),
+                    options=host.checkpoint_names("transformer"),
                     optional=True,
                     tooltip="Without one, the first there is.",
                 ),
@@ -59,11 +59,11 @@ class FireRedHardwarePlan(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, checkpoint: Any = None) -> bool | str:
-        return host.validate_checkpoint(checkpoint)
+        return host.validate_checkpoint(checkpoint, "transformer")
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: Any = None, **_: Any) -> str:
-        return host.checkpoint_fingerprint(checkpoint, ROLES)
+        return host.checkpoint_fingerprint(checkpoint, ROLES, "transformer")
 
     @classmethod
     def execute(
@@ -76,7 +76,7 @@ class FireRedHardwarePlan(io.ComfyNode):
     ) -> io.NodeOutput:
         size = WIDTH.require(width), HEIGHT.require(height)
         edit = Edit(*size, REFERENCES.require(references), STEPS.require(steps))
-        found = host.get_checkpoint(checkpoint or host.checkpoint_names()[0])
+        found = host.get_checkpoint(checkpoint or host.checkpoint_names("transformer")[0], "transformer")
         plan = host.hardware_plan(found, edit, measure_cpu=True)
         placed = {there.role: there.device.card.label for there in plan.placements}
         devices = [placed.get(role, "auto") for role in ROLES]

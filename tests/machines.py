@@ -23,6 +23,13 @@ H100 = Speeds(
 P40 = Speeds(fp32=10.0, fp32_attention=5.3, int8=25.0, bandwidth=310.0)
 
 
+def cpu_machine() -> Machine:
+    """One without accelerators."""
+    return Machine(
+        (), Device(Card("cpu", "cpu", torch.device("cpu"), False, 2**36, is_gpu=False), 2**36), False
+    )
+
+
 def gpu(
     index: int,
     name: str,

@@ -14,16 +14,15 @@ import other_versions
 import pytest
 import torch
 from conftest import replica_for
-from engine.cards.card import Card
 from engine.errors import CheckpointError
 from engine.files.checkpoint import Checkpoint, open_checkpoint
 from engine.files.configs import DEFAULTS
 from engine.files.search import find_checkpoints
 from engine.models import loading
-from engine.planning.machine import Device, Machine
 from engine.planning.memory_map import draw_memory_map
 from engine.planning.planner import ROLES, make_plan
 from engine.sampling.schedule import make_schedule
+from machines import cpu_machine
 from other_versions import change_json, rename_dtype
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -33,12 +32,6 @@ BOM = b"\xef\xbb\xbf"
 
 
 PROCESSOR_5 = "processor_config.json"
-
-
-def cpu_machine() -> Machine:
-    return Machine(
-        (), Device(Card("cpu", "cpu", torch.device("cpu"), False, 2**36, is_gpu=False), 2**36), False
-    )
 
 
 # Configs
@@ -249,13 +242,13 @@ def test_rotary_axes_that_do_not_divide_a_head_are_named(tiny_copy: Path, axes: 
 # Dtypes, weights and JSON
 
 
-@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F4", "U16"])
+@pytest.mark.parametrize("dtype", ["F8_E8M0", "F4", "U16"])
 def test_a_dtype_that_is_not_read_is_named_where_it_is_needed(tiny_copy: Path, dtype: str) -> None:
     rename_dtype(tiny_copy / WEIGHTS["transformer"], "img_in.weight", dtype)
     placed = make_plan(cpu_machine(), Checkpoint(tiny_copy))
     message = f"img_in.weight is stored as {dtype}, which these nodes do not read"
     assert message in placed.problems["transformer"] and message in str(placed)
-    assert WEIGHTS["transformer"] in placed.problems["transformer"]
+    assert str(tiny_copy / "transformer") in placed.problems["transformer"]
     assert [there.role for there in placed.placements] == ["text_encoder", "vae"]
     assert draw_memory_map(placed).height > 0
     replica_for(Checkpoint(tiny_copy), "vae")
@@ -264,7 +257,7 @@ def test_a_dtype_that_is_not_read_is_named_where_it_is_needed(tiny_copy: Path, d
 
 
 def test_a_dtype_of_a_tensor_that_is_not_needed_does_not_matter(tiny_copy: Path) -> None:
-    rename_dtype(tiny_copy / WEIGHTS["text_encoder"], "lm_head.weight", "F8_E4M3")
+    rename_dtype(tiny_copy / WEIGHTS["text_encoder"], "lm_head.weight", "F8_E8M0")
     loading.load(replica_for(Checkpoint(tiny_copy), "text_encoder"))
 
 
@@ -272,7 +265,7 @@ def test_a_dtype_of_a_tensor_that_is_not_needed_does_not_matter(tiny_copy: Path)
 def test_weights_that_are_quantised_already_are_told_before_loading(tiny_copy: Path, damage: str) -> None:
     role = "text_encoder" if damage == "text_config" else "transformer"
     config = tiny_copy / role / "config.json"
-    described = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    described = {"quant_method": "gptq", "bits": 4}
     if damage == "config":
         change_json(config, quantization_config=described)
     elif damage == "text_config":
@@ -281,7 +274,10 @@ def test_weights_that_are_quantised_already_are_told_before_loading(tiny_copy: P
     else:
         tensors = load_file(tiny_copy / WEIGHTS[role])
         save_file(tensors | {"img_in.SCB": torch.ones(64)}, tiny_copy / WEIGHTS[role])
-    with pytest.raises(CheckpointError, match=r"is quantised already .* Download the original folder"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"is quantised already|in a form that is not read here",
+    ):
         replica_for(Checkpoint(tiny_copy), role)
 
 

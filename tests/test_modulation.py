@@ -15,7 +15,6 @@ from conftest import replica_for
 from engine.cards.card import Card
 from engine.files.cache import DiskCache
 from engine.files.checkpoint import Checkpoint
-from engine.files.tensors import stored_bytes
 from engine.models import loading
 from engine.models.config import TransformerConfig
 from engine.models.modulation import Modulation, Table, is_folded
@@ -117,7 +116,7 @@ def test_folding_says_what_it_reads(tiny: Checkpoint, caplog: pytest.LogCaptureF
         modulation = modulation_of(replica_for(tiny, "transformer"))
         modulation.of(torch.tensor([0.5, 0.25]), on_progress=lambda *progress: seen.append(progress))
     stored = tiny.component("transformer").stored().items()
-    weights = sum(stored_bytes(info) for name, info in stored if is_folded(name))
+    weights = sum(each.nbytes for name, each in stored if is_folded(name))
     assert seen[-1] == (weights, weights) and [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert "computing modulation for 2 steps: reading" in caplog.text
     assert re.search(r"modulation computed in [\d.]+ s \([\d.]+ GB/s\)", caplog.text)

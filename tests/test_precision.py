@@ -12,6 +12,7 @@ from engine.cards.card import Card
 from engine.errors import FireRedError, InputError, NonFiniteError
 from engine.files.cache import DiskCache
 from engine.files.checkpoint import Checkpoint
+from engine.files.rotations import OURS
 from engine.files.tensors import Layout
 from engine.models import loading
 from engine.models.guard import Guard, require_finite_input
@@ -26,7 +27,7 @@ from engine.units import GIB
 from engine.weights.components import ComponentSpec
 from engine.weights.estimates import ESTIMATE_ERROR
 from engine.weights.formats import QuantizedLinear, bitsandbytes, int8_paths
-from engine.weights.formats.int8_math import dequantize, quantize_rows, quantize_tokens, rotate
+from engine.weights.formats.int8_math import dequantize, quantize_rows, quantize_tokens
 from engine.weights.formats.int8_paths import choose_path, integer_paths
 from engine.weights.precision import PRECISIONS, ROLE_PRECISIONS, Precision, resolve
 from engine.weights.room import DoesNotFitError, at_precision, require_fit, working_bytes
@@ -124,9 +125,9 @@ def test_the_guard_counts_names_and_advises(tiny: Checkpoint, precision: str, re
 
 def test_rotating_twice_gives_back_and_keeps_products() -> None:
     x, weight = torch.randn(5, 192), torch.randn(7, 192)
-    assert torch.allclose(rotate(rotate(x)), x, atol=1e-5)
-    assert torch.allclose(rotate(x) @ rotate(weight).T, x @ weight.T, atol=1e-4)
-    assert torch.equal(rotate(torch.ones(3, 10)), torch.ones(3, 10))
+    assert torch.allclose(OURS.of(OURS.of(x)), x, atol=1e-5)
+    assert torch.allclose(OURS.of(x) @ OURS.of(weight).T, x @ weight.T, atol=1e-4)
+    assert torch.equal(OURS.of(torch.ones(3, 10)), torch.ones(3, 10))
 
 
 def test_rows_are_quantised_to_half_a_level() -> None:
@@ -146,7 +147,7 @@ def test_a_row_of_zeros_stays_zero_and_nan_is_not_hidden() -> None:
 def test_tokens_are_rounded_as_rounding_does() -> None:
     tokens = torch.randn(32, 128)
     codes, scale = quantize_tokens(tokens)
-    assert torch.equal(codes, (rotate(tokens) * (127 / (scale * 127))).round().to(torch.int8))
+    assert torch.equal(codes, (OURS.of(tokens) * (127 / (scale * 127))).round().to(torch.int8))
 
 
 @pytest.mark.parametrize("path", integer_paths(CPU), ids=lambda path: path.name)
@@ -154,7 +155,7 @@ def test_tokens_are_rounded_as_rounding_does() -> None:
 def test_integer_products_of_heavy_activations_stay_within_the_bound(path, scale: float) -> None:
     x, weight = torch.randn(48, 256), torch.randn(64, 256)
     x[:, ::50] *= 100
-    codes, weight_scale = quantize_rows(rotate(weight))
+    codes, weight_scale = quantize_rows(OURS.of(weight))
     y = path.multiply(x * scale, codes, weight_scale, torch.ones(64))
     expected = (x * scale).double() @ weight.double().T + 1
     assert float((y - expected).norm() / expected.norm()) < int8_paths.MAX_ERROR
@@ -183,8 +184,8 @@ def test_a_wrong_path_is_not_taken(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     """The reason is only logged: the choice is part of a run's identity, and its reason may vary."""
     caplog.set_level("INFO")
     (right,) = integer_paths(CPU)
-    wrong = int8_paths.IntegerPath("wrong", lambda x: quantize_tokens(x * 1.1), right.rescale)
-    broken = int8_paths.IntegerPath("broken", lambda x: 1 / 0, right.rescale)
+    wrong = int8_paths.IntegerPath("wrong", lambda x, _: quantize_tokens(x * 1.1), right.rescale)
+    broken = int8_paths.IntegerPath("broken", lambda x, _: 1 / 0, right.rescale)
     monkeypatch.setattr(int8_paths, "integer_paths", lambda device: [wrong, broken])
     assert choose_path.__wrapped__(CPU, torch.float32, 64, 128) == (None, "64x128 weight-only")
     assert "int8-fast at 64x128: wrong wrong by" in caplog.text

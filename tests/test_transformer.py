@@ -35,19 +35,25 @@ def original(checkpoint: Checkpoint) -> QwenImageTransformer2DModel:
     return model.float().eval()
 
 
-def inputs(grids: list[tuple[int, int]], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(
+    grids: list[tuple[int, int]], seed: int = 0, text_width: int = 128
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens of the pictures and of the text."""
     generator = torch.Generator().manual_seed(seed)
     tokens = sum(rows * columns for rows, columns in grids)
     image = torch.randn(1, tokens, 64, generator=generator)
-    return image, torch.randn(1, TEXT_TOKENS, 128, generator=generator)
+    return image, torch.randn(1, TEXT_TOKENS, text_width, generator=generator)
 
 
 @torch.inference_mode()
 def by_diffusers(
-    original: QwenImageTransformer2DModel, grids: list, timestep: torch.Tensor, mask: torch.Tensor | None
+    original: QwenImageTransformer2DModel,
+    grids: list,
+    timestep: torch.Tensor,
+    mask: torch.Tensor | None,
+    text_width: int = 128,
 ) -> torch.Tensor:
-    image, text = inputs(grids)
+    image, text = inputs(grids, text_width=text_width)
     velocity = original(
         hidden_states=image,
         encoder_hidden_states=text,

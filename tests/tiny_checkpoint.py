@@ -51,6 +51,10 @@ WEIGHTS = {
     "text_encoder": "text_encoder/model.safetensors",
     "vae": "vae/diffusion_pytorch_model.safetensors",
 }
+PUBLISHED_WORDS = 152064  # of Qwen2.5-VL's vocabulary
+PUBLISHED_TOKENS = dict(
+    image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653
+)
 # The matrix's entries stay below FP16's 65504, but its products with a normalised token exceed it.
 OVERFLOW_GAIN = 2e5
 
@@ -65,25 +69,28 @@ def build(
     zero_cond_t: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     overflow_block: int | None = None,
+    published_heads: bool = False,
 ) -> Path:
     """Write the checkpoint to `folder`, which must not exist yet, and return it.
 
     joint_attention_dim: the width of embeddings that the transformer takes; the text encoder's unless given.
     overflow_block: the number of a transformer block whose img_mlp.net.2 exceeds FP16's range, as in late
-    blocks of the real model.
+    blocks of the real model. published_heads: heads of the published sizes, and the published vocabulary, so
+    that its parts can be single files. Its tokenizer is then ComfyUI's, which is not written.
     """
+    heads = dict(attention_head_dim=32, num_attention_heads=2, axes_dims_rope=(8, 12, 12))
+    if published_heads:
+        heads = dict(attention_head_dim=128, num_attention_heads=2, axes_dims_rope=(16, 56, 56))
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     parts = {
         "transformer": QwenImageTransformer2DModel(
             num_layers=layers,
-            attention_head_dim=32,
-            num_attention_heads=2,
             joint_attention_dim=joint_attention_dim or text_width,
-            axes_dims_rope=(8, 12, 12),
             zero_cond_t=zero_cond_t,
+            **heads,
         ),
-        "text_encoder": Qwen2_5_VLForConditionalGeneration(text_encoder_config(text_width)),
+        "text_encoder": Qwen2_5_VLForConditionalGeneration(text_encoder_config(text_width, published_heads)),
         "vae": AutoencoderKLQwenImage(base_dim=8),
     }
     for number, (name, model) in enumerate(parts.items()):
@@ -124,29 +131,31 @@ def model_index() -> dict[str, object]:
     }
 
 
-def text_encoder_config(width: int) -> Qwen2_5_VLConfig:
+def text_encoder_config(width: int, published_heads: bool = False) -> Qwen2_5_VLConfig:
+    head, sections, vision_heads = (128, [16, 24, 24], 80) if published_heads else (64, [8, 12, 12], 16)
     return Qwen2_5_VLConfig(
         text_config=dict(
             hidden_size=width,
             intermediate_size=2 * width,
             num_hidden_layers=2,
-            num_attention_heads=width // 64,
+            num_attention_heads=width // head,
             num_key_value_heads=1,
-            vocab_size=512,
-            **rotary([8, 12, 12]),
+            vocab_size=PUBLISHED_WORDS if published_heads else 512,
+            rms_norm_eps=1e-6,
+            **rotary(sections),
             bos_token_id=0,
             eos_token_id=0,
             pad_token_id=0,
         ),
         vision_config=dict(
             depth=2,
-            hidden_size=32,
+            hidden_size=2 * vision_heads,
             num_heads=2,
             intermediate_size=64,
             out_hidden_size=width,
-            fullatt_block_indexes=[1],
+            fullatt_block_indexes=[] if published_heads else [1],
         ),
-        **special_token_ids(),
+        **(PUBLISHED_TOKENS if published_heads else special_token_ids()),
         tie_word_embeddings=False,
     )
 

@@ -6,7 +6,13 @@ themselves, because its import touches the accelerator.
 
 from __future__ import annotations
 
-from .checkpoints import checkpoint_fingerprint, checkpoint_names, get_checkpoint, validate_checkpoint
+from .checkpoints import (
+    FILE_FOLDERS,
+    checkpoint_fingerprint,
+    checkpoint_names,
+    get_checkpoint,
+    validate_checkpoint,
+)
 from .components import hardware_plan, open_component
 from .devices import device_labels, free_memory
 from .loras import get_lora, lora_fingerprint, lora_names
@@ -22,6 +28,7 @@ from .storage import (
 )
 
 __all__ = [
+    "FILE_FOLDERS",
     "RUN_KEY",
     "Handle",
     "borrow",

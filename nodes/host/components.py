@@ -67,7 +67,7 @@ def _decide(role: str, checkpoint: str, precision: str, device: str, math: str) 
     _require_choice("device", device, DeviceLabels(["auto", "cpu", "gpu:0", "gpu:1 and so on"]))
     _require_choice("precision", precision, ["auto", *ROLE_PRECISIONS[role]])
     _require_choice("math", math, ["auto", *MATH])
-    found = get_checkpoint(checkpoint)
+    found = get_checkpoint(checkpoint, role)
     choice = Choice(_present(device, role), None if precision == "auto" else precision, math)
     there = hardware_plan(found, choices={role: choice}).placement(role)
     card = there.device.card

@@ -5,9 +5,10 @@ Headers are read to describe and check the files. Tensors are read one at a time
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ import torch
 from ..errors import CheckpointError
 from ..latents import QWEN_STATISTICS, LatentStatistics
 from .configs import read_config, read_json, read_latent_statistics
+from .encodings import Encoded, Stored
 from .identity import folder_identity
-from .tensors import read_header, read_tensors
+from .stored import read_encoded, stored_tensors
+from .tensors import read_header
 
 PIPELINE_CLASS = "QwenImageEditPlusPipeline"
 FIRERED = "FireRed-Image-Edit-1.0"
@@ -29,6 +32,9 @@ WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # w
 VARIANT = re.compile(r"(diffusion_pytorch_model|model)\.(safetensors\.index\.[^.]+\.json|[^.]+\.safetensors)")
 SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
 OTHER_WEIGHTS = (".safetensors", ".sft", ".bin", ".gguf", ".pt", ".pth", ".ckpt")
+# Of a processor, one of each is needed. transformers 5 writes the first of these, transformers 4 the second.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,14 @@ class Component:
     def name(self) -> str:
         return self.folder.name
 
+    @property
+    def path(self) -> Path:
+        """Where it is, for messages."""
+        return self.folder
+
     def config(self) -> dict[str, Any]:
         """Its config.json (scheduler_config.json for the scheduler), as read_config checks it."""
-        return read_config(self.folder)
+        return read_config(self.folder, self.name)
 
     def shards(self) -> list[Path]:
         """The weight files, each checked. Raises CheckpointError naming one that is missing or incomplete."""
@@ -83,16 +94,26 @@ class Component:
         except OSError as error:
             raise CheckpointError(f"{self.folder} cannot be read ({error}). Check the disk.") from error
 
-    def stored(self) -> dict[str, dict[str, Any]]:
-        """Dtype, shape and offsets of every stored tensor, by name. Checks the files as shards() does."""
-        return {name: info for shard in self._shard_paths() for name, info in read_header(shard).items()}
+    def stored(self) -> Mapping[str, Stored]:
+        """The tensors in its files, by name. Checks the files as shards() does."""
+        return stored_tensors(self._shard_paths())
 
     def tensors(
         self, wanted: Callable[[str], bool] = lambda name: True, reuse_buffers_for: torch.device | None = None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The stored tensors whose names are `wanted`, one by one, on the CPU. See read_tensors."""
-        for shard in self.shards():
-            yield from read_tensors(shard, wanted, reuse_buffers_for)
+    ) -> Iterator[tuple[str, Encoded]]:
+        """The tensors whose names are `wanted`, one by one, on the CPU. See read_tensors."""
+        chosen = {name: each for name, each in self.stored().items() if wanted(name)}
+        yield from read_encoded(self.shards(), chosen, reuse_buffers_for)
+
+    @property
+    def needed(self) -> tuple[tuple[str, ...], ...]:
+        """Of a processor: groups of files, of each of which one is needed."""
+        return PROCESSOR_FILES, TOKENIZER_FILES
+
+    @contextlib.contextmanager
+    def readable(self) -> Iterator[Path]:
+        """A folder from which libraries read it, inside the context."""
+        yield self.folder
 
     def identity(self) -> str:
         """A short hash of the component's files. See folder_identity."""
@@ -109,8 +130,13 @@ class Checkpoint:
     def name(self) -> str:
         return self.folder.name
 
+    @property
+    def path(self) -> Path:
+        """Where it is, for messages."""
+        return self.folder
+
     def component(self, name: str) -> Component:
-        """The component's folder. Raises CheckpointError when there is none."""
+        """The component. Raises CheckpointError when there is none."""
         component = Component(self.folder / name)
         if not component.folder.is_dir():
             raise CheckpointError(

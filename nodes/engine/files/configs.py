@@ -49,6 +49,7 @@ SUPPORTED: dict[str, dict[str, int | bool]] = {
     "scheduler": {"num_train_timesteps": 1000, "stochastic_sampling": False},
 }
 QUANTIZED_CONFIGS = ("quantization_config", "compression_config")
+READ_METHODS = ("bitsandbytes",)  # of those; see stored.py
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -67,13 +68,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, role: str) -> dict[str, Any]:
     """A component's config.json (scheduler_config.json for the scheduler), checked.
 
-    Numbers that the file leaves out get diffusers' defaults. Raises CheckpointError for another model, for
-    weights that are quantised already, and for a setting that these nodes do not compute.
+    Raises CheckpointError for another model, for weights in a form that is not read here, and as
+    checked_config does.
     """
-    role = folder.name
     path = folder / ("scheduler_config.json" if role == "scheduler" else "config.json")
     config = read_json(path)
     key, expected = CLASS_KEYS[role]
@@ -85,8 +85,16 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     for part in (config, config.get("text_config")):
         for name in QUANTIZED_CONFIGS:
-            if isinstance(part, dict) and part.get(name):
+            if isinstance(part, dict) and part.get(name) and not _is_read_here(part[name]):
                 raise already_quantized(folder, f"{path.name} has a {name}")
+    return checked_config(role, config, path)
+
+
+def checked_config(role: str, config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The config with diffusers' defaults for what it leaves out. path: its source, for errors.
+
+    Raises CheckpointError for a setting that these nodes do not compute.
+    """
     for name, value in SUPPORTED.get(role, {}).items():
         if config.get(name, value) != value:
             raise CheckpointError(
@@ -118,6 +126,10 @@ def read_latent_statistics(path: Path) -> LatentStatistics:
             _require_number(path, name, value, positive=name == "latents_std")
         given.append(tuple(map(float, values)))
     return LatentStatistics(*given)
+
+
+def _is_read_here(quantization: object) -> bool:
+    return isinstance(quantization, dict) and quantization.get("quant_method") in READ_METHODS
 
 
 def already_quantized(folder: Path, sign: str) -> CheckpointError:

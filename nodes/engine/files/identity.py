@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .tensors import read_header_and_start
+from .tensors import read_header
 
 SAMPLED_BYTES = 2**22  # about how much of a big file is read
 MIN_SAMPLE_BYTES = 2**12  # per tensor
@@ -62,7 +62,7 @@ def _samples(path: Path, size: int) -> Iterator[tuple[int, int]]:
         yield 0, size
         return
     try:
-        header, start_of_data = read_header_and_start(path)
+        header, start_of_data, *_ = read_header(path)
     except CheckpointError:
         header, start_of_data = {}, SAMPLED_BYTES
     yield 0, start_of_data

@@ -109,7 +109,7 @@ def open_lora(path: Path, layers: Mapping[str, tuple[int, int]]) -> LoRA:
             f"{path.name} is no .safetensors file. Other formats can run programs when they are read: use "
             "the LoRA's .safetensors file."
         )
-    identity, header = lora_identity(path), read_header(path)
+    identity, header = lora_identity(path), read_header(path).tensors
     found: dict[str, dict[str, str]] = {}
     others: list[str] = []
     alphas: dict[str, str] = {}
@@ -193,7 +193,7 @@ def _factors(
         )
     for half in keys.values():
         dtype = DTYPES.get(header[half]["dtype"])
-        if dtype is None or not dtype.is_floating_point:
+        if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
             stored = header[half]["dtype"]
             raise CheckpointError(f"{path}: {half} is stored as {stored}. Use a file in BF16, FP16 or FP32.")
     return Factors(keys["down"], keys["up"], down[0], scales.of(layer, down[0]))

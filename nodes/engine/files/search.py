@@ -1,4 +1,4 @@
-"""Find the checkpoints below ComfyUI's model folders."""
+"""Find the checkpoints below ComfyUI's model folders, and the single files of a component."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from .checkpoint import open_checkpoint
+from .single import is_weight_file, role_of
 
 MAX_DEPTH = 5  # folders below a root; a Hugging Face cache has models--NAME/snapshots/HASH
 NEVER_SEARCHED = "blobs"  # the files of a Hugging Face cache
@@ -24,6 +25,20 @@ def find_checkpoints(roots: Iterable[str | Path]) -> dict[str, Path]:
     for root, folder in _pipeline_folders([Path(root) for root in roots]):
         with contextlib.suppress(CheckpointError):
             found.setdefault(folder.relative_to(root).as_posix(), open_checkpoint(folder).folder)
+    return dict(sorted(found.items()))
+
+
+def find_files(roots: Iterable[str | Path], role: str) -> dict[str, Path]:
+    """Every file below the roots that holds that component, by its path relative to its root (with `/`)."""
+    found: dict[str, Path] = {}
+    for root in map(Path, roots):
+        for folder, below, names in os.walk(root, followlinks=True):
+            deep = len(Path(folder).relative_to(root).parts) >= MAX_DEPTH
+            below[:] = [] if deep else sorted(name for name in below if not name.startswith("."))
+            for name in filter(is_weight_file, names):
+                path = Path(folder, name)
+                if not name.startswith(".") and role_of(path) == role:
+                    found.setdefault(path.relative_to(root).as_posix(), path)
     return dict(sorted(found.items()))
 
 

@@ -1,4 +1,4 @@
-"""Read safetensors files: the header, then one tensor at a time.
+"""Read safetensors and GGUF files: the header, then one tensor at a time.
 
 The safetensors library maps a file into memory. For 2.3 GB that added 2.3 GB to the process, and was up to
 three times slower from a cold disk; these reads added 0.3 GB. See
@@ -8,17 +8,19 @@ https://github.com/huggingface/safetensors#format for the format.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import CheckpointError
+from . import gguf
 
 DTYPES = {
     "F64": torch.float64,
@@ -30,6 +32,8 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of tensors, by name
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -39,24 +43,54 @@ PIECE_BYTES = 2**24  # that one thread reads at a time
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
 
-def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Dtype, shape and offsets of every tensor of a safetensors file, by name.
+class Header(NamedTuple):
+    """Dtype, shape and offsets of a file's tensors by name, the byte that offsets count from, and metadata.
+
+    Of a GGUF file, see gguf.read_gguf_header. version: another one for each change of the file.
+    """
+
+    tensors: Mapping[str, dict[str, Any]]
+    start: int
+    metadata: Mapping[str, str]
+    version: tuple[int, ...] = ()
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors or GGUF file. Each version of a file is read once in a process.
 
     Raises CheckpointError for a file that is missing, truncated or of another format.
     """
-    return read_header_and_start(path)[0]
+    version = file_version(path)
+    return _read_header(path, *version)._replace(version=version)
 
 
-def read_header_and_start(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """The header as read_header returns it, and the byte of the file that its offsets count from."""
+def file_version(path: Path) -> tuple[int, int, int, int]:
+    """Another one for each change of a file; its size comes first. Raises CheckpointError."""
     try:
-        size = path.stat().st_size
+        stat = path.stat()
+    except (OSError, ValueError) as error:
+        raise _missing_or(error, path) from None
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
+def _missing_or(error: Exception, path: Path) -> CheckpointError:
+    if isinstance(error, FileNotFoundError):
+        return CheckpointError(f"{path} is missing. Download this file again; the others can stay.")
+    return CheckpointError(f"{path} is not a safetensors file ({error}). Download this file again.")
+
+
+@functools.lru_cache(maxsize=64)
+def _read_header(path: Path, size: int, *version: int) -> Header:
+    """version: makes the cache read a changed file again."""
+    if path.name.lower().endswith(gguf.SUFFIX):
+        return Header(*gguf.read_gguf_header(path))
+    try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(size, MAX_HEADER_BYTES):
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None) or {}
         for name, info in header.items():
             start, end = info["data_offsets"]
             dtype = DTYPES.get(info["dtype"])
@@ -64,18 +98,14 @@ def read_header_and_start(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
                 raise ValueError(f"the size of {name} does not match its shape")
         start_of_data = 8 + length
         expected = start_of_data + max((info["data_offsets"][1] for info in header.values()), default=0)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing. Download this file again; the others can stay.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise CheckpointError(
-            f"{path} is not a safetensors file ({error}). Download this file again."
-        ) from error
+        raise _missing_or(error, path) from error
     if size < expected:
         raise CheckpointError(
             f"{path} is truncated: {size:,} of {expected:,} bytes. Download this file again; the others can "
             f"stay."
         )
-    return header, start_of_data
+    return Header(header, start_of_data, metadata)
 
 
 def read_tensors(
@@ -83,13 +113,13 @@ def read_tensors(
     wanted: Callable[[str], bool] = lambda name: True,
     reuse_buffers_for: torch.device | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The `wanted` tensors of a safetensors file by name, on the CPU, in the order of the file.
+    """The `wanted` tensors of a file by name, on the CPU, in the order of the file.
 
     A thread reads the next tensor while the caller works on this one, so two are in host memory at most.
     reuse_buffers_for: the device to which the caller copies each tensor before it takes the next. All
     tensors then share two buffers. Raises CheckpointError.
     """
-    header, start_of_data = read_header_and_start(path)
+    header, start_of_data, *_ = read_header(path)
     names = sorted(filter(wanted, header), key=lambda name: header[name]["data_offsets"][0])
     sizes = {name: stored_bytes(header[name]) for name in names}
     buffers = []

@@ -75,9 +75,10 @@ def load_text_encoder(replica: Replica, on_progress: OnProgress, cache: DiskCach
     checkpoint = replica.spec.checkpoint
     component = checkpoint.component("text_encoder")
     config = _text_encoder_config(component)
-    folder = checkpoint.component("processor").folder
-    processor = _load_processor(folder)
-    _require_matching_processor(processor, config, folder)
+    beside = checkpoint.component("processor")
+    with beside.readable() as folder:
+        processor = _load_processor(folder)
+    _require_matching_processor(processor, config, beside.path)
     with _config_errors(component), init_empty_weights():
         model = transformers.Qwen2_5_VLModel(config)
     fill(model, replica, on_progress, cache)
@@ -164,7 +165,7 @@ def _config_errors(component: Component) -> Iterator[None]:
         yield
     except Exception as error:  # the libraries raise many types
         raise CheckpointError(
-            f"{component.folder / 'config.json'} does not describe a model that can be built ({error}). "
+            f"{component.path}: its configuration does not describe a model that can be built ({error}). "
             "Download this file again."
         ) from error
 

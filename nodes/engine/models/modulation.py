@@ -21,7 +21,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from ..arithmetic import computing_environment, exact_fp32
 from ..errors import CheckpointError
 from ..files.cache import DiskCache, digest
-from ..files.tensors import Layout, stored_bytes
+from ..files.tensors import Layout
 from ..progress import OnProgress, ignore_progress
 from ..weights.adapters import Adapters, Product
 from ..weights.components import Replica
@@ -190,15 +190,15 @@ class Modulation:
     def _compute_table(self, timesteps: torch.Tensor, on_progress: OnProgress) -> Table:
         """Compute a table: read every folded weight once, in the order of the files, and multiply it."""
         component, device = self._replica.spec.checkpoint.component("transformer"), self._replica.device
-        total = sum(stored_bytes(info) for name, info in component.stored().items() if is_folded(name))
+        total = sum(stored.nbytes for name, stored in component.stored().items() if is_folded(name))
         log.info("computing modulation for %d steps: reading %.2f GB", len(timesteps), total / 1e9)
         done, started = 0, time.perf_counter()
         embedded, table = self._embedded(timesteps), self._empty_table(timesteps)
         missing = _results(table)
         waiting: dict[str, torch.Tensor] = {}  # weights without their bias yet, and the reverse
-        for name, tensor in component.tensors(is_folded, device):
-            waiting[name] = tensor.to(device, copy=tensor.dtype is torch.float32).float()
-            done += tensor.nbytes
+        for name, encoded in component.tensors(is_folded, device):
+            waiting[name] = encoded.to(device).decode().float()
+            done += sum(part.nbytes for part in encoded.parts.values())
             on_progress(done, total)
             layer = name.rpartition(".")[0]
             weight, bias = f"{layer}.weight", f"{layer}.bias"
@@ -208,7 +208,7 @@ class Modulation:
                 missing.pop(layer).copy_(result)
         if missing:
             raise CheckpointError(
-                f"{component.folder} lacks {len(missing)} modulation layers, the first being "
+                f"{component.path} lacks {len(missing)} modulation layers, the first being "
                 f"{next(iter(missing))}. Download the folder again."
             )
         seconds = time.perf_counter() - started
@@ -220,7 +220,9 @@ class Modulation:
         levels = torch.cat([timesteps.float().cpu(), torch.zeros(int(self._config.zero_cond_t))])
         component, device = self._replica.spec.checkpoint.component("transformer"), self._replica.device
         stored = component.tensors(lambda name: name.startswith(TIME_EMBEDDER))
-        weights = {name.removeprefix(TIME_EMBEDDER): tensor.to(device).float() for name, tensor in stored}
+        weights = {
+            name.removeprefix(TIME_EMBEDDER): encoded.to(device).decode().float() for name, encoded in stored
+        }
         x = get_timestep_embedding(
             levels.to(device), TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0, scale=TIME_SCALE
         )

@@ -38,9 +38,7 @@ def adaptable_layers(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
     The timestep embedding is none of them: every result in the folded table depends on it.
     """
     stored = checkpoint.component("transformer").stored().items()
-    matrices = {
-        name.removesuffix(".weight"): info["shape"] for name, info in stored if name.endswith(".weight")
-    }
+    matrices = {name.removesuffix(".weight"): each.shape for name, each in stored if name.endswith(".weight")}
     return {
         name: (shape[0], shape[1])
         for name, shape in matrices.items()

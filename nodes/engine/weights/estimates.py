@@ -13,7 +13,6 @@ import torch
 
 from ..cards.speeds import Speeds
 from ..files.checkpoint import Checkpoint
-from ..files.tensors import stored_bytes
 from ..latents import MEGAPIXEL, TOKEN_PIXELS, VAE_SCALE
 from ..units import GIB
 from .names import is_big_matrix, model_name
@@ -111,21 +110,22 @@ def weight_bytes(role: str, checkpoint: Checkpoint, precision: Precision) -> int
     precision: resolved for its card.
     """
     total, layer = 0.0, precision.layer
-    for stored, info in checkpoint.component(role).stored().items():
-        name = model_name(role, stored)
+    for stored_name, stored in checkpoint.component(role).stored().items():
+        name, shape = model_name(role, stored_name), stored.shape
         if name is None:
             continue
-        numel = torch.Size(info["shape"]).numel()
-        if role == "vae" and len(info["shape"]) == CONV_3D:
+        numel = torch.Size(shape).numel()
+        if role == "vae" and len(shape) == CONV_3D:
             # for single frames one time tap is kept, and nothing across time (layers.keep_single_frames)
-            numel = 0 if "time_conv" in name else numel // info["shape"][2]
-        if len(info["shape"]) != 2 or not name.endswith(".weight"):
+            numel = 0 if "time_conv" in name else numel // shape[2]
+        if len(shape) != 2 or not name.endswith(".weight"):
             total += numel * precision.math.itemsize
         elif layer is not None and is_big_matrix(role, name):
             total += numel * layer.weight_bytes
+        elif precision.storage is not None:
+            total += numel * precision.storage.itemsize
         else:
-            storage = precision.storage
-            total += numel * storage.itemsize if storage else stored_bytes(info)
+            total += stored.nbytes if precision.keeps(stored) else numel * stored.decoded_dtype.itemsize
     return int(total)
 
 

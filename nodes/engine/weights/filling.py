@@ -15,12 +15,13 @@ from accelerate.utils import set_module_tensor_to_device
 
 from ..errors import CheckpointError
 from ..files.cache import DiskCache
-from ..files.tensors import DTYPES, Layout, read_header, read_tensors, stored_bytes
+from ..files.encodings import Encoded, Plain, Stored
+from ..files.tensors import Layout, read_header, read_tensors, stored_bytes
 from ..progress import OnProgress
 from .components import ComponentSpec, Replica
 from .formats import QuantizedLinear
-from .layers import has_storage_dtype, prepare_layers
-from .names import model_name
+from .layers import UpcastLinear, has_storage_dtype, prepare_layers
+from .names import is_big_matrix, model_name
 
 log = logging.getLogger("FireRed")
 
@@ -51,9 +52,16 @@ def fill(
 
 
 def cache_name(spec: ComponentSpec) -> str | None:
-    """The name of a component's file in the cache; None for a precision that is not cached."""
+    """The name of a component's file in the cache; None where nothing is gained by one.
+
+    That is so for precisions that are quick to make, and for matrices that are used as their files have them.
+    """
     layer = spec.precision.layer
     if layer is None or layer.cached_as is None:
+        return None
+    stored = spec.checkpoint.component(spec.role).stored().items()
+    names = ((model_name(spec.role, name), each) for name, each in stored)
+    if any(name and is_big_matrix(spec.role, name) and layer.takes(each.encoding) for name, each in names):
         return None
     compute = str(spec.math).removeprefix("torch.")
     return f"{spec.checkpoint.name}-{spec.role}-{layer.cached_as}-{compute}-{spec.identity}"
@@ -65,14 +73,14 @@ class _Missing:
     def __init__(self, shapes: Mapping[str, Shape], source: Path):
         self._shapes, self._source = dict(shapes), source
 
-    def take(self, name: str, tensor: torch.Tensor, stored: str) -> None:
-        """Remove a tensor that arrived. stored: its name in the file. Raises CheckpointError."""
+    def take(self, name: str, shape: Shape, stored: str) -> None:
+        """Remove a tensor that arrived. stored: its name in the files. Raises CheckpointError."""
         if name not in self._shapes:
             raise CheckpointError(f"{self._source} has a tensor this model does not know: {stored}.")
         expected = self._shapes.pop(name)
-        if tuple(tensor.shape) != expected:
+        if tuple(shape) != expected:
             raise CheckpointError(
-                f"{self._source}: {stored} is {tuple(tensor.shape)}, its config.json says {expected}."
+                f"{self._source}: {stored} is {tuple(shape)}, its config.json says {expected}."
             )
 
     def require_none(self) -> None:
@@ -87,35 +95,31 @@ class _Missing:
 def _convert(
     model: torch.nn.Module, replica: Replica, on_progress: OnProgress, cache: DiskCache | None
 ) -> None:
-    """Fill the model from the checkpoint's unquantised tensors, and write the results to the cache."""
+    """Fill the model from the checkpoint's tensors, and write the results to the cache."""
     spec, device = replica.spec, replica.device
     component, modules = spec.checkpoint.component(spec.role), dict(model.named_modules())
-    headers = {model_name(spec.role, name): info for name, info in component.stored().items()}
-    headers.pop(None, None)
-    missing = _Missing(_unquantised_shapes(model), component.folder)
-    name = cache_name(spec)
-    writer = cache.create(name, _final_layout(model, spec, headers)) if cache and name else None
-    done, total = 0, sum(map(stored_bytes, headers.values()))
+    found = {
+        name: stored
+        for in_files, stored in component.stored().items()
+        if (name := model_name(spec.role, in_files)) is not None
+    }
+    missing = _Missing(_unquantised_shapes(model), component.path)
+    cached = cache_name(spec)
+    writer = cache.create(cached, _final_layout(model, spec, found)) if cache and cached else None
+    done, total = 0, sum(stored.nbytes for stored in found.values())
     try:
-        for stored, in_host in component.tensors(
+        for in_files, in_host in component.tensors(
             lambda each: model_name(spec.role, each) is not None, device
         ):
-            name = model_name(spec.role, stored)
+            name = model_name(spec.role, in_files)
             assert name is not None
-            tensor = in_host.to(device, copy=True)
-            missing.take(name, tensor, stored)
-            path, _, attribute = name.rpartition(".")
-            owner, parts = modules[path], [attribute]
-            if isinstance(owner, QuantizedLinear) and attribute == "weight":
-                owner.set_weight(tensor)
-                parts = list(owner.layout())
-            else:
-                dtype = spec.precision.storage if has_storage_dtype(owner, attribute) else spec.math
-                _set_parameter(model, name, tensor, dtype or tensor.dtype)
+            missing.take(name, in_host.shape, in_files)
+            parts = _set(model, modules, name, in_host.to(device), found[name], spec)
             if writer is not None:
+                path = name.rpartition(".")[0]
                 for part in parts:
-                    writer.write(f"{path}.{part}", getattr(owner, part))
-            done += tensor.nbytes
+                    writer.write(f"{path}.{part}", getattr(modules[path], part))
+            done += found[name].nbytes
             on_progress(done, total)
         missing.require_none()
         spec.require_unchanged()  # the cached file is named after the identity
@@ -126,14 +130,45 @@ def _convert(
             writer.abandon()
 
 
+def _set(
+    model: torch.nn.Module,
+    modules: Mapping[str, torch.nn.Module],
+    name: str,
+    encoded: Encoded,
+    stored: Stored,
+    spec: ComponentSpec,
+) -> list[str]:
+    """Give the model one of its tensors. Returns the attributes of its owner that now hold it."""
+    path, _, attribute = name.rpartition(".")
+    owner = modules[path]
+    if isinstance(owner, QuantizedLinear) and attribute == "weight":
+        if owner.takes(encoded.encoding):
+            owner.take(encoded)
+        else:
+            owner.set_weight(encoded.decode())
+        return list(owner.layout())
+    in_storage = has_storage_dtype(owner, attribute)
+    if in_storage and isinstance(owner, UpcastLinear) and _stays_encoded(spec, stored):
+        owner.keep(encoded)
+        return []
+    tensor = encoded.decode()
+    dtype = spec.precision.storage if in_storage else spec.math
+    _set_parameter(model, name, tensor, dtype or tensor.dtype)
+    return [attribute]
+
+
+def _stays_encoded(spec: ComponentSpec, stored: Stored) -> bool:
+    return spec.precision.keeps(stored) and not isinstance(stored.encoding, Plain)
+
+
 def _restore(model: torch.nn.Module, kept: Path, device: torch.device, on_progress: OnProgress) -> None:
     """Fill the model from a file of the cache. Its tensors have their final form."""
     modules = dict(model.named_modules())
     missing = _Missing(_final_shapes(model), kept)
-    done, total = 0, sum(map(stored_bytes, read_header(kept).values()))
+    done, total = 0, sum(map(stored_bytes, read_header(kept).tensors.values()))
     for name, in_host in read_tensors(kept, reuse_buffers_for=device):
         tensor = in_host.to(device, copy=True)
-        missing.take(name, tensor, name)
+        missing.take(name, tuple(tensor.shape), name)
         path, _, attribute = name.rpartition(".")
         owner = modules[path]
         if isinstance(owner, QuantizedLinear) and attribute in owner.layout():
@@ -165,8 +200,8 @@ def _final_shapes(model: torch.nn.Module) -> dict[str, Shape]:
     return shapes
 
 
-def _final_layout(model: torch.nn.Module, spec: ComponentSpec, headers: Mapping[str | None, dict]) -> Layout:
-    """The tensors of the filled model, with dtypes. headers: of the stored tensors, by names in the model."""
+def _final_layout(model: torch.nn.Module, spec: ComponentSpec, found: Mapping[str, Stored]) -> Layout:
+    """The tensors of the filled model, with dtypes. found: the stored tensors, by names in the model."""
     layout: dict[str, tuple[torch.dtype, Shape]] = {}
     for path, layer in _quantized_layers(model):
         layout |= {f"{path}.{part}": described for part, described in layer.layout().items()}
@@ -174,8 +209,8 @@ def _final_layout(model: torch.nn.Module, spec: ComponentSpec, headers: Mapping[
         owner, _, attribute = name.rpartition(".")
         in_storage = has_storage_dtype(model.get_submodule(owner), attribute)
         dtype = spec.precision.storage if in_storage else spec.math
-        if name in headers:
-            layout[name] = (dtype or DTYPES[headers[name]["dtype"]], tuple(parameter.shape))
+        if name in found:
+            layout[name] = (dtype or found[name].decoded_dtype, tuple(parameter.shape))
     return layout
 
 

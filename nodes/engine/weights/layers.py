@@ -7,20 +7,28 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 
+from ..files.encodings import Encoded
 from .names import is_big_matrix
 from .precision import Precision
 
 
 class UpcastLinear(torch.nn.Module):
-    """A linear layer that casts its stored weight to the activation's dtype at each use."""
+    """A linear layer that turns its stored weight into the activation's dtype at each use."""
 
     def __init__(self, layer: torch.nn.Linear):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias = layer.weight, layer.bias
+        self._encoded: Encoded | None = None
+
+    def keep(self, encoded: Encoded) -> None:
+        """Hold the weight as its file stores it, and decode it at each use."""
+        self.register_parameter("weight", None)
+        self._encoded = encoded
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias)
+        weight = self.weight if self._encoded is None else self._encoded.decode()
+        return F.linear(x, weight.to(x.dtype), self.bias)
 
 
 class UpcastEmbedding(torch.nn.Module):

@@ -11,6 +11,7 @@ import torch
 
 from ..cards.card import Card
 from ..errors import InputError
+from ..files.encodings import Stored
 from .formats import Int8BnbLinear, Int8FastLinear, Int8Linear, Nf4Linear, QuantizedLinear
 
 
@@ -18,7 +19,7 @@ from .formats import Int8BnbLinear, Int8FastLinear, Int8Linear, Nf4Linear, Quant
 class Precision:
     """How a component's weights are stored and in which dtype it computes.
 
-    storage: dtype of the matrices in memory; None keeps the checkpoint's.
+    storage: dtype of the matrices in memory; None keeps the form that the files have.
     compute: dtype of activations, products and small parameters (norms, biases); None is BF16 on a card that
     has it, else FP32.
     layer: the class that stores the big matrices in a format of its own.
@@ -41,6 +42,10 @@ class Precision:
         """The dtype of its arithmetic. Only for a precision that is resolved for a card."""
         assert self.compute is not None
         return self.compute
+
+    def keeps(self, stored: Stored) -> bool:
+        """Whether a matrix stays in memory as its file stores it, and is decoded at each use."""
+        return self.storage is None and self.layer is None and stored.encoding.quick
 
     @property
     def fp16_inside(self) -> bool:

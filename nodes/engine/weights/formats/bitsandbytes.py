@@ -13,6 +13,8 @@ import torch
 from ...cards.card import Card
 from ...cards.libraries import require_libraries
 from ...errors import FireRedError, first_line
+from ...files.encodings import MATRIX, Bnb4, Encoded, Encoding, Int8
+from .int8_math import LEVELS
 from .linear import QuantizedLinear
 
 # Columns with a value of 6 or more are multiplied separately, not in INT8
@@ -99,6 +101,16 @@ class Nf4Linear(BitsAndBytesLinear):
         )
         self.register_buffer("weight", packed)
 
+    @classmethod
+    def takes(cls, encoding: Encoding) -> bool:
+        return isinstance(encoding, Bnb4)
+
+    def take(self, encoded: Encoded) -> None:
+        assert isinstance(encoded.encoding, Bnb4)
+        self.quant_state = encoded.encoding.state(encoded.parts)
+        self.quant_state.dtype = self.compute
+        self.register_buffer("weight", encoded.parts[MATRIX])
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._library.matmul_4bit(x, self.weight.t(), quant_state=self.quant_state, bias=self.bias)
 
@@ -121,6 +133,18 @@ class Int8BnbLinear(BitsAndBytesLinear):
 
     def set_weight(self, weight: torch.Tensor) -> None:
         codes, scales, _ = self._library.functional.int8_vectorwise_quant(weight.to(torch.float16))
+        self._set(codes, scales)
+
+    @classmethod
+    def takes(cls, encoding: Encoding) -> bool:
+        return isinstance(encoding, Int8) and encoding.rotation is None
+
+    def take(self, encoded: Encoded) -> None:
+        assert isinstance(encoded.encoding, Int8)
+        scales = encoded.encoding.scales(encoded.parts, self.out_features).flatten() * LEVELS
+        self._set(encoded.parts[MATRIX], scales)
+
+    def _set(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
         self._state.CB, self._state.SCB = codes, scales
         self.register_buffer("weight", codes)
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import torch
 
+from ...files.encodings import MATRIX, Encoded, Encoding, Int8
+from ...files.rotations import OURS, Rotation
 from ...files.tensors import Layout
-from .int8_math import ROTATION, multiply_upcast, quantize_rows, rotate
+from .int8_math import multiply_upcast, quantize_rows
 from .int8_paths import IntegerPath, choose_path
 from .linear import QuantizedLinear
 
@@ -16,10 +18,14 @@ MIN_INT_MM_ROWS = 17  # torch._int_mm needs more than 16
 
 
 class Int8Linear(QuantizedLinear):
-    """An INT8 matrix. Each use turns it back into the activation's dtype."""
+    """An INT8 matrix. Each use turns it back into the activation's dtype.
 
+    rotation: ours, or that of a file whose rows are used as they lie.
+    """
+
+    rotation: Rotation | None = OURS
     weight_bytes = 1 + 4 / 3072  # a byte, and an FP32 scale per row of 3072
-    cached_as = f"int8-rot{ROTATION}"
+    cached_as = f"int8-rot{OURS.block}"
 
     def __init__(self, layer: torch.nn.Linear, compute: torch.dtype):
         super().__init__(layer, compute)
@@ -33,10 +39,20 @@ class Int8Linear(QuantizedLinear):
         }
 
     def set_weight(self, weight: torch.Tensor) -> None:
-        self.weight, self.weight_scale = quantize_rows(rotate(weight.float()))
+        self.weight, self.weight_scale = quantize_rows(OURS.of(weight.float()))
+
+    @classmethod
+    def takes(cls, encoding: Encoding) -> bool:
+        return isinstance(encoding, Int8)
+
+    def take(self, encoded: Encoded) -> None:
+        encoding = encoded.encoding
+        assert isinstance(encoding, Int8)
+        self.weight, self.rotation = encoded.parts[MATRIX], encoding.rotation
+        self.weight_scale = encoding.scales(encoded.parts, self.out_features).contiguous()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return multiply_upcast(x, self.weight, self.weight_scale, self.bias)
+        return multiply_upcast(x, self.weight, self.weight_scale, self.bias, self.rotation)
 
 
 class Int8FastLinear(Int8Linear):
@@ -50,12 +66,13 @@ class Int8FastLinear(Int8Linear):
 
     def prepare(self) -> str:
         """Choose the path for this layer's shape on its device by a test."""
-        self.path, report = choose_path(self.weight.device, self.compute, self.out_features, self.in_features)
+        shape = self.out_features, self.in_features
+        self.path, report = choose_path(self.weight.device, self.compute, *shape, self.rotation)
         return report
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // x.shape[-1]
         if self.path is None or rows < MIN_INT_MM_ROWS:
             return super().forward(x)
-        y = self.path.multiply(x.reshape(rows, -1), self.weight, self.weight_scale, self.bias)
+        y = self.path.multiply(x.reshape(rows, -1), self.weight, self.weight_scale, self.bias, self.rotation)
         return y.reshape(*x.shape[:-1], -1)

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from ...cards.timing import seconds_each
+from ...files.rotations import OURS, Rotation, rotated
 from .int8_math import (
-    ROTATION,
     dequantize,
     multiply_upcast,
     quantize_rows,
     quantize_tokens,
     rescale,
-    rotate,
 )
 
 log = logging.getLogger("FireRed")
@@ -29,9 +28,11 @@ TEST_ROWS, TIMING_ROWS = 64, 2048
 # Weight-only is chosen only if it is clearly faster. At a tie, each start could choose another path.
 CLEARLY_FASTER = 0.9
 
-Quantize = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Quantize = Callable[[torch.Tensor, Rotation | None], tuple[torch.Tensor, torch.Tensor]]
 Rescale = Callable[..., torch.Tensor]
-Multiply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+Multiply = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Rotation | None], torch.Tensor
+]
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,15 @@ class IntegerPath:
     rescale: Rescale
 
     def multiply(
-        self, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        rotation: Rotation | None = OURS,
     ) -> torch.Tensor:
         """x (m, k) times the INT8 weight's transpose (k, n): (m, n) in x's dtype."""
-        tokens, scale = self.quantize(x)
+        tokens, scale = self.quantize(x, rotation)
         # The transpose stays a view: INT8 kernels of every card take row-major times column-major.
         return self.rescale(torch._int_mm(tokens, weight.t()), scale, weight_scale, bias, x.dtype)
 
@@ -65,7 +71,11 @@ def integer_paths(device: torch.device) -> list[IntegerPath]:
 
 @functools.cache
 def choose_path(
-    device: torch.device, dtype: torch.dtype, out_features: int, in_features: int
+    device: torch.device,
+    dtype: torch.dtype,
+    out_features: int,
+    in_features: int,
+    rotation: Rotation | None = OURS,
 ) -> tuple[IntegerPath | None, str]:
     """The fastest correct path for this shape on this device, and a line for the log. None is weight-only.
 
@@ -74,7 +84,7 @@ def choose_path(
     shape = f"{out_features}x{in_features}"
     if out_features % INT_MM_MULTIPLE or in_features % INT_MM_MULTIPLE:
         return None, f"{shape} weight-only (sizes)"
-    product = _TestProduct.of(device, dtype, out_features, in_features)
+    product = _TestProduct.of(device, dtype, out_features, in_features, rotation)
     fastest: IntegerPath | None = None
     best, faults = product.seconds(multiply_upcast) / CLEARLY_FASTER, []
     for path in integer_paths(device):
@@ -100,40 +110,46 @@ def choose_path(
 class _TestProduct:
     """Inputs of a product on a device, and its result in FP64.
 
-    tokens: (TEST_ROWS, k). weight: INT8 (n, k), rotated. scale: (n, 1). bias: (n).
+    tokens: (TEST_ROWS, k). weight: INT8 (n, k), rotated by `rotation`. scale: (n, 1). bias: (n).
     """
 
     tokens: torch.Tensor
     weight: torch.Tensor
     scale: torch.Tensor
     bias: torch.Tensor
+    rotation: Rotation | None
     expected: torch.Tensor
 
     @classmethod
     def of(
-        cls, device: torch.device, dtype: torch.dtype, out_features: int, in_features: int
+        cls,
+        device: torch.device,
+        dtype: torch.dtype,
+        out_features: int,
+        in_features: int,
+        rotation: Rotation | None,
     ) -> _TestProduct:
         """A product with heavy channels. Its tokens have magnitudes from 1e-6 to 1e6."""
         generator = torch.Generator().manual_seed(0)
         unquantised = torch.randn(out_features, in_features, generator=generator).to(device)
-        weight, scale = quantize_rows(rotate(unquantised))
+        weight, scale = quantize_rows(rotated(unquantised, rotation))
         tokens = torch.randn(TEST_ROWS, in_features, generator=generator)
-        tokens[:, :: ROTATION + 1] *= 100  # heavy channels
+        tokens[:, :: OURS.block + 1] *= 100  # heavy channels
         tokens *= torch.logspace(-6, 6, TEST_ROWS).unsqueeze(1)
         tokens = tokens.to(device, dtype)
         bias = torch.randn(out_features, generator=generator).to(device, dtype)
-        matrix = rotate(dequantize(weight, scale, torch.float32)).double()
-        return cls(tokens, weight, scale, bias, tokens.double() @ matrix.T + bias.double())
+        matrix = rotated(dequantize(weight, scale, torch.float32), rotation).double()
+        return cls(tokens, weight, scale, bias, rotation, tokens.double() @ matrix.T + bias.double())
 
     def error(self, multiply: Multiply) -> float:
         """The largest relative error of a token's result; NaN where one is NaN."""
-        product = multiply(self.tokens, self.weight, self.scale, self.bias).double()
+        product = multiply(self.tokens, self.weight, self.scale, self.bias, self.rotation).double()
         return float(((product - self.expected).norm(dim=1) / self.expected.norm(dim=1)).max())
 
     def seconds(self, multiply: Multiply) -> float:
         """The time of a product with TIMING_ROWS tokens."""
         timed = self.tokens.repeat(TIMING_ROWS // TEST_ROWS, 1)
-        run = functools.partial(multiply, timed, self.weight, self.scale, self.bias)
+        run = functools.partial(multiply, timed, self.weight, self.scale, self.bias, self.rotation)
         return _seconds(run, self.tokens.device)
 
 

@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .int8_math import LEVELS, ROTATION, hadamard
+from ...files.rotations import OURS, Rotation
+from .int8_math import LEVELS
+from .int8_math import quantize_tokens as quantize_tokens_in_torch
 
 ROWS = 16  # tokens per program
 COLUMNS = 256  # channels per loop turn
@@ -59,20 +61,23 @@ def _rescale_kernel(
     tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
 
 
-def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_tokens(x: torch.Tensor, rotation: Rotation | None = OURS) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate and quantise activations (m, k) to INT8 with FP32 scales (m, 1). k must be a multiple of 256.
 
-    Cards with tensor cores rotate in TF32. Its error is an eighth of the error of rounding to INT8.
+    Cards with tensor cores rotate in TF32. Its error is an eighth of the error of rounding to INT8. The
+    kernel knows our rotation; others run in torch.
     """
+    if rotation != OURS:
+        return quantize_tokens_in_torch(x, rotation)
     x = x.contiguous()
     rows, width = x.shape
     if width % COLUMNS:
         raise ValueError(f"{width} channels are no multiple of {COLUMNS}")
     tokens = torch.empty((rows, width), dtype=torch.int8, device=x.device)
     scales = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
-    rotation = hadamard(x.device, torch.float32)
+    matrix = OURS.matrix(x.device, torch.float32)
     _quantize_kernel[(triton.cdiv(rows, ROWS),)](
-        x, rotation, tokens, scales, rows, width, ROTATION, ROWS, COLUMNS, LEVELS
+        x, matrix, tokens, scales, rows, width, OURS.block, ROWS, COLUMNS, LEVELS
     )
     return tokens, scales
 

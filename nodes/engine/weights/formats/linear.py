@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from ...cards.card import Card
+from ...files.encodings import Encoded, Encoding
 from ...files.tensors import Layout
 
 
@@ -43,6 +44,15 @@ class QuantizedLinear(torch.nn.Module):
 
     def set_weight(self, weight: torch.Tensor) -> None:
         """Convert the unquantised matrix (out, in) to the stored form. weight: on the layer's device."""
+        raise NotImplementedError
+
+    @classmethod
+    def takes(cls, encoding: Encoding) -> bool:
+        """Whether a matrix that a file stores so is used as it lies."""
+        return False
+
+    def take(self, encoded: Encoded) -> None:
+        """Set such a matrix. encoded: on the layer's device."""
         raise NotImplementedError
 
     def restore(self, name: str, tensor: torch.Tensor) -> None:

@@ -1,0 +1,327 @@
+"""Single files with the weights of one component, as ComfyUI's folders have them: .safetensors and .gguf.
+
+What such a file is, is read off its tensors' names. What it lacks is in `published/`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from ..latents import QWEN_STATISTICS, LatentStatistics
+from . import gguf
+from .checkpoint import TOKENIZER_FILES, Checkpoint, Component, download_hint
+from .configs import checked_config, read_json
+from .encodings import Plain, Stored
+from .identity import file_identity, folder_identity
+from .stored import stored_tensors
+from .tensors import file_version, read_header
+
+PUBLISHED = Path(__file__).with_name("published")
+SUFFIXES = (".safetensors", ".sft", gguf.SUFFIX)
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of transformers in files with more than one
+TIMESTEP_ZERO = "__index_timestep_zero__"  # marks a model whose references are modulated at timestep 0
+# Names that only this component's files have.
+SIGNS = (
+    ("transformer", ("txt_norm.weight", "img_in.weight", "transformer_blocks.0.attn.add_k_proj.weight")),
+    ("text_encoder", ("visual.patch_embed.proj.weight", "model.layers.0.self_attn.k_proj.weight")),
+    ("vae", ("decoder.middle.0.residual.0.gamma",)),
+    ("vae", ("decoder.mid_block.resnets.0.norm1.gamma",)),  # under diffusers' names
+)
+# What other files in the same folders are, by a name that their tensors begin with or have.
+OTHERS = {
+    "a file in nunchaku's own form": r".*\.(qweight|wscales)",
+    "FLUX": r"double_blocks\.|single_transformer_blocks\.",
+    "Stable Diffusion 3": r"joint_blocks\.",
+    "Wan": r"blocks\.0\.cross_attn\.",
+    "Stable Diffusion": r"input_blocks\.|model\.diffusion_model\.input_blocks\.|down_blocks\.",
+    "a text encoder as GGUF, which is not read here": r"blk\.0\.|v\.blk\.0\.",
+    "another text encoder": r"(text_model|encoder)\.(encoder\.layers|block)\.0\.|model\.layers\.0\.",
+    "another VAE": r"(encoder|decoder)\.(conv_in|down|mid|up|conv1)",
+}
+AXES = (16, 56, 56)  # of the published heads of 128 channels
+TEXT_HEAD, VISION_HEAD = 128, 80  # channels of Qwen2.5-VL's attention heads
+
+
+@dataclass(frozen=True)
+class FileComponent(Component):
+    """A component in one file. folder: the file. role: what it is."""
+
+    role: str
+
+    @property
+    def name(self) -> str:
+        return self.role
+
+    def config(self) -> dict[str, Any]:
+        """What its config.json would say, from its tensors. Raises CheckpointError for another model."""
+        return checked_config(self.role, CONFIGS[self.role](self), self.path)
+
+    def stored(self) -> Mapping[str, Stored]:
+        return _renamed(self.role, stored_tensors([self.path]))
+
+    def identity(self) -> str:
+        return hashlib.sha256(repr(file_identity(self.path)).encode()).hexdigest()[:16]
+
+    def _shard_paths(self) -> list[Path]:
+        return [self.path]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor. Raises CheckpointError when the file lacks it."""
+        stored = self.stored().get(name)
+        if stored is None:
+            raise CheckpointError(f"{self.path} lacks {name}. Download this file again.")
+        return stored.shape
+
+    def count(self, pattern: str) -> int:
+        """How many numbers the pattern's group finds in the names: the depth of a model."""
+        return len({match[1] for name in self.stored() if (match := re.match(pattern, name))})
+
+
+@dataclass(frozen=True)
+class PublishedComponent(Component):
+    """A component that another file has, as it was published: for plans only. folder: its config's folder."""
+
+    role: str
+
+    @property
+    def name(self) -> str:
+        return self.role
+
+    def config(self) -> dict[str, Any]:
+        return dict(checked_config(self.role, _published_config(self.role), self.path))
+
+    def stored(self) -> Mapping[str, Stored]:
+        return _published_tensors(self.role)
+
+    def shards(self) -> list[Path]:
+        return []
+
+    def identity(self) -> str:
+        return "published"
+
+
+@dataclass(frozen=True)
+class PublishedProcessor(Component):
+    """The processor of the published text encoder, with a tokenizer's files. folder: the tokenizer's."""
+
+    @property
+    def name(self) -> str:
+        return "processor"
+
+    def identity(self) -> str:
+        return f"{folder_identity(self.folder)}-{folder_identity(PUBLISHED)}"
+
+    @property
+    def needed(self) -> tuple[tuple[str, ...], ...]:
+        return (TOKENIZER_FILES,)
+
+    @contextlib.contextmanager
+    def readable(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(shutil.copytree(self.folder, Path(temporary) / "processor"))
+            pictures = read_json(PUBLISHED / "preprocessor_config.json")
+            videos = pictures | {"video_processor_type": "Qwen2VLVideoProcessor"}
+            for name, content in (("preprocessor", pictures), ("video_preprocessor", videos)):
+                (folder / f"{name}_config.json").write_text(json.dumps(content), encoding="utf-8")
+            yield folder
+
+
+@dataclass(frozen=True)
+class FileCheckpoint(Checkpoint):
+    """A file as a checkpoint of one component. folder: the file. role: what it holds.
+
+    tokenizer: a folder with the tokenizer's files, which a text encoder needs.
+    """
+
+    role: str
+    tokenizer: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return self.folder.stem
+
+    def component(self, name: str) -> Component:
+        """The file's own component; of others what was published, for plans. Raises CheckpointError."""
+        if name == self.role:
+            return FileComponent(self.folder, name)
+        if name == "scheduler":
+            return PublishedScheduler(PUBLISHED)
+        if name == "processor":
+            if self.tokenizer is None or not self.tokenizer.is_dir():
+                raise CheckpointError(
+                    f"{self.folder.name} has no tokenizer, and ComfyUI's own is not there. Update ComfyUI, "
+                    f"or use a folder. {download_hint()}"
+                )
+            return PublishedProcessor(self.tokenizer)
+        return PublishedComponent(PUBLISHED, name)
+
+    def latent_statistics(self) -> LatentStatistics:
+        return QWEN_STATISTICS
+
+
+@dataclass(frozen=True)
+class PublishedScheduler(Component):
+    """The published scheduler."""
+
+    @property
+    def name(self) -> str:
+        return "scheduler"
+
+
+def role_of(path: Path) -> str | None:
+    """The component that a file holds; None for a file of another kind, or one that cannot be read."""
+    try:
+        return _role(path, file_version(path))
+    except CheckpointError:
+        return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _role(path: Path, version: object) -> str | None:
+    """version: makes the cache look at a changed file again."""
+    try:
+        names = {_without_prefix(name) for name in read_header(path).tensors}
+    except CheckpointError:
+        return None
+    return next((role for role, signs in SIGNS if names.issuperset(signs)), None)
+
+
+def open_file(path: Path, role: str, tokenizer: Path | None = None) -> FileCheckpoint:
+    """The file as a checkpoint of that component. Raises CheckpointError that says what it is instead."""
+    if not is_weight_file(path.name):
+        raise CheckpointError(
+            f"{path.name} is neither .safetensors nor .gguf. Other formats can run programs when they are "
+            "read: use one of these."
+        )
+    header, found = read_header(path), role_of(path)  # a damaged file raises here
+    if found == role:
+        return FileCheckpoint(path, role, tokenizer)
+    wanted = role.replace("_", " ")
+    if found is not None:
+        raise CheckpointError(f"{path.name} is a {found.replace('_', ' ')}, not a {wanted}.")
+    names = list(map(_without_prefix, header.tensors))
+    kind = next((kind for kind, sign in OTHERS.items() if any(re.match(sign, name) for name in names)), None)
+    what = f"It looks like {kind}." if kind else f"Its first tensor is {next(iter(names), 'missing')}."
+    raise CheckpointError(
+        f"{path.name} is not the {wanted} of FireRed or Qwen-Image-Edit. {what} {download_hint()}"
+    )
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file of that name may hold a component."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def _without_prefix(name: str) -> str:
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _renamed(role: str, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The tensors under the names of the component's folder."""
+    renamed = {_without_prefix(name): each for name, each in stored.items()}
+    renamed.pop(TIMESTEP_ZERO, None)
+    if role == "vae":
+        from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+        return convert_wan_vae_to_diffusers(renamed)
+    return renamed
+
+
+def _transformer_config(component: FileComponent) -> dict[str, Any]:
+    head = component.shape("transformer_blocks.0.attn.norm_q.weight")[0]
+    width, channels = component.shape("img_in.weight")
+    names = read_header(component.path).tensors
+    return {
+        "num_layers": component.count(r"transformer_blocks\.(\d+)\."),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": component.shape("txt_norm.weight")[0],
+        "in_channels": channels,
+        "axes_dims_rope": [axis * head // sum(AXES) for axis in AXES],
+        "guidance_embeds": any("guidance_embedder" in name for name in names),
+        "use_additional_t_cond": any("addition_t_embedding" in name for name in names),
+        "zero_cond_t": any(_without_prefix(name) == TIMESTEP_ZERO for name in names),
+    }
+
+
+def _text_encoder_config(component: FileComponent) -> dict[str, Any]:
+    """The published one with the sizes of the file."""
+    config = read_json(PUBLISHED / "text_encoder.json")
+    text, vision = "model.layers.0.", "visual.blocks.0."
+    words, width = component.shape("model.embed_tokens.weight")
+    patches = component.shape("visual.patch_embed.proj.weight")[0]
+    depth = component.count(r"visual\.blocks\.(\d+)\.")
+    config["text_config"] |= {
+        "hidden_size": width,
+        "intermediate_size": component.shape(f"{text}mlp.gate_proj.weight")[0],
+        "num_hidden_layers": component.count(r"model\.layers\.(\d+)\."),
+        "num_attention_heads": component.shape(f"{text}self_attn.q_proj.weight")[0] // TEXT_HEAD,
+        "num_key_value_heads": component.shape(f"{text}self_attn.k_proj.weight")[0] // TEXT_HEAD,
+        "vocab_size": words,
+    }
+    whole = [block for block in config["vision_config"]["fullatt_block_indexes"] if block < depth]
+    config["vision_config"] |= {
+        "depth": depth,
+        "hidden_size": patches,
+        "num_heads": patches // VISION_HEAD,
+        "intermediate_size": component.shape(f"{vision}mlp.gate_proj.weight")[0],
+        "out_hidden_size": width,
+        "fullatt_block_indexes": whole,
+    }
+    return config
+
+
+def _vae_config(component: FileComponent) -> dict[str, Any]:
+    return {
+        "base_dim": component.shape("encoder.conv_in.weight")[0],
+        "z_dim": component.shape("post_quant_conv.weight")[0],
+        "input_channels": component.shape("encoder.conv_in.weight")[1],
+    }
+
+
+CONFIGS: dict[str, Callable[[FileComponent], dict[str, Any]]] = {
+    "transformer": _transformer_config,
+    "text_encoder": _text_encoder_config,
+    "vae": _vae_config,
+}
+
+
+def _published_config(role: str) -> dict[str, Any]:
+    """diffusers' defaults are the published transformer and VAE."""
+    return read_json(PUBLISHED / "text_encoder.json") if role == "text_encoder" else {}
+
+
+@functools.cache
+def _published_tensors(role: str) -> Mapping[str, Stored]:
+    """The tensors of a published component, in BF16, without any file."""
+    import diffusers
+    import transformers
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        if role == "text_encoder":
+            config = transformers.Qwen2_5_VLConfig.from_dict(_published_config(role))
+            model: Any = transformers.Qwen2_5_VLModel(config)
+        elif role == "vae":
+            model = diffusers.AutoencoderKLQwenImage()
+        else:
+            model = diffusers.QwenImageTransformer2DModel()
+    return {
+        name: Stored(Plain(torch.bfloat16), tuple(parameter.shape), {}, 2 * parameter.numel())
+        for name, parameter in model.named_parameters()
+    }

@@ -1,0 +1,518 @@
+"""The files that users of ComfyUI have: each form gives what the library that wrote it reads out of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import bitsandbytes.functional as bnb
+import comfy_kitchen
+import gguf
+import numpy as np
+import pytest
+import tiny_checkpoint
+import torch
+from comfy_kitchen.tensor.int8_utils import _build_hadamard, _rotate_weight
+from conftest import replica_for
+from core_vae import CORE_NAMES
+from diffusers import QwenImageTransformer2DModel
+from engine.errors import CheckpointError
+from engine.files.checkpoint import Checkpoint, open_checkpoint
+from engine.files.search import find_files
+from engine.files.single import FileCheckpoint, open_file, role_of
+from engine.models import loading, vae
+from engine.models.transformer import Transformer, rotary_embedding
+from engine.planning.planner import make_plan
+from engine.weights.filling import cache_name
+from machines import cpu_machine
+from PIL import Image
+from prompts import LOADERS, SAMPLE, changed, edit_prompt, keep_tensor, kept_tensor, succeed
+from safetensors.torch import load_file, save_file
+from test_transformer import GRIDS, by_diffusers, inputs
+
+from launcher.client import Client, PromptRejected
+from launcher.folders import comfyui_folder
+
+Tensors = dict[str, torch.Tensor]
+TOKENIZER = comfyui_folder() / "comfy/text_encoders/qwen25_tokenizer"
+TIMESTEP, GRID = torch.tensor([0.6]), GRIDS["reference"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A checkpoint whose sizes can be read off its tensors: heads of 128 channels, as published."""
+    path = tmp_path_factory.mktemp("published") / "tiny"
+    return open_checkpoint(tiny_checkpoint.build(path, text_width=256, published_heads=True))
+
+
+def weights(folder: Checkpoint, role: str = "transformer") -> Tensors:
+    return load_file(folder.folder / tiny_checkpoint.WEIGHTS[role])
+
+
+def is_matrix(name: str, tensor: torch.Tensor) -> bool:
+    """What these programs quantise: the linear layers of the blocks, modulation included."""
+    return name.startswith("transformer_blocks") and name.endswith(".weight") and tensor.ndim == 2
+
+
+# Each writes the transformer's tensors as a program does, and returns what that program reads out of them.
+
+
+def plain(dtype: torch.dtype) -> Callable[[Tensors, Path], Tensors]:
+    def write(tensors: Tensors, path: Path) -> Tensors:
+        stored = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        save_file(stored, path)
+        return stored
+
+    return write
+
+
+def with_prefix(tensors: Tensors, path: Path) -> Tensors:
+    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}, path)
+    return tensors
+
+
+def old_fp8(tensors: Tensors, path: Path) -> Tensors:
+    return _scaled(tensors, path, "scale_weight", {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)})
+
+
+def new_fp8(tensors: Tensors, path: Path) -> Tensors:
+    layers = {name.removesuffix(".weight") for name, tensor in tensors.items() if is_matrix(name, tensor)}
+    config = {"format": "float8_e4m3fn"}
+    described = {f"{layer}.comfy_quant": _bytes(config) for layer in layers}
+    return _scaled(tensors, path, "weight_scale", described)
+
+
+def _scaled(tensors: Tensors, path: Path, scale_name: str, beside: Tensors) -> Tensors:
+    """In FP8 with a scale for each matrix; the scale of the inputs is of no use to us."""
+    stored, decoded = dict(beside), dict(tensors)
+    for name, tensor in tensors.items():
+        if not is_matrix(name, tensor):
+            stored[name] = tensor
+            continue
+        scale = tensor.float().abs().max() / 448
+        codes, layer = (tensor.float() / scale).to(torch.float8_e4m3fn), name.removesuffix(".weight")
+        stored |= {name: codes, f"{layer}.{scale_name}": scale}
+        stored[f"{layer}.{'scale_input' if scale_name == 'scale_weight' else 'input_scale'}"] = torch.ones(())
+        decoded[name] = codes.float() * scale
+    save_file(stored, path)
+    return decoded
+
+
+def int8(convrot: bool, in_metadata: bool) -> Callable[[Tensors, Path], Tensors]:
+    def write(tensors: Tensors, path: Path) -> Tensors:
+        """With comfy-kitchen's own rotation and rounding."""
+        stored, decoded, layers = {}, dict(tensors), {}
+        hadamard = _build_hadamard(256)
+        for name, tensor in tensors.items():
+            if not is_matrix(name, tensor):
+                stored[name] = tensor
+                continue
+            layer, matrix = name.removesuffix(".weight"), tensor.float()
+            rotated = _rotate_weight(matrix, hadamard, 256) if convrot else matrix
+            codes, scale = comfy_kitchen.quantize_int8_rowwise(rotated)
+            stored |= {name: codes, f"{layer}.weight_scale": scale}
+            layers[layer] = {"format": "int8_tensorwise"} | ({"convrot": True} if convrot else {})
+            back = codes.float() * scale.reshape(-1, 1)
+            decoded[name] = _rotate_weight(back, hadamard, 256) if convrot else back
+        metadata = {"_quantization_metadata": json.dumps({"layers": layers})} if in_metadata else None
+        if not in_metadata:
+            stored |= {f"{layer}.comfy_quant": _bytes(config) for layer, config in layers.items()}
+        save_file(stored, path, metadata)
+        return decoded
+
+    return write
+
+
+def _bytes(config: dict) -> torch.Tensor:
+    return torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
+
+
+# Where the FP16 scales of a block are, so that random codes decode to small numbers.
+GGUF_SCALES = {
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,),
+    "IQ4_XS": (0,), "IQ2_XXS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ1_S": (0,), "TQ1_0": (52,),
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,),
+}  # fmt: skip
+
+
+def gguf_of(kind: str) -> Callable[[Tensors, Path], Tensors]:
+    def write(tensors: Tensors, path: Path) -> Tensors:
+        """As converters write it: blocks in that type, vectors in F32, the rest in BF16."""
+        quantised, decoded = gguf.GGMLQuantizationType[kind], {}
+        writer, generator = gguf.GGUFWriter(path, "qwen_image"), np.random.default_rng(0)
+        for name, tensor in tensors.items():
+            array = tensor.float().numpy()
+            if is_matrix(name, tensor):
+                codes = _blocks(array.shape, kind, generator)
+                writer.add_tensor(name, codes, raw_dtype=quantised)
+                decoded[name] = torch.from_numpy(gguf.dequantize(codes, quantised))
+            else:
+                writer.add_tensor(name, array)
+                decoded[name] = tensor.float()
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return decoded
+
+    return write
+
+
+def _blocks(shape: tuple[int, ...], kind: str, generator: np.random.Generator) -> np.ndarray:
+    """Random codes with scales that make numbers of the size of weights."""
+    size, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    codes = generator.integers(0, 256, (shape[0], shape[1] // size, nbytes), dtype=np.uint8)
+    for offset in GGUF_SCALES[kind]:
+        codes[..., offset : offset + 2] = np.frombuffer(np.float16(0.0005).tobytes(), np.uint8)
+    return codes.reshape(shape[0], -1)
+
+
+WRITERS: dict[str, Callable[[Tensors, Path], Tensors]] = {
+    "bf16": plain(torch.bfloat16),
+    "fp16": plain(torch.float16),
+    "fp32": plain(torch.float32),
+    "prefix": with_prefix,
+    "raw e4m3": plain(torch.float8_e4m3fn),
+    "raw e5m2": plain(torch.float8_e5m2),
+    "old fp8": old_fp8,
+    "new fp8": new_fp8,
+    "int8": int8(convrot=False, in_metadata=False),
+    "convrot": int8(convrot=True, in_metadata=False),
+    "convrot in metadata": int8(convrot=True, in_metadata=True),
+}
+GGUFS = {kind: gguf_of(kind) for kind in GGUF_SCALES}
+
+
+def written(name: str, tensors: Tensors, folder: Path) -> tuple[FileCheckpoint, Tensors]:
+    """A file in that form, and the numbers in it."""
+    path = folder / f"model.{'gguf' if name in GGUFS else 'safetensors'}"
+    decoded = (WRITERS | GGUFS)[name](tensors, path)
+    return open_file(path, "transformer"), decoded
+
+
+def original_of(folder: Checkpoint, decoded: Tensors) -> QwenImageTransformer2DModel:
+    """diffusers' model with these numbers as FP32 weights."""
+    model = QwenImageTransformer2DModel.from_pretrained(folder.folder / "transformer").float().eval()
+    model.load_state_dict({name: tensor.float() for name, tensor in decoded.items()})
+    return model
+
+
+@torch.inference_mode()
+def predicted(transformer: Transformer) -> torch.Tensor:
+    image, text = inputs(GRID, text_width=256)
+    compute = transformer.replica.spec.math
+    modulation = transformer.modulation.of(TIMESTEP).at(0)
+    rotary = rotary_embedding(transformer.model.config, GRID, text.shape[1], torch.device("cpu"))
+    arguments = image.to(compute), text.to(compute), modulation, rotary, GRID[0][0] * GRID[0][1]
+    return transformer.model(*arguments).float()
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize("form", [*WRITERS, *GGUFS])
+def test_a_form_gives_what_its_own_library_reads(folder: Checkpoint, tmp_path: Path, form: str) -> None:
+    checkpoint, decoded = written(form, weights(folder), tmp_path)
+    expected = by_diffusers(original_of(folder, decoded), GRID, TIMESTEP, None, text_width=256)
+    ours = predicted(loading.load(replica_for(checkpoint, "transformer", "fp32")))
+    assert difference(ours, expected) < 1e-5
+
+
+@pytest.mark.parametrize("form", ["raw e4m3", "new fp8", "convrot", "Q4_K", "IQ2_XXS"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int8-fast", "nf4"])
+def test_a_form_is_turned_into_each_precision(
+    folder: Checkpoint, tmp_path: Path, form: str, precision: str
+) -> None:
+    """As if the whole numbers had been stored: the difference is the precision's own rounding."""
+    checkpoint, decoded = written(form, weights(folder), tmp_path)
+    expected = by_diffusers(original_of(folder, decoded), GRID, TIMESTEP, None, text_width=256)
+    ours = predicted(loading.load(replica_for(checkpoint, "transformer", precision)))
+    assert difference(ours, expected) < {"bf16": 0.02, "int8": 0.02, "int8-fast": 0.03, "nf4": 0.2}[precision]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "nf4"])
+def test_a_file_is_the_folder_bit_for_bit(folder: Checkpoint, tmp_path: Path, precision: str) -> None:
+    checkpoint, _ = written("bf16", weights(folder), tmp_path)
+    one, other = (
+        predicted(loading.load(replica_for(each, "transformer", precision))) for each in (folder, checkpoint)
+    )
+    assert torch.equal(one, other)
+
+
+def test_int8_rows_are_used_as_they_lie(folder: Checkpoint, tmp_path: Path) -> None:
+    """Nothing is rounded twice, and nothing is cached that the file has already."""
+    checkpoint, decoded = written("convrot", weights(folder), tmp_path)
+    replica = replica_for(checkpoint, "transformer", "int8")
+    model = loading.load(replica).model
+    stored = load_file(checkpoint.folder)
+    name = "transformer_blocks.0.attn.to_q.weight"
+    assert torch.equal(model.get_submodule(name.removesuffix(".weight")).weight, stored[name])
+    assert cache_name(replica.spec) is None
+    expected = by_diffusers(original_of(folder, decoded), GRID, TIMESTEP, None, text_width=256)
+    assert difference(predicted(loading.load(replica)), expected) < 1e-4  # FP32 products: no rounding at all
+
+
+def test_fp32_keeps_the_files_own_form_in_memory(folder: Checkpoint, tmp_path: Path) -> None:
+    """So a file in four bits takes four bits, and its numbers lose nothing."""
+    checkpoint, _ = written("Q4_K", weights(folder), tmp_path)
+    whole = replica_for(folder, "transformer", "fp32").spec.nbytes()
+    kept = replica_for(checkpoint, "transformer", "fp32").spec.nbytes()
+    assert kept < 0.5 * whole
+
+
+def test_the_marker_of_2511_is_zero_cond_t(tmp_path: Path) -> None:
+    built = tiny_checkpoint.build(tmp_path / "tiny", text_width=256, published_heads=True, zero_cond_t=True)
+    folder = open_checkpoint(built)
+    marker = {"__index_timestep_zero__": torch.tensor(0.0)}
+    checkpoint, _ = written("bf16", weights(folder) | marker, tmp_path)
+    assert checkpoint.component("transformer").config()["zero_cond_t"]
+    one, other = (predicted(loading.load(replica_for(each, "transformer"))) for each in (folder, checkpoint))
+    assert torch.equal(one, other)
+
+
+# Folders that bitsandbytes quantised
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_folder_that_bitsandbytes_quantised(folder: Checkpoint, tmp_path: Path, bits: int) -> None:
+    copy = Path(shutil.copytree(folder.folder, tmp_path / "quantised"))
+    stored, decoded = {}, dict(weights(folder))
+    for name, tensor in weights(folder).items():
+        if not is_matrix(name, tensor) or "transformer_blocks.0.img_mod" in name:
+            stored[name] = tensor
+        elif bits == 8:
+            codes, scales, _ = bnb.int8_vectorwise_quant(tensor.half())
+            layer = name.removesuffix(".weight")
+            stored |= {name: codes, f"{layer}.SCB": scales, f"{layer}.weight_format": torch.tensor(0)}
+            decoded[name] = codes.float() * scales.float().reshape(-1, 1) / 127
+        else:
+            codes, state = bnb.quantize_4bit(tensor, quant_type="nf4", compress_statistics=True)
+            stored |= {name: codes, **{f"{name}.{key}": part for key, part in state.as_dict(True).items()}}
+            state.dtype = torch.float32
+            decoded[name] = bnb.dequantize_4bit(codes, state)
+    _save_in_two(stored, copy / "transformer")
+    config = json.loads((copy / "transformer/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", f"load_in_{bits}bit": True}
+    (copy / "transformer/config.json").write_text(json.dumps(config))
+    expected = by_diffusers(original_of(folder, decoded), GRID, TIMESTEP, None, text_width=256)
+    for precision, most in (("fp32", 1e-5), ("nf4", 1e-5) if bits == 4 else ("int8", 1e-4)):
+        ours = predicted(loading.load(replica_for(open_checkpoint(copy), "transformer", precision)))
+        assert difference(ours, expected) < most
+
+
+def _save_in_two(stored: Tensors, folder: Path) -> None:
+    """Two shards that part matrices from their scales, as the real ones do."""
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    names, files = sorted(stored), {}
+    for part in (0, 1):
+        file = f"diffusion_pytorch_model-0000{part + 1}-of-00002.safetensors"
+        save_file({name: stored[name].contiguous() for name in names[part::2]}, folder / file)
+        files |= dict.fromkeys(names[part::2], file)
+    index = {"weight_map": files}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+# Text encoders and VAEs
+
+
+@pytest.mark.parametrize("form", ["bf16", "fp8"])
+def test_a_text_encoder_in_one_file(folder: Checkpoint, tmp_path: Path, form: str) -> None:
+    """With ComfyUI's tokenizer: the published vocabulary, and 64 tokens before the prompt."""
+    tensors = {
+        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): tensor
+        for name, tensor in weights(folder, "text_encoder").items()
+    }
+    path = tmp_path / "qwen_2.5_vl_7b.safetensors.safetensors"
+    if form == "bf16":
+        save_file(tensors, path)
+    else:
+        matrices = {name for name, tensor in tensors.items() if "layers" in name and tensor.ndim == 2}
+        scales = {f"{name.removesuffix('.weight')}.scale_weight": torch.tensor(0.01) for name in matrices}
+        codes = {name: (tensors[name].float() / 0.01).to(torch.float8_e4m3fn) for name in matrices}
+        marker = {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
+        save_file(tensors | codes | scales | marker, path)
+        tensors |= {name: tensor.float() * 0.01 for name, tensor in codes.items()}
+    assert role_of(path) == "text_encoder"
+    encoder = loading.load(replica_for(open_file(path, "text_encoder", TOKENIZER), "text_encoder"))
+    for name, tensor in encoder.model.state_dict().items():
+        stored = name.replace("language_model.", "model.")
+        assert torch.equal(tensor.float(), tensors[stored].float()), name
+    embedding = encoder.encode("Add a red hat", [Image.new("RGB", (64, 48), "red")])
+    assert embedding.shape[-1] == 256 and bool(embedding.isfinite().all())
+
+
+@pytest.mark.parametrize("names", ["wan", "diffusers"])
+def test_a_vae_in_one_file_is_the_folder_bit_for_bit(folder: Checkpoint, tmp_path: Path, names: str) -> None:
+    tensors = weights(folder, "vae")
+    path = tmp_path / "qwen_image_vae.safetensors"
+    save_file({CORE_NAMES[name]: t for name, t in tensors.items()} if names == "wan" else tensors, path)
+    checkpoint, raw = open_file(path, "vae"), torch.randn(1, 16, 1, 8, 8)
+    one, other = (vae.decode(loading.load(replica_for(each, "vae")), raw)[0] for each in (folder, checkpoint))
+    assert torch.equal(one, other)
+    assert checkpoint.latent_statistics() == folder.latent_statistics()
+
+
+# What is found, and what is said of other files
+
+
+def test_only_the_files_of_the_role_are_listed(folder: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    written("bf16", weights(folder), tmp_path / "sub")
+    written("Q8_0", weights(folder), tmp_path)
+    save_file(weights(folder, "vae"), tmp_path / "vae.safetensors")
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(2, 2)}, tmp_path / "flux.safetensors")
+    (tmp_path / "damaged.safetensors").write_bytes(b"\x10")
+    torch.save({"txt_norm.weight": torch.ones(2)}, tmp_path / "pickle.pt")
+    assert list(find_files([tmp_path], "transformer")) == ["model.gguf", "sub/model.safetensors"]
+    assert list(find_files([tmp_path], "vae")) == ["vae.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("double_blocks.0.img_attn.qkv.weight", "looks like FLUX"),
+        ("joint_blocks.0.x_block.attn.qkv.weight", "looks like Stable Diffusion 3"),
+        ("blocks.0.cross_attn.k.weight", "looks like Wan"),
+        ("transformer_blocks.0.attn.to_qkv.qweight", "nunchaku's own form"),
+        ("something.else", "Its first tensor is something.else"),
+    ],
+)
+def test_another_model_is_called_by_its_name(tmp_path: Path, name: str, message: str) -> None:
+    save_file({name: torch.ones(2, 2)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        open_file(tmp_path / "other.safetensors", "transformer")
+
+
+def test_a_file_of_another_role_says_which(folder: Checkpoint, tmp_path: Path) -> None:
+    save_file(weights(folder, "vae"), tmp_path / "vae.safetensors")
+    with pytest.raises(CheckpointError, match=r"vae\.safetensors is a vae, not a transformer"):
+        open_file(tmp_path / "vae.safetensors", "transformer")
+
+
+def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "model.ckpt")
+    with pytest.raises(CheckpointError, match=r"neither \.safetensors nor \.gguf"):
+        open_file(tmp_path / "model.ckpt", "transformer")
+
+
+@pytest.mark.parametrize("form", ["bf16", "Q8_0"])
+def test_a_truncated_file_is_named(folder: Checkpoint, tmp_path: Path, form: str) -> None:
+    checkpoint, _ = written(form, weights(folder), tmp_path)
+    path = checkpoint.folder
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(CheckpointError, match=f"{path.name} is .*truncated"):
+        open_file(path, "transformer")
+
+
+@pytest.mark.parametrize("damage", ["no scale", "mxfp8", "blocks", "json"])
+def test_a_form_that_is_incomplete_or_unknown_is_named(
+    folder: Checkpoint, tmp_path: Path, damage: str
+) -> None:
+    checkpoint, _ = written("convrot", weights(folder), tmp_path)
+    tensors, layer = load_file(checkpoint.folder), "transformer_blocks.1.attn.to_k"
+    config = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 48}
+    if damage == "no scale":
+        del tensors[f"{layer}.weight_scale"]
+    elif damage == "json":
+        tensors[f"{layer}.comfy_quant"] = torch.ones(4, dtype=torch.uint8)
+    else:
+        tensors[f"{layer}.comfy_quant"] = _bytes({"format": "mxfp8"} if damage == "mxfp8" else config)
+    save_file(tensors, checkpoint.folder)
+    messages = {
+        "no scale": "to_k.weight lacks its scale",
+        "mxfp8": "to_k is in the form mxfp8",
+        "blocks": "rotated in blocks of 48, which cannot be",
+        "json": "what it says of its quantised layers cannot be read",
+    }
+    with pytest.raises(CheckpointError, match=messages[damage]):
+        replica_for(checkpoint, "transformer")
+
+
+def test_fp8_that_lost_its_scales_is_named(folder: Checkpoint, tmp_path: Path) -> None:
+    checkpoint, _ = written("old fp8", weights(folder), tmp_path)
+    tensors = load_file(checkpoint.folder)
+    save_file({n: t for n, t in tensors.items() if not n.endswith("scale_weight")}, checkpoint.folder)
+    with pytest.raises(CheckpointError, match="lacks its scale"):
+        replica_for(checkpoint, "transformer")
+
+
+def test_a_file_that_changes_while_it_loads_is_noticed(folder: Checkpoint, tmp_path: Path) -> None:
+    checkpoint, _ = written("bf16", weights(folder), tmp_path)
+
+    def replace(done: int, total: int) -> None:
+        plain(torch.float16)(weights(folder), checkpoint.folder)
+
+    with pytest.raises(CheckpointError, match=r"changed while they were in use|became shorter"):
+        loading.load(replica_for(checkpoint, "transformer"), replace)
+
+
+def test_the_plan_of_a_file_counts_the_published_other_parts(folder: Checkpoint, tmp_path: Path) -> None:
+    checkpoint, _ = written("bf16", weights(folder), tmp_path)
+    plan = make_plan(cpu_machine(), open_file(checkpoint.folder, "transformer", TOKENIZER))
+    sizes = {there.role: there.weights for there in plan.placements}
+    assert not plan.problems
+    assert 13e9 < sizes["text_encoder"] < 16e9 and 1e8 < sizes["vae"] < 3e8
+
+
+# Through the server
+
+
+@pytest.fixture(scope="module")
+def files(work: Path, folder: Checkpoint) -> dict[str, str]:
+    """A file of each role in ComfyUI's folders, by role. The same weights are a folder called `published`."""
+    models = work / "models"
+    shutil.copytree(folder.folder, models / "diffusers" / "published")
+    shutil.rmtree(models / "diffusers" / "published" / "processor")
+    pictures = tiny_checkpoint.Qwen2VLImageProcessor(min_pixels=3136, max_pixels=12845056)
+    shutil.copytree(TOKENIZER, models / "diffusers" / "published" / "processor")
+    pictures.save_pretrained(models / "diffusers" / "published" / "processor")
+    names = {
+        "transformer": "Sub/model.safetensors",
+        "text_encoder": "qwen.safetensors",
+        "vae": "vae.safetensors",
+    }
+    for role, kind in (
+        ("transformer", "diffusion_models"),
+        ("text_encoder", "text_encoders"),
+        ("vae", "vae"),
+    ):
+        path = models / kind / names[role]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({_core_name(role, name): tensor for name, tensor in weights(folder, role).items()}, path)
+    return names
+
+
+def _core_name(role: str, name: str) -> str:
+    if role == "vae":
+        return CORE_NAMES[name]
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
+def test_three_files_edit_as_their_folder_does(client: Client, work: Path, files: dict[str, str]) -> None:
+    from_folder = keep_tensor(edit_prompt("published"), [SAMPLE, 0], "folder")
+    succeed(client, changed(from_folder, SAMPLE, resume="off"))
+    for spelling in (str, lambda name: name.replace("/", "\\").lower()):
+        prompt = keep_tensor(changed(edit_prompt(), SAMPLE, resume="off", cfg=4.0), [SAMPLE, 0], "files")
+        for node, role in LOADERS.items():
+            prompt = changed(prompt, node, checkpoint=spelling(files[role]))
+        succeed(client, prompt)
+        one, other = (kept_tensor(work, name)["samples"] for name in ("folder", "files"))
+        assert torch.equal(one, other)
+
+
+def test_each_loader_lists_the_files_of_its_role(client: Client, files: dict[str, str]) -> None:
+    nodes = client.get("/object_info")
+    for node, role in (("Transformer", "transformer"), ("TextEncoder", "text_encoder"), ("VAE", "vae")):
+        listed = nodes[f"FireRedLoad{node}"]["input"]["required"]["checkpoint"][1]["options"]
+        others = {name for other, name in files.items() if other != role}
+        assert files[role] in listed and not others & set(listed)
+        assert listed.index("tiny") < listed.index(files[role]) < listed.index("FireRed-Demo")
+
+
+def test_a_file_in_the_wrong_loader_is_refused(client: Client, files: dict[str, str]) -> None:
+    with pytest.raises(PromptRejected, match="There is no checkpoint"):
+        client.run(changed(edit_prompt(), "3", checkpoint=files["transformer"]))
