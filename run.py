@@ -88,7 +88,13 @@ def parse_arguments() -> argparse.Namespace:
         help="one of the scripts in tests/benchmarks (default: hardware, which tests every card)",
     )
     bench.add_argument("script_arguments", nargs="*", metavar="ARGS", help="passed on to the script")
-    for command in (demo, serve, test, bench):
+    convert = commands.add_parser(
+        "convert", help="write a transformer as one INT8 file that ComfyUI's core loads too"
+    )
+    convert.add_argument("source", type=Path, help="a diffusers folder, a .safetensors or a .gguf file")
+    convert.add_argument("target", type=Path, help="the .safetensors file to write")
+    convert.add_argument("--precision", choices=["int8"], default="int8", help="int8 is ComfyUI's ConvRot")
+    for command in (demo, serve, test, bench, convert):
         command.add_argument(
             "--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help="your own ComfyUI"
         )
@@ -308,7 +314,13 @@ def bench(environment: Environment, comfyui: Path, args: argparse.Namespace) -> 
     return run_python(environment, comfyui, f"tests/benchmarks/{args.name}.py", *args.script_arguments)
 
 
-COMMANDS = {"demo": demo, "serve": serve, "test": test, "bench": bench}
+def convert(environment: Environment, comfyui: Path, args: argparse.Namespace) -> int:
+    source, target = (os.path.abspath(path) for path in (args.source, args.target))
+    options = [source, target, "--precision", args.precision]
+    return run_python(environment, comfyui, "-m", "launcher.convert", *options)
+
+
+COMMANDS = {"demo": demo, "serve": serve, "test": test, "bench": bench, "convert": convert}
 
 
 def run_python(environment: Environment, comfyui: Path, *arguments: str) -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from engine.files.single import FileCheckpoint, open_file, role_of
 from engine.models import loading, vae
 from engine.models.transformer import Transformer, rotary_embedding
 from engine.planning.planner import make_plan
+from engine.weights.conversion import write_int8
 from engine.weights.filling import cache_name
 from machines import cpu_machine
 from PIL import Image
@@ -516,3 +520,54 @@ def test_each_loader_lists_the_files_of_its_role(client: Client, files: dict[str
 def test_a_file_in_the_wrong_loader_is_refused(client: Client, files: dict[str, str]) -> None:
     with pytest.raises(PromptRejected, match="There is no checkpoint"):
         client.run(changed(edit_prompt(), "3", checkpoint=files["transformer"]))
+
+
+# Converting
+
+
+@pytest.mark.parametrize("form", ["bf16", "new fp8", "Q4_K"])
+def test_a_converted_file_loads_here_and_in_core(folder: Checkpoint, tmp_path: Path, form: str) -> None:
+    checkpoint, decoded = written(form, weights(folder), tmp_path)
+    target = tmp_path / "converted.safetensors"
+    write_int8(checkpoint.component("transformer"), target, torch.device("cpu"))
+    expected = by_diffusers(original_of(folder, decoded), GRID, TIMESTEP, None, text_width=256)
+    converted = open_file(target, "transformer")
+    assert difference(predicted(loading.load(replica_for(converted, "transformer", "int8"))), expected) < 0.02
+    stored = load_file(target)
+    for layer in ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.img_mod.1"):
+        product = subprocess.run(
+            [sys.executable, "-c", IN_CORE, str(target), layer, str(tmp_path / "core.safetensors")],
+            env=os.environ | {"PYTHONPATH": str(comfyui_folder())},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert product.returncode == 0, product.stderr
+        core = load_file(tmp_path / "core.safetensors")
+        right = core["x"] @ decoded[f"{layer}.weight"].float().T + stored[f"{layer}.bias"].float()
+        assert difference(core["y"], right) < 0.02
+
+
+# Load one layer with core's own class, as its loader does, and multiply.
+IN_CORE = """
+import sys, torch
+sys.argv[1:], (path, layer, target) = ["--cpu"], sys.argv[1:]
+import comfy.options
+comfy.options.enable_args_parsing()
+import comfy.ops
+from safetensors.torch import load_file, save_file
+state = {key.removeprefix(layer + "."): value for key, value in load_file(path).items() if key.startswith(layer + ".")}
+linear = comfy.ops.mixed_precision_ops(compute_dtype=torch.float32).Linear(state["weight"].shape[1], state["weight"].shape[0])
+linear.load_state_dict(state)
+x = torch.randn(40, state["weight"].shape[1], generator=torch.Generator().manual_seed(0))
+with torch.inference_mode():
+    save_file({"x": x, "y": linear(x).float().contiguous()}, target)
+"""  # noqa: E501
+
+
+def test_the_command_converts_and_never_overwrites(folder: Checkpoint, tmp_path: Path) -> None:
+    target = tmp_path / "converted.safetensors"
+    command = [sys.executable, "-m", "launcher.convert", str(folder.folder), str(target)]
+    first, second = (subprocess.run(command, capture_output=True, text=True, check=False) for _ in range(2))
+    assert first.returncode == 0 and "converted.safetensors: 0.0" in first.stdout
+    assert role_of(target) == "transformer"
+    assert second.returncode == 1 and "exists" in second.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["converted.safetensors"]
