@@ -267,10 +267,10 @@ def test_a_missing_component(client: Client, damaged: Path) -> None:
 def test_a_stored_dtype_that_is_not_read_is_told_by_its_own_loader_alone(
     client: Client, damaged: Path
 ) -> None:
-    rename_dtype(damaged / "transformer" / "diffusion_pytorch_model.safetensors", "img_in.weight", "F8_E4M3")
+    rename_dtype(damaged / "transformer" / "diffusion_pytorch_model.safetensors", "img_in.weight", "U16")
     error = fail(client, edit_prompt("damaged"))
     assert error["node_type"] == "FireRedLoadTransformer"
-    assert "img_in.weight is stored as F8_E4M3, which these nodes do not read" in error["exception_message"]
+    assert "img_in.weight is stored as U16, which these nodes do not read" in error["exception_message"]
     plan = with_node({}, "plan", "FireRedHardwarePlan", checkpoint="damaged")
     succeed(client, keep_tensor(keep_tensor(plan, ["plan", 1], "text"), ["plan", 2], "device"))
 

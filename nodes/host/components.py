@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 from comfy.cli_args import args
 
-from ..engine.cards.card import Card
 from ..engine.cards.kernels import require_kernels
 from ..engine.cards.libraries import require_libraries
 from ..engine.cards.preflight import preflight
@@ -20,7 +19,7 @@ from ..engine.planning.planner import Choice, make_plan
 from ..engine.units import GIB
 from ..engine.weights.components import ComponentSpec, Replica
 from ..engine.weights.estimates import Edit
-from ..engine.weights.precision import MATH, ROLE_PRECISIONS, Precision
+from ..engine.weights.precision import MATH, ROLE_PRECISIONS, require_library, runs_on
 from ..engine.weights.room import require_fit, working_bytes
 from .checkpoints import get_checkpoint
 from .devices import DeviceLabels, device_labels, machine
@@ -46,7 +45,7 @@ def open_component(role: str, checkpoint: str, precision: str, device: str, math
     log.info("%s, about %.1f GiB%s%s", replica, size, why, _attention_note(replica))
     require_kernels(replica.device)
     require_fit(replica)
-    _require_library(replica.spec.precision, replica.card)
+    require_library(replica.spec.precision, replica.card)
     if role == "transformer" and replica.spec.math is torch.float16:
         log.warning(
             "fp16 arithmetic overflows in this transformer; the sampler will stop at the step where it does."
@@ -98,7 +97,9 @@ def hardware_plan(
         speeds = preflight(torch.device("cpu")).speeds
         here = replace(here, cpu=replace(here.cpu, speeds=speeds, measured=True))
     settled = {role: _with_flags(role, (choices or {}).get(role, Choice())) for role in PRECISION_FLAGS}
-    return make_plan(here, checkpoint, edit, settled, runs=_runs_here)
+    return make_plan(
+        here, checkpoint, edit, settled, runs=lambda role, precision, card: runs_on(precision, card)
+    )
 
 
 def _present(label: str, role: str) -> str | None:
@@ -122,17 +123,3 @@ def _with_flags(role: str, choice: Choice) -> Choice:
         if getattr(args, flag, False):
             return replace(choice, precision=name, reason=f"--{flag.replace('_', '-')}")
     return choice
-
-
-def _require_library(precision: Precision, card: Card) -> None:
-    """Raise FireRedError when a library of the precision is missing or does not work on the card."""
-    if precision.layer is not None:
-        precision.layer.require_usable(card, precision.math, precision.name)
-
-
-def _runs_here(role: str, precision: Precision, card: Card) -> bool:
-    try:
-        _require_library(precision, card)
-    except FireRedError:
-        return False
-    return True

@@ -20,6 +20,7 @@ OLDEST = {
     "diffusers": "0.37",
     "transformers": "4.57",
     "accelerate": "1.10",
+    "gguf": "0.17",
     "bitsandbytes": "0.46",
 }
 # What every component uses of each library. transformers' image processor uses torchvision.
@@ -30,16 +31,16 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "transformers": ("Qwen2_5_VLModel", "Qwen2VLProcessor"),
     "accelerate": ("init_empty_weights",),
 }
-OPTIONAL = {"bitsandbytes": "nf4 and int8-bnb"}  # and the precisions that need it
+OPTIONAL = {"bitsandbytes": "nf4 and int8-bnb", "gguf": ".gguf files"}  # and what needs it
 TORCH_LIBRARIES = ("torch", "torchvision")  # must come from the same index
 
 
 def startup_warning() -> str | None:
     """A log line about libraries that are missing or too old; None if there are none. Imports nothing."""
     missing = {name: text for name in (*REQUIRED, *OPTIONAL) if (text := _shortcoming(name))}
-    for name, precisions in OPTIONAL.items():
+    for name, users in OPTIONAL.items():
         if name in missing:
-            missing[name] += f" (only {precisions} use it)"
+            missing[name] += f" (only {users} use it)"
     return f"{'; '.join(missing.values())}. {_install(*missing)}" if missing else None
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..cards.libraries import require_libraries
+from ..errors import CheckpointError, FireRedError
 
 SUFFIX = ".gguf"
 PLAIN = {"F32": "F32", "F16": "F16", "F64": "F64", "I8": "I8", "I32": "I32", "I64": "I64", "BF16": "BF16"}
@@ -20,9 +21,11 @@ def read_gguf_header(path: Path) -> tuple[dict[str, dict[str, Any]], int, dict[s
     the shape that it encodes. Raises CheckpointError.
     """
     try:
-        import gguf
-    except ImportError as error:
-        raise CheckpointError(f"{path} needs the package gguf ({error}). Install it.") from error
+        require_libraries("gguf")
+    except FireRedError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    import gguf
+
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items() if name == ARCHITECTURE}

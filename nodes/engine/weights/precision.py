@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..cards.card import Card
-from ..errors import InputError
+from ..errors import FireRedError, InputError
 from ..files.encodings import Stored
 from .formats import Int8BnbLinear, Int8FastLinear, Int8Linear, Nf4Linear, QuantizedLinear
 
@@ -105,6 +105,24 @@ def resolve(precision: Precision, card: Card, math: str = "auto") -> Precision:
     native = torch.bfloat16 if card.native_bf16 else torch.float32
     emulated = precision.compute is torch.bfloat16 and card.is_gpu and not card.native_bf16
     return replace(precision, compute=native) if precision.compute is None or emulated else precision
+
+
+def require_library(precision: Precision, card: Card) -> None:
+    """Raise FireRedError when a library of the precision is missing or does not work on the card.
+
+    precision: resolved for the card.
+    """
+    if precision.layer is not None:
+        precision.layer.require_usable(card, precision.math, precision.name)
+
+
+def runs_on(precision: Precision, card: Card) -> bool:
+    """Whether require_library finds nothing."""
+    try:
+        require_library(precision, card)
+    except FireRedError:
+        return False
+    return True
 
 
 def preferences(role: str, card: Card) -> tuple[str, ...]:

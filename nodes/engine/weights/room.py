@@ -8,7 +8,7 @@ from ..errors import FireRedError
 from ..units import GIB
 from .components import Replica
 from .estimates import RESERVED_BYTES, Edit, fits, workspace_bytes
-from .precision import ROLE_PRECISIONS, Precision, resolve
+from .precision import ROLE_PRECISIONS, Precision, resolve, runs_on
 
 
 class DoesNotFitError(FireRedError):
@@ -50,7 +50,7 @@ def require_fit(replica: Replica) -> None:
     smaller = []
     for name, row in ROLE_PRECISIONS[replica.spec.role].items():
         other = at_precision(replica, resolve(row, replica.card))
-        if _fits_card(other) and not row.is_fp16:
+        if _fits_card(other) and not row.is_fp16 and runs_on(other.spec.precision, other.card):
             smaller.append(f"{name} ({other.spec.nbytes() / GIB:.1f} GiB)")
     needs = f"{replica.spec.nbytes() / GIB:.1f} GiB and {working_bytes(replica) / GIB:.1f} GiB to work with"
     remedy = f"What fits: {', '.join(smaller)}." if smaller else "Choose a bigger card, or cpu."
