@@ -15,6 +15,7 @@ import comfy_kitchen
 import gguf
 import numpy as np
 import pytest
+import real_checkpoint
 import tiny_checkpoint
 import torch
 from comfy_kitchen.tensor.int8_utils import _build_hadamard, _rotate_weight
@@ -571,3 +572,46 @@ def test_the_command_converts_and_never_overwrites(folder: Checkpoint, tmp_path:
     assert role_of(target) == "transformer"
     assert second.returncode == 1 and "exists" in second.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["converted.safetensors"]
+
+
+# Both files through core's own loader, and how far their predictions are apart.
+WHOLE_IN_CORE = """
+import sys
+sys.argv[1:], paths = ["--cpu"], sys.argv[1:]
+import comfy.options
+comfy.options.enable_args_parsing()
+import torch, comfy.sd, comfy.model_management
+found = []
+for path in paths:
+    patcher = comfy.sd.load_diffusion_model(path)
+    comfy.model_management.load_models_gpu([patcher])
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 16, 1, 8, 8, generator=generator)
+    context = torch.randn(1, 7, 3584, generator=generator)
+    with torch.inference_mode():
+        found.append(patcher.model.diffusion_model(latents, torch.tensor([0.6]), context=context).float())
+print(float((found[1] - found[0]).norm() / found[0].norm()))
+"""
+
+
+def test_core_loads_a_converted_transformer_whole(tmp_path: Path) -> None:
+    """One block of the real width, as core knows no other."""
+    paths = tmp_path / "whole.safetensors", tmp_path / "converted.safetensors"
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, parameter in real_checkpoint.named_weights(real_checkpoint.transformer_on_meta(layers=1)):
+        tensor = torch.empty(parameter.shape, dtype=torch.bfloat16)
+        if parameter.ndim > 1:
+            tensors[name] = tensor.normal_(0, 0.02, generator=generator)
+        else:
+            tensors[name] = tensor.fill_(name.endswith("weight"))
+    save_file(tensors, paths[0])
+    write_int8(open_file(paths[0], "transformer").component("transformer"), paths[1], torch.device("cpu"))
+    done = subprocess.run(
+        [sys.executable, "-c", WHOLE_IN_CORE, *map(str, paths)],
+        env=os.environ | {"PYTHONPATH": str(comfyui_folder())},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    for path in paths:
+        path.unlink()
+    assert done.returncode == 0, done.stderr
+    assert 0 < float(done.stdout.split()[-1]) < 0.03
