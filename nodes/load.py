@@ -25,7 +25,7 @@ class _Loader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: Any = None, **_: Any) -> str:
-        return host.checkpoint_fingerprint(checkpoint, [cls.ROLE], cls.ROLE)
+        return host.checkpoint_fingerprint(checkpoint, cls.ROLE)
 
 
 def _inputs(role: str) -> list[io.Input]:

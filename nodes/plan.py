@@ -63,7 +63,7 @@ class FireRedHardwarePlan(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: Any = None, **_: Any) -> str:
-        return host.checkpoint_fingerprint(checkpoint, ROLES, "transformer")
+        return host.checkpoint_fingerprint(checkpoint, "transformer", ROLES)
 
     @classmethod
     def execute(

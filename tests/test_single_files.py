@@ -27,7 +27,6 @@ from engine.files.checkpoint import Checkpoint, open_checkpoint
 from engine.files.search import find_files
 from engine.files.single import FileCheckpoint, open_file, role_of
 from engine.models import loading, vae
-from engine.models.transformer import Transformer, rotary_embedding
 from engine.planning.planner import make_plan
 from engine.weights.conversion import write_int8
 from engine.weights.filling import cache_name
@@ -35,14 +34,14 @@ from machines import cpu_machine
 from PIL import Image
 from prompts import LOADERS, SAMPLE, changed, edit_prompt, keep_tensor, kept_tensor, succeed
 from safetensors.torch import load_file, save_file
-from test_transformer import GRIDS, by_diffusers, inputs
+from test_lora import GRID, TIMESTEP, predicted, relative_error
+from test_transformer import by_diffusers
 
 from launcher.client import Client, PromptRejected
 from launcher.folders import comfyui_folder
 
 Tensors = dict[str, torch.Tensor]
 TOKENIZER = comfyui_folder() / "comfy/text_encoders/qwen25_tokenizer"
-TIMESTEP, GRID = torch.tensor([0.6]), GRIDS["reference"]
 
 
 @pytest.fixture(scope="module")
@@ -204,26 +203,12 @@ def original_of(folder: Checkpoint, decoded: Tensors) -> QwenImageTransformer2DM
     return model
 
 
-@torch.inference_mode()
-def predicted(transformer: Transformer) -> torch.Tensor:
-    image, text = inputs(GRID, text_width=256)
-    compute = transformer.replica.spec.math
-    modulation = transformer.modulation.of(TIMESTEP).at(0)
-    rotary = rotary_embedding(transformer.model.config, GRID, text.shape[1], torch.device("cpu"))
-    arguments = image.to(compute), text.to(compute), modulation, rotary, GRID[0][0] * GRID[0][1]
-    return transformer.model(*arguments).float()
-
-
-def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours - theirs).norm() / theirs.norm())
-
-
 @pytest.mark.parametrize("form", [*WRITERS, *GGUFS])
 def test_a_form_gives_what_its_own_library_reads(folder: Checkpoint, tmp_path: Path, form: str) -> None:
     checkpoint, decoded = written(form, weights(folder), tmp_path)
     expected = by_diffusers(original_of(folder, decoded), GRID, TIMESTEP, None, text_width=256)
     ours = predicted(loading.load(replica_for(checkpoint, "transformer", "fp32")))
-    assert difference(ours, expected) < 1e-5
+    assert relative_error(ours, expected) < 1e-5
 
 
 @pytest.mark.parametrize("form", ["raw e4m3", "new fp8", "convrot", "Q4_K", "IQ2_XXS"])
@@ -235,7 +220,10 @@ def test_a_form_is_turned_into_each_precision(
     checkpoint, decoded = written(form, weights(folder), tmp_path)
     expected = by_diffusers(original_of(folder, decoded), GRID, TIMESTEP, None, text_width=256)
     ours = predicted(loading.load(replica_for(checkpoint, "transformer", precision)))
-    assert difference(ours, expected) < {"bf16": 0.02, "int8": 0.02, "int8-fast": 0.03, "nf4": 0.2}[precision]
+    assert (
+        relative_error(ours, expected)
+        < {"bf16": 0.02, "int8": 0.02, "int8-fast": 0.03, "nf4": 0.2}[precision]
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "nf4"])
@@ -257,7 +245,9 @@ def test_int8_rows_are_used_as_they_lie(folder: Checkpoint, tmp_path: Path) -> N
     assert torch.equal(model.get_submodule(name.removesuffix(".weight")).weight, stored[name])
     assert cache_name(replica.spec) is None
     expected = by_diffusers(original_of(folder, decoded), GRID, TIMESTEP, None, text_width=256)
-    assert difference(predicted(loading.load(replica)), expected) < 1e-4  # FP32 products: no rounding at all
+    assert (
+        relative_error(predicted(loading.load(replica)), expected) < 1e-4
+    )  # FP32 products: no rounding at all
 
 
 def test_fp32_keeps_the_files_own_form_in_memory(folder: Checkpoint, tmp_path: Path) -> None:
@@ -305,7 +295,7 @@ def test_a_folder_that_bitsandbytes_quantised(folder: Checkpoint, tmp_path: Path
     expected = by_diffusers(original_of(folder, decoded), GRID, TIMESTEP, None, text_width=256)
     for precision, most in (("fp32", 1e-5), ("nf4", 1e-5) if bits == 4 else ("int8", 1e-4)):
         ours = predicted(loading.load(replica_for(open_checkpoint(copy), "transformer", precision)))
-        assert difference(ours, expected) < most
+        assert relative_error(ours, expected) < most
 
 
 def _save_in_two(stored: Tensors, folder: Path) -> None:
@@ -533,7 +523,10 @@ def test_a_converted_file_loads_here_and_in_core(folder: Checkpoint, tmp_path: P
     write_int8(checkpoint.component("transformer"), target, torch.device("cpu"))
     expected = by_diffusers(original_of(folder, decoded), GRID, TIMESTEP, None, text_width=256)
     converted = open_file(target, "transformer")
-    assert difference(predicted(loading.load(replica_for(converted, "transformer", "int8"))), expected) < 0.02
+    assert (
+        relative_error(predicted(loading.load(replica_for(converted, "transformer", "int8"))), expected)
+        < 0.02
+    )
     stored = load_file(target)
     for layer in ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.img_mod.1"):
         product = subprocess.run(
@@ -544,7 +537,7 @@ def test_a_converted_file_loads_here_and_in_core(folder: Checkpoint, tmp_path: P
         assert product.returncode == 0, product.stderr
         core = load_file(tmp_path / "core.safetensors")
         right = core["x"] @ decoded[f"{layer}.weight"].float().T + stored[f"{layer}.bias"].float()
-        assert difference(core["y"], right) < 0.02
+        assert relative_error(core["y"], right) < 0.02
 
 
 # Load one layer with core's own class, as its loader does, and multiply.

@@ -27,22 +27,22 @@ NO_CHECKPOINT = "put a FireRed folder into models/diffusers"
 SEARCHING_SHARE = 0.1  # of all time that may go into searching the disk for checkpoints
 
 
-def checkpoint_names(role: str | None = None) -> list[str]:
+def checkpoint_names(role: str) -> list[str]:
     """What a loader of that component can choose: folders of the edit pipeline, single files, the built-in.
 
-    role: None for folders alone. Without any, one line that says where to put them.
+    Without any, one line that says where to put them.
     """
     built_in = [BUILT_IN.name] if BUILT_IN.is_dir() else []
     return list(dict.fromkeys([*_found(role), *built_in])) or [NO_CHECKPOINT]
 
 
-def _found(role: str | None) -> dict[str, Path]:
+def _found(role: str) -> dict[str, Path]:
     """Folders and then files, by name. A slow search is kept longer: ComfyUI asks a dozen times a prompt."""
     roots, started = tuple(_checkpoint_roots()), time.monotonic()
-    file_roots = tuple(folder_paths.get_folder_paths(FILE_FOLDERS[role])) if role else ()
+    file_roots = tuple(folder_paths.get_folder_paths(FILE_FOLDERS[role]))
     last = _searches.get(role)
     if last is None or last.roots != (roots, file_roots) or started >= last.valid_until:
-        files = find_files(file_roots, role) if role else {}
+        files = find_files(file_roots, role)
         found = {**files, **find_checkpoints(roots)}
         ordered = {name: found[name] for name in sorted(found, key=lambda name: (name in files, name))}
         ended = time.monotonic()
@@ -57,14 +57,14 @@ class _Search(NamedTuple):
     valid_until: float  # on the monotonic clock
 
 
-_searches: dict[str | None, _Search] = {}
+_searches: dict[str, _Search] = {}
 
 
 def _checkpoint_roots() -> list[str]:
     return folder_paths.get_folder_paths("diffusers")
 
 
-def get_checkpoint(name: object, role: str | None = None) -> Checkpoint:
+def get_checkpoint(name: object, role: str) -> Checkpoint:
     """The checkpoint of that name, as checkpoint_names spells it for that component.
 
     A name may also have backslashes or capitals as another system wrote them. Raises CheckpointError that
@@ -78,9 +78,9 @@ def get_checkpoint(name: object, role: str | None = None) -> Checkpoint:
                 return open_checkpoint(path)
             except CheckpointError as error:
                 problem = problem or error
-    file_roots = folder_paths.get_folder_paths(FILE_FOLDERS[role]) if role else []
+    file_roots = folder_paths.get_folder_paths(FILE_FOLDERS[role])
     for path in filter(None, (_path_below(root, name) for root in file_roots)):
-        if role is not None and path.is_file():
+        if path.is_file():
             return open_file(path, role, TOKENIZER)
     if problem is not None:
         raise problem
@@ -120,7 +120,7 @@ def _path_below(root: str, name: object) -> Path | None:
         return None
 
 
-def validate_checkpoint(name: object, role: str | None = None) -> bool | str:
+def validate_checkpoint(name: object, role: str) -> bool | str:
     """For a node's validate_inputs: True, or what is wrong. Never raises.
 
     name: None where it comes from a link. It is then unknown until the node runs.
@@ -134,16 +134,16 @@ def validate_checkpoint(name: object, role: str | None = None) -> bool | str:
     return True
 
 
-def checkpoint_fingerprint(name: object, roles: Sequence[str], role: str | None = None) -> str:
-    """For a node's fingerprint_inputs: changes when the results of these components may. Never raises.
+def checkpoint_fingerprint(name: object, role: str, roles: Sequence[str] = ()) -> str:
+    """For a node's fingerprint_inputs: changes when the results of its components may. Never raises.
 
     name: None where it comes from a link. The fingerprint then covers every checkpoint. role: of the list
-    that the name is from.
+    that the name is from. roles: the components, if others than that.
     """
     if name is None:
-        return " ".join(checkpoint_fingerprint(each, roles, role) for each in checkpoint_names(role))
+        return " ".join(checkpoint_fingerprint(each, role, roles) for each in checkpoint_names(role))
     try:
         checkpoint = get_checkpoint(name, role)
     except FireRedError as error:
         return str(error)
-    return " ".join(fingerprint(role, checkpoint) for role in roles)
+    return " ".join(fingerprint(each, checkpoint) for each in roles or [role])

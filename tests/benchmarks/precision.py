@@ -23,7 +23,7 @@ import psutil
 import torch
 from engine.cards.card import Card
 from engine.files.cache import DiskCache
-from engine.files.checkpoint import open_checkpoint
+from engine.files.checkpoint import Checkpoint, open_checkpoint
 from engine.models import loading
 from engine.sampling.conditioning import NEGATIVE, POSITIVE, Condition
 from engine.sampling.sampling import prepare_run
@@ -38,10 +38,14 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 
 
 def replica_for(folder: Path, role: str, precision: str, math: str = "fp32") -> Replica:
+    return replica_of(open_checkpoint(folder), role, precision, math)
+
+
+def replica_of(checkpoint: Checkpoint, role: str, precision: str, math: str) -> Replica:
     memory, name = torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name()
     card = Card("gpu:0", name, DEVICE, native_bf16=math == "bf16", memory=memory)
     resolved = resolve(ROLE_PRECISIONS[role][precision], card, math)
-    return Replica(ComponentSpec.of(role, open_checkpoint(folder), resolved), card)
+    return Replica(ComponentSpec.of(role, checkpoint, resolved), card)
 
 
 def cap() -> None:

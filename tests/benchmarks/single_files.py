@@ -18,14 +18,11 @@ import numpy as np
 import real_checkpoint
 import torch
 from diffusers import GGUFQuantizationConfig, QwenImageTransformer2DModel
-from engine.cards.card import Card
 from engine.files.cache import CacheWriter
 from engine.files.single import open_file
 from engine.models import loading
 from engine.sampling.workers import LocalWorker
-from engine.weights.components import ComponentSpec, Replica
-from engine.weights.precision import PRECISIONS, resolve
-from precision import DEVICE, GIB, inputs, timed
+from precision import DEVICE, GIB, inputs, replica_of, timed
 
 Shapes = dict[str, tuple[int, ...]]
 CONVROT = torch.tensor(list(b'{"format": "int8_tensorwise", "convrot": true}'), dtype=torch.uint8)
@@ -110,12 +107,7 @@ def measure(path: Path, precision: str, config: Path) -> str:
         ).to(DEVICE)
         seconds = time.perf_counter() - started
         return f"{seconds:.1f} | {used_gib():.1f} | {host_gib() - before:.1f} | ({type(model).__name__})"
-    memory, name = torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name()
-    card = Card("gpu:0", name, DEVICE, native_bf16=True, memory=memory)
-    spec = ComponentSpec.of(
-        "transformer", open_file(path, "transformer"), resolve(PRECISIONS[precision], card, "bf16")
-    )
-    replica = Replica(spec, card)
+    replica = replica_of(open_file(path, "transformer"), "transformer", precision, "bf16")
     transformer = loading.load(replica)
     torch.cuda.synchronize()
     seconds, used, host = time.perf_counter() - started, used_gib(), host_gib() - before

@@ -39,22 +39,14 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 @dataclass(frozen=True)
 class Component:
-    """One component's folder of a checkpoint, such as `transformer`."""
+    """One component of a checkpoint, such as `transformer`. path: its folder."""
 
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-    @property
-    def path(self) -> Path:
-        """Where it is, for messages."""
-        return self.folder
+    path: Path
+    name: str
 
     def config(self) -> dict[str, Any]:
         """Its config.json (scheduler_config.json for the scheduler), as read_config checks it."""
-        return read_config(self.folder, self.name)
+        return read_config(self.path, self.name)
 
     def shards(self) -> list[Path]:
         """The weight files, each checked. Raises CheckpointError naming one that is missing or incomplete."""
@@ -70,29 +62,29 @@ class Component:
         variants = [name for name in files if VARIANT.fullmatch(name) and not SHARD.fullmatch(name)]
         if not plain and len(variants) > 1:
             raise CheckpointError(
-                f"{self.folder} has several variants of its weights: {', '.join(variants)}. Keep one of them."
+                f"{self.path} has several variants of its weights: {', '.join(variants)}. Keep one of them."
             )
         for name in plain or variants:
-            path = self.folder / name
+            path = self.path / name
             return _indexed_shards(path) if name.endswith(".json") else [path]
         if any(map(SHARD.fullmatch, files)):
             raise CheckpointError(
-                f"{self.folder} has no *.safetensors.index.json beside its shards. Download it again; they "
+                f"{self.path} has no *.safetensors.index.json beside its shards. Download it again; they "
                 f"can stay."
             )
         others = [name for name in files if name.endswith(OTHER_WEIGHTS)]
         if not others:
-            raise CheckpointError(f"No .safetensors weights in {self.folder}. Download the folder again.")
+            raise CheckpointError(f"No .safetensors weights in {self.path}. Download the folder again.")
         raise CheckpointError(
-            f"No .safetensors weights in {self.folder} that these nodes read ({' or '.join(WEIGHT_FILES)}): "
+            f"No .safetensors weights in {self.path} that these nodes read ({' or '.join(WEIGHT_FILES)}): "
             f"it has {', '.join(others)}. Download the safetensors files of the original folder."
         )
 
     def _file_names(self) -> list[str]:
         try:
-            return sorted(name for name in os.listdir(self.folder) if not name.startswith("."))
+            return sorted(name for name in os.listdir(self.path) if not name.startswith("."))
         except OSError as error:
-            raise CheckpointError(f"{self.folder} cannot be read ({error}). Check the disk.") from error
+            raise CheckpointError(f"{self.path} cannot be read ({error}). Check the disk.") from error
 
     def stored(self) -> Mapping[str, Stored]:
         """The tensors in its files, by name. Checks the files as shards() does."""
@@ -113,11 +105,11 @@ class Component:
     @contextlib.contextmanager
     def readable(self) -> Iterator[Path]:
         """A folder from which libraries read it, inside the context."""
-        yield self.folder
+        yield self.path
 
     def identity(self) -> str:
         """A short hash of the component's files. See folder_identity."""
-        return folder_identity(self.folder)
+        return folder_identity(self.path)
 
 
 @dataclass(frozen=True)
@@ -130,15 +122,10 @@ class Checkpoint:
     def name(self) -> str:
         return self.folder.name
 
-    @property
-    def path(self) -> Path:
-        """Where it is, for messages."""
-        return self.folder
-
     def component(self, name: str) -> Component:
         """The component. Raises CheckpointError when there is none."""
-        component = Component(self.folder / name)
-        if not component.folder.is_dir():
+        component = Component(self.folder / name, name)
+        if not component.path.is_dir():
             raise CheckpointError(
                 f"Checkpoint {self.name!r} has no {name}/ folder in {self.folder}. Download it again."
             )

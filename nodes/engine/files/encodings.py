@@ -25,8 +25,10 @@ Parts = Mapping[str, torch.Tensor]
 class Encoding:
     """How a tensor is stored. `decode` gives FP32, wherever the parts are."""
 
-    # Whether decoding is quick enough to be done at each use of the tensor.
-    quick = True
+    @property
+    def quick(self) -> bool:
+        """Whether decoding is quick enough to be done at each use of the tensor."""
+        return True
 
     def decode(self, parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
         raise NotImplementedError
@@ -107,7 +109,7 @@ class Ggml(Encoding):
     type_name: str
 
     @property
-    def quick(self) -> bool:  # type: ignore[override]
+    def quick(self) -> bool:
         return self._in_torch is not None
 
     @functools.cached_property
@@ -150,9 +152,9 @@ class Encoded(NamedTuple):
     shape: tuple[int, ...]
     parts: Parts
 
-    def to(self, device: torch.device) -> Encoded:
-        """A copy on the device."""
-        parts = {name: tensor.to(device, copy=True) for name, tensor in self.parts.items()}
+    def to(self, device: torch.device, copy: bool = True) -> Encoded:
+        """On the device. copy: also where it is there already."""
+        parts = {name: tensor.to(device, copy=copy) for name, tensor in self.parts.items()}
         return self._replace(parts=parts)
 
     def decode(self) -> torch.Tensor:

@@ -62,7 +62,7 @@ def _samples(path: Path, size: int) -> Iterator[tuple[int, int]]:
         yield 0, size
         return
     try:
-        header, start_of_data, *_ = read_header(path)
+        header, start_of_data, _ = read_header(path)
     except CheckpointError:
         header, start_of_data = {}, SAMPLED_BYTES
     yield 0, start_of_data

@@ -57,20 +57,14 @@ TEXT_HEAD, VISION_HEAD = 128, 80  # channels of Qwen2.5-VL's attention heads
 
 @dataclass(frozen=True)
 class FileComponent(Component):
-    """A component in one file. folder: the file. role: what it is."""
-
-    role: str
-
-    @property
-    def name(self) -> str:
-        return self.role
+    """A component in one file. path: the file."""
 
     def config(self) -> dict[str, Any]:
         """What its config.json would say, from its tensors. Raises CheckpointError for another model."""
-        return checked_config(self.role, CONFIGS[self.role](self), self.path)
+        return checked_config(self.name, CONFIGS[self.name](self), self.path)
 
     def stored(self) -> Mapping[str, Stored]:
-        return _renamed(self.role, stored_tensors([self.path]))
+        return _renamed(self.path, self.name, file_version(self.path))
 
     def identity(self) -> str:
         return hashlib.sha256(repr(file_identity(self.path)).encode()).hexdigest()[:16]
@@ -92,19 +86,13 @@ class FileComponent(Component):
 
 @dataclass(frozen=True)
 class PublishedComponent(Component):
-    """A component that another file has, as it was published: for plans only. folder: its config's folder."""
-
-    role: str
-
-    @property
-    def name(self) -> str:
-        return self.role
+    """A component that another file has, as it was published: for plans only. path: its config's folder."""
 
     def config(self) -> dict[str, Any]:
-        return dict(checked_config(self.role, _published_config(self.role), self.path))
+        return checked_config(self.name, _published_config(self.name), self.path)
 
     def stored(self) -> Mapping[str, Stored]:
-        return _published_tensors(self.role)
+        return _published_tensors(self.name)
 
     def shards(self) -> list[Path]:
         return []
@@ -115,14 +103,10 @@ class PublishedComponent(Component):
 
 @dataclass(frozen=True)
 class PublishedProcessor(Component):
-    """The processor of the published text encoder, with a tokenizer's files. folder: the tokenizer's."""
-
-    @property
-    def name(self) -> str:
-        return "processor"
+    """The processor of the published text encoder, with a tokenizer's files. path: the tokenizer's folder."""
 
     def identity(self) -> str:
-        return f"{folder_identity(self.folder)}-{folder_identity(PUBLISHED)}"
+        return f"{folder_identity(self.path)}-{folder_identity(PUBLISHED)}"
 
     @property
     def needed(self) -> tuple[tuple[str, ...], ...]:
@@ -131,7 +115,7 @@ class PublishedProcessor(Component):
     @contextlib.contextmanager
     def readable(self) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(shutil.copytree(self.folder, Path(temporary) / "processor"))
+            folder = Path(shutil.copytree(self.path, Path(temporary) / "processor"))
             pictures = read_json(PUBLISHED / "preprocessor_config.json")
             videos = pictures | {"video_processor_type": "Qwen2VLVideoProcessor"}
             for name, content in (("preprocessor", pictures), ("video_preprocessor", videos)):
@@ -158,27 +142,18 @@ class FileCheckpoint(Checkpoint):
         if name == self.role:
             return FileComponent(self.folder, name)
         if name == "scheduler":
-            return PublishedScheduler(PUBLISHED)
+            return Component(PUBLISHED, name)
         if name == "processor":
             if self.tokenizer is None or not self.tokenizer.is_dir():
                 raise CheckpointError(
                     f"{self.folder.name} has no tokenizer, and ComfyUI's own is not there. Update ComfyUI, "
                     f"or use a folder. {download_hint()}"
                 )
-            return PublishedProcessor(self.tokenizer)
+            return PublishedProcessor(self.tokenizer, name)
         return PublishedComponent(PUBLISHED, name)
 
     def latent_statistics(self) -> LatentStatistics:
         return QWEN_STATISTICS
-
-
-@dataclass(frozen=True)
-class PublishedScheduler(Component):
-    """The published scheduler."""
-
-    @property
-    def name(self) -> str:
-        return "scheduler"
 
 
 def role_of(path: Path) -> str | None:
@@ -231,9 +206,10 @@ def _without_prefix(name: str) -> str:
     return name
 
 
-def _renamed(role: str, stored: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The tensors under the names of the component's folder."""
-    renamed = {_without_prefix(name): each for name, each in stored.items()}
+@functools.lru_cache(maxsize=16)
+def _renamed(path: Path, role: str, version: object) -> Mapping[str, Stored]:
+    """The tensors of a file under the names of the component's folder. version: as in _role."""
+    renamed = {_without_prefix(name): each for name, each in stored_tensors([path]).items()}
     renamed.pop(TIMESTEP_ZERO, None)
     if role == "vae":
         from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers

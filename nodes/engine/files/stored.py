@@ -17,7 +17,7 @@ import torch
 from ..errors import CheckpointError
 from .encodings import MATRIX, SCALE, Bnb4, Encoded, Encoding, Fp8, Ggml, Int8, Plain, Stored, Unknown
 from .rotations import CONVROT_BLOCK, Rotation
-from .tensors import DTYPES, read_header, read_tensors, stored_bytes
+from .tensors import DTYPES, file_version, read_header, read_tensors, stored_bytes
 
 FP8_FORMATS, INT8_FORMAT = ("float8_e4m3fn", "float8_e5m2"), "int8_tensorwise"  # ComfyUI's names
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -50,7 +50,7 @@ def stored_tensors(paths: Sequence[Path]) -> Mapping[str, Stored]:
     Raises CheckpointError for files that are damaged or of a form that is not read here. Each version of the
     files is looked at once in a process.
     """
-    return _stored(tuple(paths), tuple(read_header(path).version for path in paths))
+    return _stored(tuple(paths), tuple(map(file_version, paths)))
 
 
 def read_encoded(

@@ -46,13 +46,12 @@ MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 class Header(NamedTuple):
     """Dtype, shape and offsets of a file's tensors by name, the byte that offsets count from, and metadata.
 
-    Of a GGUF file, see gguf.read_gguf_header. version: another one for each change of the file.
+    Of a GGUF file, see gguf.read_gguf_header.
     """
 
     tensors: Mapping[str, dict[str, Any]]
     start: int
     metadata: Mapping[str, str]
-    version: tuple[int, ...] = ()
 
 
 def read_header(path: Path) -> Header:
@@ -60,8 +59,7 @@ def read_header(path: Path) -> Header:
 
     Raises CheckpointError for a file that is missing, truncated or of another format.
     """
-    version = file_version(path)
-    return _read_header(path, *version)._replace(version=version)
+    return _read_header(path, *file_version(path))
 
 
 def file_version(path: Path) -> tuple[int, int, int, int]:
@@ -119,7 +117,7 @@ def read_tensors(
     reuse_buffers_for: the device to which the caller copies each tensor before it takes the next. All
     tensors then share two buffers. Raises CheckpointError.
     """
-    header, start_of_data, *_ = read_header(path)
+    header, start_of_data, _ = read_header(path)
     names = sorted(filter(wanted, header), key=lambda name: header[name]["data_offsets"][0])
     sizes = {name: stored_bytes(header[name]) for name in names}
     buffers = []

@@ -119,13 +119,13 @@ def _remedy(spec: ComponentSpec, culprit: Culprit | None, adapters: Sequence[Ada
     if culprit is not None and culprit.bad_parameters and not fp16:
         names = " and ".join(culprit.bad_parameters)
         return f"Its {names} holds NaN or infinity: the file is damaged. Download the {spec.role} again."
-    if spec.math is torch.float32 and not fp16 and adapters:
+    if spec.math is torch.float32 and not fp16:
+        if not adapters:
+            return "Check the checkpoint: even FP32 arithmetic overflowed."
         laid_over = " and ".join(f"{adapter.lora.name} at {adapter.strength:g}" for adapter in adapters)
         return (
             f"Even FP32 arithmetic overflowed: lower the strength of the LoRA ({laid_over}), or take it out."
         )
-    if spec.math is torch.float32 and not fp16:
-        return "Check the checkpoint: even FP32 arithmetic overflowed."
     names = " or ".join(row.name for row in ROLE_PRECISIONS[spec.role].values() if row.remedy)
     forced = ", and math to fp32" if spec.role == "transformer" else ""
     return f"Set its precision to {names}{forced}: safe on every card."

@@ -190,15 +190,18 @@ class Modulation:
     def _compute_table(self, timesteps: torch.Tensor, on_progress: OnProgress) -> Table:
         """Compute a table: read every folded weight once, in the order of the files, and multiply it."""
         component, device = self._replica.spec.checkpoint.component("transformer"), self._replica.device
-        total = sum(stored.nbytes for name, stored in component.stored().items() if is_folded(name))
+        stored = {name: each for name, each in component.stored().items() if is_folded(name)}
+        total = sum(each.nbytes for each in stored.values())
         log.info("computing modulation for %d steps: reading %.2f GB", len(timesteps), total / 1e9)
         done, started = 0, time.perf_counter()
         embedded, table = self._embedded(timesteps), self._empty_table(timesteps)
         missing = _results(table)
         waiting: dict[str, torch.Tensor] = {}  # weights without their bias yet, and the reverse
         for name, encoded in component.tensors(is_folded, device):
-            waiting[name] = encoded.to(device).decode().float()
-            done += sum(part.nbytes for part in encoded.parts.values())
+            # what is FP32 already is not copied by decoding, and its buffer is used again
+            copy = stored[name].decoded_dtype is torch.float32
+            waiting[name] = encoded.to(device, copy).decode().float()
+            done += stored[name].nbytes
             on_progress(done, total)
             layer = name.rpartition(".")[0]
             weight, bias = f"{layer}.weight", f"{layer}.bias"

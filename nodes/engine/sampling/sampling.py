@@ -34,8 +34,7 @@ from ..models.transformer import Transformer
 from ..progress import OnProgress, ignore_progress
 from ..weights.components import Replica
 from ..weights.estimates import transformer_bytes
-from ..weights.precision import ROLE_PRECISIONS, resolve, runs_on
-from ..weights.room import at_precision, has_room, require_room
+from ..weights.room import alternatives, has_room, require_room
 from .conditioning import NEGATIVE, POSITIVE, Condition, ReferenceMethod, from_conditioning
 from .denoise import StepState, denoise
 from .options import DEFAULT_OPTIONS, SamplingOptions
@@ -134,11 +133,7 @@ class SamplingRun:
 
     def _at_other_precisions(self) -> Iterator[tuple[str, SamplingRun]]:
         """This run at the precisions that errors may recommend, the largest first, each with a name."""
-        replica = self.replica
-        rows = (row for row in ROLE_PRECISIONS[replica.spec.role].values() if not row.is_fp16)
-        resolved = (resolve(row, replica.card) for row in rows)
-        others = [at_precision(replica, each) for each in resolved if runs_on(each, replica.card)]
-        for other in sorted(others, key=lambda other: -other.spec.nbytes()):
+        for other in sorted(alternatives(self.replica), key=lambda other: -other.spec.nbytes()):
             yield f"precision {other.spec.precision.name}", replace(self, replica=other)
 
     def name(self, guard: str = STOP) -> str:

@@ -29,11 +29,11 @@ def require_beside(role: str, checkpoint: Checkpoint) -> None:
         checkpoint.latent_statistics()
     if role == "text_encoder":
         beside = checkpoint.component("processor")
-        folder = beside.folder
         for names in beside.needed:
-            if not any((folder / name).is_file() for name in names):
+            if not any((beside.path / name).is_file() for name in names):
                 raise CheckpointError(
-                    f"{folder} has no {' or '.join(names)}. Download this folder again; the others can stay."
+                    f"{beside.path} has no {' or '.join(names)}. Download this folder again; the others "
+                    "can stay."
                 )
-        for path in folder.glob("[!.]*config.json"):
+        for path in beside.path.glob("[!.]*config.json"):
             read_json(path)

@@ -49,7 +49,7 @@ class ComponentSpec:
         """
         if (self.identity, self.processor) != identities(self.role, self.checkpoint):
             raise CheckpointError(
-                f"The files of the {self.role.replace('_', ' ')} in {self.checkpoint.path} changed while "
+                f"The files of the {self.role.replace('_', ' ')} in {self.checkpoint.folder} changed while "
                 f"they were in use. Run the prompt again."
             )
 

@@ -15,7 +15,7 @@ from ..cards.speeds import Speeds
 from ..files.checkpoint import Checkpoint
 from ..latents import MEGAPIXEL, TOKEN_PIXELS, VAE_SCALE
 from ..units import GIB
-from .names import is_big_matrix, model_name
+from .names import by_model_name, is_big_matrix
 from .precision import Precision
 
 # What the driver, CUDA's kernels and holes between allocations take of a card. Not measured: a usual figure.
@@ -110,11 +110,8 @@ def weight_bytes(role: str, checkpoint: Checkpoint, precision: Precision) -> int
     precision: resolved for its card.
     """
     total, layer = 0.0, precision.layer
-    for stored_name, stored in checkpoint.component(role).stored().items():
-        name, shape = model_name(role, stored_name), stored.shape
-        if name is None:
-            continue
-        numel = torch.Size(shape).numel()
+    for name, stored in by_model_name(role, checkpoint.component(role).stored()).items():
+        shape, numel = stored.shape, torch.Size(stored.shape).numel()
         if role == "vae" and len(shape) == CONV_3D:
             # for single frames one time tap is kept, and nothing across time (layers.keep_single_frames)
             numel = 0 if "time_conv" in name else numel // shape[2]
@@ -125,7 +122,9 @@ def weight_bytes(role: str, checkpoint: Checkpoint, precision: Precision) -> int
         elif precision.storage is not None:
             total += numel * precision.storage.itemsize
         else:
-            total += stored.nbytes if precision.keeps(stored) else numel * stored.decoded_dtype.itemsize
+            total += (
+                stored.nbytes if precision.keeps(stored.encoding) else numel * stored.decoded_dtype.itemsize
+            )
     return int(total)
 
 

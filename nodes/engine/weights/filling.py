@@ -15,13 +15,13 @@ from accelerate.utils import set_module_tensor_to_device
 
 from ..errors import CheckpointError
 from ..files.cache import DiskCache
-from ..files.encodings import Encoded, Plain, Stored
+from ..files.encodings import Encoded, Stored
 from ..files.tensors import Layout, read_header, read_tensors, stored_bytes
 from ..progress import OnProgress
 from .components import ComponentSpec, Replica
 from .formats import QuantizedLinear
 from .layers import UpcastLinear, has_storage_dtype, prepare_layers
-from .names import is_big_matrix, model_name
+from .names import by_model_name, is_big_matrix, model_name
 
 log = logging.getLogger("FireRed")
 
@@ -47,7 +47,7 @@ def fill(
             return _finish(model, replica)
         except (OSError, CheckpointError) as error:  # another process may delete it at any time
             log.warning("the cached weights are damaged, so they are made again (%s)", error)
-    _convert(model, replica, on_progress, cache if name else None)
+    _convert(model, replica, on_progress, cache, name)
     return _finish(model, replica)
 
 
@@ -59,9 +59,8 @@ def cache_name(spec: ComponentSpec) -> str | None:
     layer = spec.precision.layer
     if layer is None or layer.cached_as is None:
         return None
-    stored = spec.checkpoint.component(spec.role).stored().items()
-    names = ((model_name(spec.role, name), each) for name, each in stored)
-    if any(name and is_big_matrix(spec.role, name) and layer.takes(each.encoding) for name, each in names):
+    found = by_model_name(spec.role, spec.checkpoint.component(spec.role).stored()).items()
+    if any(is_big_matrix(spec.role, name) and layer.takes(each.encoding) for name, each in found):
         return None
     compute = str(spec.math).removeprefix("torch.")
     return f"{spec.checkpoint.name}-{spec.role}-{layer.cached_as}-{compute}-{spec.identity}"
@@ -93,19 +92,18 @@ class _Missing:
 
 
 def _convert(
-    model: torch.nn.Module, replica: Replica, on_progress: OnProgress, cache: DiskCache | None
+    model: torch.nn.Module,
+    replica: Replica,
+    on_progress: OnProgress,
+    cache: DiskCache | None,
+    cached_as: str | None,
 ) -> None:
-    """Fill the model from the checkpoint's tensors, and write the results to the cache."""
+    """Fill the model from the checkpoint's tensors, and write the results to the cache under that name."""
     spec, device = replica.spec, replica.device
     component, modules = spec.checkpoint.component(spec.role), dict(model.named_modules())
-    found = {
-        name: stored
-        for in_files, stored in component.stored().items()
-        if (name := model_name(spec.role, in_files)) is not None
-    }
+    found = by_model_name(spec.role, component.stored())
     missing = _Missing(_unquantised_shapes(model), component.path)
-    cached = cache_name(spec)
-    writer = cache.create(cached, _final_layout(model, spec, found)) if cache and cached else None
+    writer = cache.create(cached_as, _final_layout(model, spec, found)) if cache and cached_as else None
     done, total = 0, sum(stored.nbytes for stored in found.values())
     try:
         for in_files, in_host in component.tensors(
@@ -114,7 +112,7 @@ def _convert(
             name = model_name(spec.role, in_files)
             assert name is not None
             missing.take(name, in_host.shape, in_files)
-            parts = _set(model, modules, name, in_host.to(device), found[name], spec)
+            parts = _set(model, modules, name, in_host.to(device), spec)
             if writer is not None:
                 path = name.rpartition(".")[0]
                 for part in parts:
@@ -135,7 +133,6 @@ def _set(
     modules: Mapping[str, torch.nn.Module],
     name: str,
     encoded: Encoded,
-    stored: Stored,
     spec: ComponentSpec,
 ) -> list[str]:
     """Give the model one of its tensors. Returns the attributes of its owner that now hold it."""
@@ -148,17 +145,13 @@ def _set(
             owner.set_weight(encoded.decode())
         return list(owner.layout())
     in_storage = has_storage_dtype(owner, attribute)
-    if in_storage and isinstance(owner, UpcastLinear) and _stays_encoded(spec, stored):
+    if in_storage and isinstance(owner, UpcastLinear) and spec.precision.keeps(encoded.encoding):
         owner.keep(encoded)
         return []
     tensor = encoded.decode()
     dtype = spec.precision.storage if in_storage else spec.math
     _set_parameter(model, name, tensor, dtype or tensor.dtype)
     return [attribute]
-
-
-def _stays_encoded(spec: ComponentSpec, stored: Stored) -> bool:
-    return spec.precision.keeps(stored) and not isinstance(stored.encoding, Plain)
 
 
 def _restore(model: torch.nn.Module, kept: Path, device: torch.device, on_progress: OnProgress) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
 
 # Prefixes of tensor names in Qwen2.5-VL files of several transformers releases, with those of the model built
 # here. That model has no output head, so its tensors are left out.
@@ -31,6 +35,11 @@ def model_name(role: str, stored: str) -> str | None:
                 return new + stored.removeprefix(old)
         return None
     return stored
+
+
+def by_model_name(role: str, stored: Mapping[str, T]) -> dict[str, T]:
+    """What the built model has of stored tensors, by its names there."""
+    return {new: each for name, each in stored.items() if (new := model_name(role, name)) is not None}
 
 
 def is_big_matrix(role: str, name: str) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from ..cards.card import Card
 from ..errors import FireRedError, InputError
-from ..files.encodings import Stored
+from ..files.encodings import Encoding, Plain
 from .formats import Int8BnbLinear, Int8FastLinear, Int8Linear, Nf4Linear, QuantizedLinear
 
 
@@ -43,9 +43,10 @@ class Precision:
         assert self.compute is not None
         return self.compute
 
-    def keeps(self, stored: Stored) -> bool:
-        """Whether a matrix stays in memory as its file stores it, and is decoded at each use."""
-        return self.storage is None and self.layer is None and stored.encoding.quick
+    def keeps(self, encoding: Encoding) -> bool:
+        """Whether codes stay in memory as their file stores them, and are decoded at each use."""
+        codes = not isinstance(encoding, Plain)
+        return codes and self.storage is None and self.layer is None and encoding.quick
 
     @property
     def fp16_inside(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from ..errors import FireRedError
@@ -47,15 +48,23 @@ def require_fit(replica: Replica) -> None:
     """Raise DoesNotFitError, listing precisions that fit, when the card is too small for a usual edit."""
     if _fits_card(replica):
         return
-    smaller = []
-    for name, row in ROLE_PRECISIONS[replica.spec.role].items():
-        other = at_precision(replica, resolve(row, replica.card))
-        if _fits_card(other) and not row.is_fp16 and runs_on(other.spec.precision, other.card):
-            smaller.append(f"{name} ({other.spec.nbytes() / GIB:.1f} GiB)")
+    smaller = [
+        f"{other.spec.precision.name} ({other.spec.nbytes() / GIB:.1f} GiB)"
+        for other in alternatives(replica)
+        if _fits_card(other)
+    ]
     needs = f"{replica.spec.nbytes() / GIB:.1f} GiB and {working_bytes(replica) / GIB:.1f} GiB to work with"
     remedy = f"What fits: {', '.join(smaller)}." if smaller else "Choose a bigger card, or cpu."
     card = replica.card
     raise DoesNotFitError(f"{replica} needs {needs}; {card} has {card.memory / GIB:.1f} GiB. {remedy}")
+
+
+def alternatives(replica: Replica) -> Iterator[Replica]:
+    """The same component on the same card at each precision that errors may recommend there."""
+    for row in ROLE_PRECISIONS[replica.spec.role].values():
+        precision = resolve(row, replica.card)
+        if not row.is_fp16 and runs_on(precision, replica.card):
+            yield at_precision(replica, precision)
 
 
 def at_precision(replica: Replica, precision: Precision) -> Replica:
