@@ -58,7 +58,7 @@ def decode_latents(tiny: Checkpoint, watch: Callable[[torch.nn.Module], None]) -
 
 def sample_latents(tiny: Checkpoint, watch: Callable[[torch.nn.Module], None]) -> None:
     transformer = loading.load(replica_for(tiny, "transformer", "int8"))
-    watch(transformer.model.transformer_blocks[0])
+    watch(transformer.model.block(0))
     sample(transformer, plan(tiny, steps=1))
 
 

@@ -194,7 +194,7 @@ def test_bitsandbytes_int8_without_a_threshold_is_traced_to_the_linear_that_took
     """With threshold 0 everything goes through FP16, where a value above 65504 makes its row NaN."""
     replica = replica_on(P40, tiny, "transformer", "int8-bnb")
     worker = LocalWorker(loading.load(replica), SCHEDULE, (4, 4), {POSITIVE: condition()})
-    block = worker.model.transformer_blocks[1]
+    block = worker.model.block(1)
     block.img_mlp.net[0].proj._state.SCB.mul_(3e5)
     latents = torch.randn(1, 4, 64)
     predict = functools.partial(worker.predict, latents, 0)

@@ -78,7 +78,7 @@ def test_ranges_and_shares_are_those_of_the_values_that_passed() -> None:
 
 def test_the_largest_value_is_the_one_that_hooks_of_ones_own_see(overflowing: Checkpoint) -> None:
     transformer, seen = loading.load(replica_for(overflowing, "transformer")), []
-    net = transformer.model.transformer_blocks[1].img_mlp.net[2]
+    net = transformer.model.block(1).img_mlp.net[2]
     with net.register_forward_hook(lambda m, args, output: seen.append(float(output.abs().max()))):
         ranges = measure_transformer(transformer, plan(overflowing), [1, 2])
     assert list(ranges) == ["step 1", "step 2"]

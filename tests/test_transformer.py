@@ -14,7 +14,7 @@ from engine.files.checkpoint import Checkpoint, open_checkpoint
 from engine.models import loading
 from engine.models.config import TransformerConfig
 from engine.models.modulation import is_folded
-from engine.models.transformer import QwenImageTransformer, attend, rotary_embedding
+from engine.models.transformer import QwenImageTransformer, attend, attention_mask, rotary_embedding
 from engine.sampling.schedule import make_schedule
 
 CPU = torch.device("cpu")
@@ -80,7 +80,8 @@ def test_predictions_are_diffusers(
     for step, timestep in enumerate(timesteps):
         expected = by_diffusers(original, grids, timestep, mask)
         with torch.inference_mode():
-            found = model(image, text, schedule.at(step), rotary, expected.shape[1], mask)
+            whole = attention_mask(mask, image.shape[1])
+            found = model(image, text, schedule.at(step), rotary, expected.shape[1], whole)
         assert float((found - expected).norm() / expected.norm()) < 1e-6
 
 
@@ -128,7 +129,7 @@ def test_fp16_is_clipped_as_diffusers_clips_it(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny_checkpoint.build(tmp_path / "tiny", overflow_block=0))
     transformer = loading.load(replica_for(checkpoint, "transformer", "fp16"))
     largest: list[float] = []
-    transformer.model.transformer_blocks[0].register_forward_hook(
+    transformer.model.block(0).register_forward_hook(
         lambda block, args, output: largest.append(float(output[0].abs().max()))
     )
     image, text = (x.half() for x in inputs(GRIDS["one"]))

@@ -11,6 +11,7 @@ import torch
 
 OnProgress = Callable[[int, int], None]  # done, total; may raise to cancel
 LOG_SECONDS = 10.0  # between two log lines about steps
+LISTS = (torch.nn.ModuleList, torch.nn.ModuleDict)
 BLOCKS_AHEAD = 2  # how many blocks may be queued on a GPU
 
 
@@ -24,18 +25,12 @@ def before_each_block(
 ) -> Iterator[None]:
     """Inside this context, `call` before every block of the model. An exception it raises ends the forward.
 
-    Without a wait, the program would queue a whole forward on the GPU, with all its calls, before the first
-    block is computed. So it waits until no more than BLOCKS_AHEAD blocks are queued.
+    The computation stays at most BLOCKS_AHEAD blocks behind, see Pace.
     """
-    running: deque[torch.cuda.Event] = deque()
+    pace = Pace(device)
 
     def pause(module: torch.nn.Module, inputs: object) -> None:
-        if device.type == "cuda":
-            if len(running) == BLOCKS_AHEAD:
-                running.popleft().synchronize()
-            event = torch.cuda.Event(blocking=True)
-            event.record(torch.cuda.current_stream(device))
-            running.append(event)
+        pace.wait()
         call()
 
     hooks = [block.register_forward_pre_hook(pause) for block in blocks(model)]
@@ -46,10 +41,32 @@ def before_each_block(
             hook.remove()
 
 
+class Pace:
+    """Lets a device fall no more than BLOCKS_AHEAD blocks behind the program.
+
+    Without a wait, the program would queue a whole forward on a GPU before the first block is computed, and
+    could not be stopped meanwhile.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._running: deque[torch.cuda.Event] = deque()
+
+    def wait(self) -> None:
+        """To be called before each block."""
+        if self._device.type != "cuda":
+            return
+        if len(self._running) == BLOCKS_AHEAD:
+            self._running.popleft().synchronize()
+        event = torch.cuda.Event(blocking=True)
+        event.record(torch.cuda.current_stream(self._device))
+        self._running.append(event)
+
+
 def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The blocks of a model: the members of its ModuleLists that consist of more than one layer."""
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return [member for members in lists for member in members if len(list(member.children())) > 1]
+    """The blocks of a model: the members of its lists of modules that consist of more than one layer."""
+    lists = [module for module in model.modules() if isinstance(module, LISTS)]
+    return [member for members in lists for member in members.children() if len(list(member.children())) > 1]
 
 
 class StepTimer:

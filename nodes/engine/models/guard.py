@@ -81,10 +81,10 @@ class Guard:
         def keep(name: str, block: torch.nn.Module, args: Any, output: Any) -> None:
             peaks.extend(magnitude(tensor) for tensor in tensors_in(output))
 
-        blocks: Any = ()
+        blocks: Any = {}
         if self._level != OFF and self.replica.spec.math is torch.float16:
-            blocks = getattr(transformer, "transformer_blocks", ())
-        with watch_outputs({str(number): block for number, block in enumerate(blocks)}, keep):
+            blocks = getattr(transformer, "transformer_blocks", {})
+        with watch_outputs(dict(blocks.items()), keep):
             yield peaks
 
     def _message(self, tensor: torch.Tensor, what: str, trace: Trace | None) -> str:

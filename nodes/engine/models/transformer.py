@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn import Linear, Module, ModuleList
+from torch.nn import Linear, Module, ModuleDict, ModuleList
 
 from ..latents import LATENT_CHANNELS, PATCH
 from ..weights.components import Replica
@@ -34,6 +35,13 @@ def attend(
 ) -> torch.Tensor:
     """Attention by the kernel that torch chooses for the card. Shapes as in Attend."""
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def attention_mask(text: torch.Tensor | None, image_tokens: int) -> torch.Tensor | None:
+    """The mask (1, 1, 1, tokens) of text (1, T) bool, False for tokens to ignore, and of all the image's."""
+    if text is None:
+        return None
+    return torch.cat([text, text.new_ones(1, image_tokens)], dim=1)[:, None, None]
 
 
 def rotary_embedding(
@@ -87,32 +95,35 @@ class Attention(Module):
         self.to_add_out = Linear(width, width)
         self.head_size = size
 
+    def keys_and_values(
+        self, image: torch.Tensor, text: torch.Tensor, rotary: Rotary
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (1, T + I, heads, head size) of these tokens, as forward takes them."""
+        key = _join(
+            _rotate(self.norm_added_k(self._heads(self.add_k_proj(text))), rotary[TEXT]),
+            _rotate(self.norm_k(self._heads(self.to_k(image))), rotary[IMAGE]),
+        )
+        return key, _join(self._heads(self.add_v_proj(text)), self._heads(self.to_v(image)))
+
     def forward(
         self,
         image: torch.Tensor,
         text: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
         rotary: Rotary,
         mask: torch.Tensor | None,
         attend: Attend,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The changes of image (1, I, width) and text (1, T, width), which are normed and modulated."""
+        """The changes of image (1, I, width) and text (1, T, width), which are normed and modulated.
+
+        key, value: of all tokens to attend to, (1, tokens, heads, head size).
+        """
         text_tokens = text.shape[1]
-        # One after the other, to hold no more than query, key and value in memory.
-        query = torch.cat(
-            [
-                _rotate(self.norm_added_q(self._heads(self.add_q_proj(text))), rotary[TEXT]),
-                _rotate(self.norm_q(self._heads(self.to_q(image))), rotary[IMAGE]),
-            ],
-            dim=1,
+        query = _join(
+            _rotate(self.norm_added_q(self._heads(self.add_q_proj(text))), rotary[TEXT]),
+            _rotate(self.norm_q(self._heads(self.to_q(image))), rotary[IMAGE]),
         )
-        key = torch.cat(
-            [
-                _rotate(self.norm_added_k(self._heads(self.add_k_proj(text))), rotary[TEXT]),
-                _rotate(self.norm_k(self._heads(self.to_k(image))), rotary[IMAGE]),
-            ],
-            dim=1,
-        )
-        value = torch.cat([self._heads(self.add_v_proj(text)), self._heads(self.to_v(image))], dim=1)
         attended = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask)
         attended = attended.transpose(1, 2).flatten(2)
         return self.to_out[0](attended[:, text_tokens:]), self.to_add_out(attended[:, :text_tokens])
@@ -140,6 +151,15 @@ class FeedForward(Module):
         return self.net[2](self.net[0](x))
 
 
+class Attending(NamedTuple):
+    """A block's work before its attention: its normed and modulated streams, and their keys and values."""
+
+    image: torch.Tensor
+    text: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+
 class Block(Module):
     """Attention over both streams, then an MLP for each."""
 
@@ -163,13 +183,41 @@ class Block(Module):
         modulation: (rows, 2, 6 * width), one layer of StepModulation.blocks. targets: how many tokens of the
         image are denoised. They come first and use the first row; references use the last.
         """
+        begun = self.begin(image, text, modulation, targets, rotary)
+        image, text = self.attention(image, text, begun, modulation, targets, rotary, mask, attend)
+        del begun
+        return self.feed_forward(image, text, modulation, targets)
+
+    def begin(
+        self, image: torch.Tensor, text: torch.Tensor, modulation: torch.Tensor, targets: int, rotary: Rotary
+    ) -> Attending:
+        """The first part of the forward. Cards that share the tokens exchange its keys and values."""
+        image = _modulate(image, _parts(modulation[:, IMAGE], targets), 0)
+        text = _modulate(text, _parts(modulation[:1, TEXT], text.shape[1]), 0)
+        return Attending(image, text, *self.attn.keys_and_values(image, text, rotary))
+
+    def attention(
+        self,
+        image: torch.Tensor,
+        text: torch.Tensor,
+        begun: Attending,
+        modulation: torch.Tensor,
+        targets: int,
+        rotary: Rotary,
+        mask: torch.Tensor | None = None,
+        attend: Attend = attend,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The second part. begun: its keys and values may be those of more tokens."""
+        for_image, for_text = self.attn(*begun, rotary, mask, attend)
+        image = _add_gated(image, for_image, _parts(modulation[:, IMAGE], targets), 2)
+        return image, _add_gated(text, for_text, _parts(modulation[:1, TEXT], text.shape[1]), 2)
+
+    def feed_forward(
+        self, image: torch.Tensor, text: torch.Tensor, modulation: torch.Tensor, targets: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last part."""
         for_image = _parts(modulation[:, IMAGE], targets)
         for_text = _parts(modulation[:1, TEXT], text.shape[1])
-        attended = self.attn(
-            _modulate(image, for_image, 0), _modulate(text, for_text, 0), rotary, mask, attend
-        )
-        image, text = _add_gated(image, attended[0], for_image, 2), _add_gated(text, attended[1], for_text, 2)
-        del attended
         image = _add_gated(image, self.img_mlp(_modulate(image, for_image, 3)), for_image, 5)
         text = _add_gated(text, self.txt_mlp(_modulate(text, for_text, 3)), for_text, 5)
         if image.dtype == torch.float16:  # as diffusers does; the guard reports it
@@ -178,9 +226,12 @@ class Block(Module):
 
 
 class QwenImageTransformer(Module):
-    """The whole model without the layers that depend on the timestep alone: see StepModulation."""
+    """The whole model without the layers that depend on the timestep alone: see StepModulation.
 
-    def __init__(self, config: TransformerConfig):
+    held: the blocks that it has, by their numbers; all of them by default.
+    """
+
+    def __init__(self, config: TransformerConfig, held: Sequence[int] | None = None):
         super().__init__()
         self.config = config
         self.img_in, self.txt_in = (
@@ -188,7 +239,8 @@ class QwenImageTransformer(Module):
             Linear(config.text_width, config.width),
         )
         self.txt_norm = RMSNorm(config.text_width)
-        self.transformer_blocks = ModuleList(Block(config) for _ in range(config.layers))
+        numbers = range(config.layers) if held is None else held
+        self.transformer_blocks = ModuleDict({str(number): Block(config) for number in numbers})
         self.proj_out = Linear(config.width, TOKEN_CHANNELS)
 
     def forward(
@@ -204,13 +256,24 @@ class QwenImageTransformer(Module):
         """The velocity (1, targets, 64) predicted for the first `targets` tokens.
 
         image: (1, I, 64), the denoised tokens, then those of the references. text: (1, T, text_width).
-        rotary: from rotary_embedding. mask: (1, T) bool, False for text tokens to ignore; None ignores none.
+        rotary: from rotary_embedding. mask: from attention_mask.
         """
-        image, text = self.img_in(image), self.txt_in(self.txt_norm(text))
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(1, image.shape[1])], dim=1)[:, None, None]
-        for number, block in enumerate(self.transformer_blocks):
-            image, text = block(image, text, modulation.blocks[:, number], targets, rotary, mask, attend)
+        image, text = self.enter(image, text)
+        for number in range(self.config.layers):
+            image, text = self.block(number)(
+                image, text, modulation.blocks[:, number], targets, rotary, mask, attend
+            )
+        return self.leave(image, modulation, targets)
+
+    def enter(self, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both streams before the first block: (1, I, width) and (1, T, width)."""
+        return self.img_in(image), self.txt_in(self.txt_norm(text))
+
+    def block(self, number: int) -> Block:
+        return self.transformer_blocks[str(number)]
+
+    def leave(self, image: torch.Tensor, modulation: StepModulation, targets: int) -> torch.Tensor:
+        """The velocity from the image's stream after the last block."""
         scale, shift = modulation.out.chunk(2)
         normed = F.layer_norm(image[:, :targets], (image.shape[-1],), eps=EPS)
         return self.proj_out(torch.addcmul(shift, normed, 1 + scale))
@@ -249,6 +312,11 @@ def _modulate(x: torch.Tensor, parts: _Parts, first: int) -> torch.Tensor:
 def _add_gated(x: torch.Tensor, change: torch.Tensor, parts: _Parts, gate: int) -> torch.Tensor:
     """x + gate * change. gate: a row of the modulation."""
     return _join_parts([torch.addcmul(x[:, tokens], rows[gate], change[:, tokens]) for tokens, rows in parts])
+
+
+def _join(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """Both streams' tokens as those of one sequence, in the order of the attention."""
+    return torch.cat([text, image], dim=1)
 
 
 def _join_parts(parts: list[torch.Tensor]) -> torch.Tensor:

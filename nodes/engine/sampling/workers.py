@@ -13,7 +13,7 @@ from ..cards.transfer import copy_to
 from ..latents import PATCH, pack, pad_to_patches
 from ..models.guard import STOP, Guard
 from ..models.modulation import StepModulation
-from ..models.transformer import QwenImageTransformer, Transformer, rotary_embedding
+from ..models.transformer import QwenImageTransformer, Transformer, attention_mask, rotary_embedding
 from ..progress import OnProgress, ignore_progress
 from ..weights.adapters import Adapters
 from ..weights.components import Replica
@@ -97,7 +97,9 @@ class _Branch:
         grids = [(height // PATCH, width // PATCH) for height, width in sizes]
         self._references = [pack(condition.statistics.normalize(raw)).to(compute) for raw in padded]
         self._text = copy_to(condition.prompt_embeds, device).to(compute)
-        self._mask = None if condition.mask is None else condition.mask.to(device)
+        image_tokens = sum(rows * columns for rows, columns in grids)
+        mask = None if condition.mask is None else condition.mask.to(device)
+        self._mask = attention_mask(mask, image_tokens)
         self._rotary = rotary_embedding(model.config, grids, self._text.shape[1], device)
 
     def predict(
