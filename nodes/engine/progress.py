@@ -6,13 +6,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
 
 import torch
 
 OnProgress = Callable[[int, int], None]  # done, total; may raise to cancel
 LOG_SECONDS = 10.0  # between two log lines about steps
-LISTS = (torch.nn.ModuleList, torch.nn.ModuleDict)
 BLOCKS_AHEAD = 2  # how many blocks may be queued on a GPU
+
+
+@runtime_checkable
+class HasStops(Protocol):
+    def stops(self) -> list[torch.nn.Module]:
+        """The modules before which a forward may be stopped."""
+        ...
 
 
 def ignore_progress(done: int, total: int) -> None:
@@ -64,9 +71,11 @@ class Pace:
 
 
 def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The blocks of a model: the members of its lists of modules that consist of more than one layer."""
-    lists = [module for module in model.modules() if isinstance(module, LISTS)]
-    return [member for members in lists for member in members.children() if len(list(member.children())) > 1]
+    """The blocks of a model: what it names itself, or the members of its lists that have several parts."""
+    if isinstance(model, HasStops):
+        return model.stops()
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return [member for members in lists for member in members if len(list(member.children())) > 1]
 
 
 class StepTimer:

@@ -7,7 +7,6 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..arithmetic import exact_fp32
 from ..errors import FireRedError
 from .heartbeat import heartbeat_where_compiled
-from .kernels import card_name, require_kernels
+from .kernels import as_current, card_name, require_kernels
 from .speeds import Speeds
 from .timing import Work, measure_rate
 
@@ -80,7 +79,7 @@ def preflight(device: torch.device) -> CardReport:
     started = time.perf_counter()
     with heartbeat_where_compiled(f"testing {card}", device):
         require_kernels(device)
-        with _current(device), exact_fp32(), torch.inference_mode():
+        with as_current(device), exact_fp32(), torch.inference_mode():
             products = [_measure_product(dtype, device) for dtype in NAMES]
             attention = [
                 _measure_attention(dtype, backend, device)
@@ -112,7 +111,7 @@ def _fuses(
     backends: tuple[SDPBackend, ...], head_size: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
     heads = torch.zeros((1, 1, 64, head_size), dtype=dtype, device=device)
-    with warnings.catch_warnings(), sdpa_kernel(list(backends)), _current(device):
+    with warnings.catch_warnings(), sdpa_kernel(list(backends)), as_current(device):
         warnings.simplefilter("ignore")  # each backend tells why it does not run
         try:
             F.scaled_dot_product_attention(heads, heads, heads)
@@ -211,8 +210,3 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     if dtype == torch.int8:
         return torch.randint(-127, 128, shape, dtype=dtype, device=device, generator=generator)
     return torch.randn(shape, dtype=dtype, device=device, generator=generator)
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """The device as the current one: some kernels look at that instead of their tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

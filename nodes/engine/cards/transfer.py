@@ -23,6 +23,7 @@ from .kernels import device_label
 log = logging.getLogger("FireRed")
 
 Copy = Callable[[torch.Tensor, torch.device], torch.Tensor]
+Arrival = Callable[[], None]  # makes what the card computes from now on wait for a copy
 # INT32 numbers: 64 MiB, and a size that is no multiple of any block size.
 PATTERN_NUMBERS = (2**24, 1_000_003)
 REPEATS = 3
@@ -66,9 +67,12 @@ def needs_detour(
 
 def copy_to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor in FP32 on `device`. The first copy between two cards tests them, which takes a second."""
-    if needs_detour(tensor.device, device):
-        tensor = through_host(tensor, device)
-    return tensor.to(device=device, dtype=torch.float32)
+    return moved(tensor, device).to(torch.float32)
+
+
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`, as copy_to but in its own dtype."""
+    return (through_host if needs_detour(tensor.device, device) else torch.Tensor.to)(tensor, device)
 
 
 def through_host(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -76,6 +80,47 @@ def through_host(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     pinned = tensor.device.type == "cuda"
     staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned).copy_(tensor)
     return staged.to(device)
+
+
+def start_copy(source: torch.Tensor, target: torch.Tensor) -> Arrival:
+    """Queue a copy into `target`, which may be on another card. Both cards compute on meanwhile.
+
+    What is computed with `target` has to be queued after the Arrival was called. The tensors may be dropped
+    at any time. Between the CPU and a card the copy is done at once.
+    """
+    if not (source.is_cuda and target.is_cuda) or source.device == target.device:
+        target.copy_(source)
+        return _is_there
+    sending, receiving = _stream(source.device, target.device), _stream(target.device, source.device)
+    for stream in (sending, receiving):
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+    source.record_stream(sending)
+    target.record_stream(receiving)
+    with torch.cuda.stream(sending), torch.cuda.stream(receiving):
+        if needs_detour(source.device, target.device):
+            staged = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+            with torch.cuda.stream(sending):
+                staged.copy_(source, non_blocking=True)
+            receiving.wait_stream(sending)
+            target.copy_(staged, non_blocking=True)
+        else:
+            target.copy_(source, non_blocking=True)
+        arrived = receiving.record_event()
+    return functools.partial(_wait_for, arrived, target.device)
+
+
+def _wait_for(arrived: torch.cuda.Event, device: torch.device) -> None:
+    torch.cuda.current_stream(device).wait_event(arrived)
+
+
+def _is_there() -> None:
+    """The Arrival of what was copied at once."""
+
+
+@functools.cache
+def _stream(on: torch.device, other: torch.device) -> torch.cuda.Stream:
+    """The stream of a card for copies from it to another, or from there: they run beside its computation."""
+    return torch.cuda.Stream(on)
 
 
 def find_fault(

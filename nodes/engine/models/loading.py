@@ -21,7 +21,7 @@ from ..files.checkpoint import Component
 from ..files.configs import read_json
 from ..progress import OnProgress, ignore_progress
 from ..weights.components import ComponentSpec, Replica
-from ..weights.filling import cache_name, fill
+from ..weights.filling import cache_name, fill, fill_from
 from ..weights.layers import keep_single_frames
 from .config import TransformerConfig
 from .modulation import Modulation
@@ -34,15 +34,24 @@ KNOWN_WORD = "Describe"  # in the template, so the right tokenizer has tokens fo
 
 
 @exact_fp32()
-def load(replica: Replica, on_progress: OnProgress = ignore_progress, cache: DiskCache | None = None) -> Any:
+def load(
+    replica: Replica,
+    on_progress: OnProgress = ignore_progress,
+    cache: DiskCache | None = None,
+    source: Any = None,
+) -> Any:
     """Load a component onto the replica's device.
 
     Returns a Transformer, a TextEncoder or a VAE, in evaluation mode. cache: for quantised weights and
-    modulation. on_progress: may raise, to cancel. Raises CheckpointError for files that are missing,
-    truncated, of another model or changed.
+    modulation. source: the same transformer on another card, to copy instead of reading files. on_progress:
+    may raise, to cancel. Raises CheckpointError for files that are missing, truncated, of another model or
+    changed.
     """
     replica.spec.require_unchanged()
-    component = LOADERS[replica.spec.role](replica, on_progress, cache)
+    if source is not None:
+        component = copy_transformer(replica, source, cache)
+    else:
+        component = LOADERS[replica.spec.role](replica, on_progress, cache)
     replica.spec.require_unchanged()
     return component
 
@@ -54,11 +63,23 @@ def mark_used(spec: ComponentSpec, cache: DiskCache) -> None:
 
 
 def load_transformer(replica: Replica, on_progress: OnProgress, cache: DiskCache | None) -> Transformer:
+    model = _empty_transformer(replica)
+    arithmetic = fill(model, replica, on_progress, cache)
+    return Transformer(replica, model.eval(), Modulation(replica, model.config, cache), arithmetic)
+
+
+def copy_transformer(replica: Replica, source: Transformer, cache: DiskCache | None) -> Transformer:
+    """The same transformer on another card."""
+    model = _empty_transformer(replica)
+    arithmetic = fill_from(model, source.model, replica)
+    modulation = Modulation(replica, model.config, cache, source.modulation)
+    return Transformer(replica, model.eval(), modulation, arithmetic)
+
+
+def _empty_transformer(replica: Replica) -> QwenImageTransformer:
     config = TransformerConfig.of(replica.spec.checkpoint.component("transformer").config())
     with init_empty_weights():
-        model = QwenImageTransformer(config)
-    arithmetic = fill(model, replica, on_progress, cache)
-    return Transformer(replica, model.eval(), Modulation(replica, config, cache), arithmetic)
+        return QwenImageTransformer(config, replica.spec.held)
 
 
 def load_vae(replica: Replica, on_progress: OnProgress, cache: DiskCache | None) -> VAE:

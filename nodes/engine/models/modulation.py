@@ -107,11 +107,20 @@ class TableChange(NamedTuple):
 
 
 class Modulation:
-    """The modulation of any schedule: from memory, from the cache, or computed from the weights."""
+    """The modulation of any schedule: from memory, from the cache, or computed from the weights.
 
-    def __init__(self, replica: Replica, config: TransformerConfig, cache: DiskCache | None):
+    source: the modulation of the same transformer on another card, to share its tables.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        config: TransformerConfig,
+        cache: DiskCache | None,
+        source: Modulation | None = None,
+    ):
         self._replica, self._config, self._cache = replica, config, cache
-        self._tables: OrderedDict[str, Table] = OrderedDict()
+        self._tables: OrderedDict[str, Table] = OrderedDict() if source is None else source._tables
 
     @exact_fp32()
     def of(

@@ -270,7 +270,13 @@ class QwenImageTransformer(Module):
         return self.img_in(image), self.txt_in(self.txt_norm(text))
 
     def block(self, number: int) -> Block:
-        return self.transformer_blocks[str(number)]
+        block = self.transformer_blocks[str(number)]
+        assert isinstance(block, Block)
+        return block
+
+    def stops(self) -> list[Module]:
+        """The modules before which a forward may be stopped, see progress.before_each_block."""
+        return [self.block(int(number)).attn for number in self.transformer_blocks]
 
     def leave(self, image: torch.Tensor, modulation: StepModulation, targets: int) -> torch.Tensor:
         """The velocity from the image's stream after the last block."""

@@ -37,11 +37,13 @@ from ..weights.estimates import transformer_bytes
 from ..weights.room import alternatives, has_room, require_room
 from .conditioning import NEGATIVE, POSITIVE, Condition, ReferenceMethod, from_conditioning
 from .denoise import StepState, denoise
+from .layout import Layout
 from .options import DEFAULT_OPTIONS, SamplingOptions
+from .parallel import ParallelWorker
 from .resume import RunState, SavedRun, run_name
 from .schedule import Schedule, make_schedule
 from .step_cache import StepCache
-from .workers import LocalWorker
+from .workers import LocalWorker, Worker
 
 log = logging.getLogger("FireRed")
 
@@ -57,6 +59,7 @@ class SamplingRun:
 
     conditions: by branch; a run with guidance has both. draws: for each picture, the number of the seed's
     draw that is its noise. height, width: of the resulting latents; the loop works on the next even size.
+    layout: how several cards share it; None for one card. replica: the transformer, on the first of them.
     """
 
     replica: Replica
@@ -68,6 +71,7 @@ class SamplingRun:
     height: int
     width: int
     options: SamplingOptions = DEFAULT_OPTIONS
+    layout: Layout | None = None
 
     @property
     def batch(self) -> int:
@@ -89,9 +93,21 @@ class SamplingRun:
         """The bytes that the transformer needs beside its weights."""
         height, width = self.padded_size
         tokens = height * width // PATCH**2 + max(condition.tokens for condition in self.conditions.values())
-        spec = self.replica.spec
+        spec, shared = self.replica.spec, min(self._sharing)
         adapters = sum(adapter.lora.nbytes for adapter in self.options.adapters if adapter.strength)
-        return transformer_bytes(spec.checkpoint, spec.precision, tokens, self.replica.fused) + adapters
+        return (
+            transformer_bytes(spec.checkpoint, spec.precision, tokens, self.replica.fused, shared) + adapters
+        )
+
+    @property
+    def _guided(self) -> list[bool]:
+        """For each step, whether it computes the negative branch too."""
+        return [step in self.guided_steps for step in range(self.schedule.steps)]
+
+    @property
+    def _sharing(self) -> list[int]:
+        """Over how many cards the tokens of a branch are split."""
+        return [1] if self.layout is None else self.layout.sharing(self._guided)
 
     def require_room(self, room: float) -> None:
         """Raise DoesNotFitError, with what would fit instead, when the run needs more than `room` bytes."""
@@ -150,6 +166,7 @@ class SamplingRun:
             parts += [branch, condition.prompt_embeds, condition.mask, len(references), *references]
             parts += [condition.statistics]
         parts += self.options.identity(len(self.conditions) > 1)
+        parts += self.layout.identity(self._guided) if self.layout else []
         return run_name(card.device, *parts)
 
 
@@ -180,14 +197,15 @@ def prepare_run(
     samples: torch.Tensor | None = None,
     draws: Sequence[int] | None = None,
     options: SamplingOptions = DEFAULT_OPTIONS,
+    layout: Layout | None = None,
 ) -> SamplingRun:
     """Check a run and decide its size and schedule.
 
     conditions: POSITIVE and, for guidance, NEGATIVE. width, height: pixels; 0 follows the first image.
     samples: a LATENT's tensor. It overrides width and height, and gives the number of pictures to sample.
     draws: for each picture, the number of the seed's draw that is its noise; 0, 1, 2 and so on by default.
-    options: what the graph lays over the transformer. Raises InputError for a number out of bounds, and
-    CheckpointError.
+    options: what the graph lays over the transformer. layout: as in SamplingRun. Raises InputError for a
+    number out of bounds, and CheckpointError.
     """
     true_cfg_scale, seed = TRUE_CFG_SCALE.require(true_cfg_scale), SEED.require(seed)
     steps, width, height = STEPS.require(steps), WIDTH.require(width), HEIGHT.require(height)
@@ -213,7 +231,7 @@ def prepare_run(
     config = replica.spec.checkpoint.component("scheduler").config()
     schedule, scale = make_schedule(config, steps, tokens, options.shift), true_cfg_scale if guided else 1.0
     numbers = tuple(draws or range(batch))
-    return SamplingRun(replica, used, schedule, scale, seed, numbers, height, width, options)
+    return SamplingRun(replica, used, schedule, scale, seed, numbers, height, width, options, layout)
 
 
 def _require_positions(condition: Condition, branch: str, size: tuple[int, int]) -> None:
@@ -238,7 +256,7 @@ def _require_positions(condition: Condition, branch: str, size: tuple[int, int])
 
 
 def sample(
-    transformer: Transformer,
+    transformer: Transformer | Sequence[Transformer],
     run: SamplingRun,
     on_step: OnStep = lambda done, total, denoised: None,
     on_modulation: OnProgress = ignore_progress,
@@ -247,16 +265,18 @@ def sample(
 ) -> torch.Tensor:
     """Do the run. Returns raw latents (B, 16, 1, h, w), FP32 on the CPU.
 
+    transformer: on the run's card, or on each card of its layout.
     on_modulation: the progress of the schedule's modulation, before the first step. An exception in a
     callback stops the run. saved: the run's file; an interrupted run goes on at its last saved step, with the
     same bits. guard: what to do about NaN and infinity, one of guard.GUARDS. Raises NonFiniteError.
     """
     size = run.padded_size
-    resumed = _resume(run, transformer, saved)
+    transformers = [transformer] if isinstance(transformer, Transformer) else list(transformer)
+    resumed = _resume(run, transformers, saved)
     finished = list(resumed.finished) if resumed else []
     if len(finished) == run.batch:
         return torch.cat(finished)
-    worker = LocalWorker(transformer, run.schedule, size, run.conditions, guard, on_modulation, run.options)
+    worker = _worker(transformers, run, guard, on_modulation)
     noise = map(pack, draw_noise(size, run.seed, run.draws[len(finished) :]))
     first = next(noise)
     state = resumed or RunState(0, first)
@@ -271,8 +291,17 @@ def sample(
     return torch.cat(finished)
 
 
+def _worker(
+    transformers: Sequence[Transformer], run: SamplingRun, guard: str, on_modulation: OnProgress
+) -> Worker:
+    arguments = run.schedule, run.padded_size, run.conditions, guard, on_modulation, run.options
+    if run.layout is None:
+        return LocalWorker(transformers[0], *arguments)
+    return ParallelWorker(transformers, run.layout, *arguments)
+
+
 def _sample_picture(
-    run: SamplingRun, worker: LocalWorker, start: RunState, on_step: OnStep, saved: SavedRun | None
+    run: SamplingRun, worker: Worker, start: RunState, on_step: OnStep, saved: SavedRun | None
 ) -> torch.Tensor:
     """The packed latents (1, tokens, 64) of the next picture, on the run's device."""
     steps, done_before = run.schedule.steps, len(start.finished) * run.schedule.steps
@@ -296,9 +325,10 @@ def _sample_picture(
     return final
 
 
-def _resume(run: SamplingRun, transformer: Transformer, saved: SavedRun | None) -> RunState | None:
+def _resume(run: SamplingRun, transformers: Sequence[Transformer], saved: SavedRun | None) -> RunState | None:
     """The state from which an interrupted run goes on; None if there is no usable one."""
-    state = saved.open(transformer.arithmetic) if saved is not None else None
+    arithmetic = "; ".join(dict.fromkeys(each.arithmetic for each in transformers))
+    state = saved.open(arithmetic) if saved is not None else None
     if saved is None or state is None:
         return None
     if saved.finished_latents(state, run.batch) is not None:

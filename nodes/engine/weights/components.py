@@ -9,7 +9,9 @@ import torch
 from ..cards.card import Card
 from ..errors import CheckpointError
 from ..files.checkpoint import Checkpoint
+from ..files.encodings import Stored
 from .estimates import weight_bytes
+from .names import is_held, model_name
 from .precision import Precision
 
 
@@ -20,6 +22,7 @@ class ComponentSpec:
     role: the component's folder in the checkpoint: `transformer`, `text_encoder` or `vae`.
     identity: a hash of the files in that folder. When they change, they are loaded again.
     processor: for a text encoder, the same hash of the processor's folder.
+    held: of a transformer that is shared out over cards, the numbers of the blocks in this part.
     """
 
     role: str
@@ -27,6 +30,7 @@ class ComponentSpec:
     precision: Precision
     identity: str
     processor: str = ""
+    held: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, role: str, checkpoint: Checkpoint, precision: Precision) -> ComponentSpec:
@@ -40,7 +44,17 @@ class ComponentSpec:
 
     def nbytes(self) -> int:
         """About how many bytes the loaded weights take, from the headers of the files."""
-        return weight_bytes(self.role, self.checkpoint, self.precision)
+        return weight_bytes(self.role, self.checkpoint, self.precision, self.held)
+
+    def name_in_model(self, stored: str) -> str | None:
+        """The name in the built model of a stored tensor; None for a tensor that it does not have."""
+        name = model_name(self.role, stored)
+        return name if name is not None and is_held(name, self.held) else None
+
+    def stored(self) -> dict[str, Stored]:
+        """The stored tensors that the built model has, by their names there."""
+        stored = self.checkpoint.component(self.role).stored()
+        return {new: each for name, each in stored.items() if (new := self.name_in_model(name)) is not None}
 
     def require_unchanged(self) -> None:
         """Raise CheckpointError when the files have changed since this description was made.

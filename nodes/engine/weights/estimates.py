@@ -15,7 +15,7 @@ from ..cards.speeds import Speeds
 from ..files.checkpoint import Checkpoint
 from ..latents import MEGAPIXEL, TOKEN_PIXELS, VAE_SCALE
 from ..units import GIB
-from .names import by_model_name, is_big_matrix
+from .names import by_model_name, is_big_matrix, is_held
 from .precision import Precision
 
 # What the driver, CUDA's kernels and holes between allocations take of a card. Not measured: a usual figure.
@@ -25,6 +25,7 @@ RESERVED_BYTES = GIB // 2
 # Numbers that live at once for each token and channel of the model's width, within 2 % of what an H100 needed
 # from 5370 to 16634 tokens: 1.04 GiB in FP32 and 0.52 in BF16 at 8442 tokens of 3072.
 TRANSFORMER_VECTORS = 10.9
+GATHERED_VECTORS = 2  # keys and values of the tokens of all cards
 # Where no fused attention kernel runs, torch holds the scores of all heads, before and after the softmax, and
 # copies of what it multiplies, all in FP32: 14.5 GiB instead of 1.0 at 8442 tokens, measured in FP32.
 SCORE_COPIES, SCORE_VECTORS = 2, 7
@@ -104,13 +105,17 @@ def fits(weights: float, working: float, room: float) -> bool:
     return weights + working * (1 - ESTIMATE_ERROR) <= room
 
 
-def weight_bytes(role: str, checkpoint: Checkpoint, precision: Precision) -> int:
+def weight_bytes(
+    role: str, checkpoint: Checkpoint, precision: Precision, held: Sequence[int] | None = None
+) -> int:
     """About how many bytes a component's weights take once loaded, read off its files' headers.
 
-    precision: resolved for its card.
+    precision: resolved for its card. held: of a part of the transformer, its blocks.
     """
     total, layer = 0.0, precision.layer
     for name, stored in by_model_name(role, checkpoint.component(role).stored()).items():
+        if not is_held(name, held):
+            continue
         shape, numel = stored.shape, torch.Size(stored.shape).numel()
         if role == "vae" and len(shape) == CONV_3D:
             # for single frames one time tap is kept, and nothing across time (layers.keep_single_frames)
@@ -159,13 +164,19 @@ def workspace_bytes(
     return int(max(decoding, encoding, scores))
 
 
-def transformer_bytes(checkpoint: Checkpoint, precision: Precision, tokens: int, fused: bool = True) -> int:
-    """Bytes a forward over so many tokens needs beside the weights. precision: resolved for its card."""
+def transformer_bytes(
+    checkpoint: Checkpoint, precision: Precision, tokens: int, fused: bool = True, cards: int = 1
+) -> int:
+    """Bytes a forward over so many tokens needs beside the weights. precision: resolved for its card.
+
+    cards: over how many the tokens are split. Each holds the keys and values of all of them.
+    """
     shape = Shape.of(checkpoint)
-    scores = 0 if fused else score_bytes(shape.heads, shape.width, tokens)
+    scores = 0 if fused else score_bytes(shape.heads, shape.width, tokens) // cards
     products = precision.layer.product_bytes if precision.layer else 0.0
-    channel = max(TRANSFORMER_VECTORS * precision.math.itemsize, products)
-    return int(channel * shape.width * tokens) + scores
+    channel = max(TRANSFORMER_VECTORS * precision.math.itemsize, products) / cards
+    gathered = GATHERED_VECTORS * precision.math.itemsize if cards > 1 else 0
+    return int((channel + gathered) * shape.width * tokens) + scores
 
 
 def score_bytes(heads: int, width: int, tokens: int) -> int:

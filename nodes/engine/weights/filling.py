@@ -6,13 +6,16 @@ tensors at a time, whatever the checkpoint's size.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
 
+from ..cards.transfer import moved
 from ..errors import CheckpointError
 from ..files.cache import DiskCache
 from ..files.encodings import Encoded, Stored
@@ -21,7 +24,7 @@ from ..progress import OnProgress
 from .components import ComponentSpec, Replica
 from .formats import QuantizedLinear
 from .layers import UpcastLinear, has_storage_dtype, prepare_layers
-from .names import by_model_name, is_big_matrix, model_name
+from .names import is_big_matrix
 
 log = logging.getLogger("FireRed")
 
@@ -51,16 +54,31 @@ def fill(
     return _finish(model, replica)
 
 
+def fill_from(model: torch.nn.Module, source: torch.nn.Module, replica: Replica) -> str:
+    """Give a model on meta the weights of an equal model on another card. Returns as fill does."""
+    prepare_layers(model, replica.spec.role, replica.spec.precision)
+    move = functools.partial(moved, device=replica.device)
+    for path, layer in source.named_modules():
+        if isinstance(layer, QuantizedLinear | UpcastLinear):
+            same: Any = model.get_submodule(path)
+            same.copy_from(layer, move)
+    for name, parameter in source.named_parameters():
+        _set_parameter(model, name, move(parameter.detach()), parameter.dtype)
+    return _finish(model, replica)
+
+
 def cache_name(spec: ComponentSpec) -> str | None:
     """The name of a component's file in the cache; None where nothing is gained by one.
 
-    That is so for precisions that are quick to make, and for matrices that are used as their files have them.
+    That is so for precisions that are quick to make, for matrices that are used as their files have them, and
+    for a part of the transformer.
     """
     layer = spec.precision.layer
-    if layer is None or layer.cached_as is None:
+    if layer is None or layer.cached_as is None or spec.held is not None:
         return None
-    found = by_model_name(spec.role, spec.checkpoint.component(spec.role).stored()).items()
-    if any(is_big_matrix(spec.role, name) and layer.takes(each.encoding) for name, each in found):
+    if any(
+        is_big_matrix(spec.role, name) and layer.takes(each.encoding) for name, each in spec.stored().items()
+    ):
         return None
     compute = str(spec.math).removeprefix("torch.")
     return f"{spec.checkpoint.name}-{spec.role}-{layer.cached_as}-{compute}-{spec.identity}"
@@ -101,15 +119,13 @@ def _convert(
     """Fill the model from the checkpoint's tensors, and write the results to the cache under that name."""
     spec, device = replica.spec, replica.device
     component, modules = spec.checkpoint.component(spec.role), dict(model.named_modules())
-    found = by_model_name(spec.role, component.stored())
+    found = spec.stored()
     missing = _Missing(_unquantised_shapes(model), component.path)
     writer = cache.create(cached_as, _final_layout(model, spec, found)) if cache and cached_as else None
     done, total = 0, sum(stored.nbytes for stored in found.values())
     try:
-        for in_files, in_host in component.tensors(
-            lambda each: model_name(spec.role, each) is not None, device
-        ):
-            name = model_name(spec.role, in_files)
+        for in_files, in_host in component.tensors(lambda each: spec.name_in_model(each) is not None, device):
+            name = spec.name_in_model(in_files)
             assert name is not None
             missing.take(name, in_host.shape, in_files)
             parts = _set(model, modules, name, in_host.to(device), spec)

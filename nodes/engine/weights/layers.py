@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
@@ -25,6 +27,12 @@ class UpcastLinear(torch.nn.Module):
         """Hold the weight as its file stores it, and decode it at each use."""
         self.register_parameter("weight", None)
         self._encoded = encoded
+
+    def copy_from(self, other: UpcastLinear, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Hold what an equal layer on another card keeps. move: copies a tensor to this layer's device."""
+        if other._encoded is not None:
+            parts = {name: move(part) for name, part in other._encoded.parts.items()}
+            self.keep(other._encoded._replace(parts=parts))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight if self._encoded is None else self._encoded.decode()

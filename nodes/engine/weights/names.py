@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -19,6 +19,7 @@ TEXT_ENCODER_PREFIXES = {
 }
 # Tensors whose results depend on the timestep alone. See models/modulation.py.
 FOLDED = re.compile(r"(transformer_blocks\.\d+\.(img|txt)_mod|norm_out|time_text_embed)\.")
+BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
 BIG_MATRICES = {
     "transformer": re.compile(r"transformer_blocks\..*\.weight"),
     "text_encoder": re.compile(r"language_model\.layers\..*_proj\.weight"),
@@ -40,6 +41,15 @@ def model_name(role: str, stored: str) -> str | None:
 def by_model_name(role: str, stored: Mapping[str, T]) -> dict[str, T]:
     """What the built model has of stored tensors, by its names there."""
     return {new: each for name, each in stored.items() if (new := model_name(role, name)) is not None}
+
+
+def is_held(name: str, held: Sequence[int] | None) -> bool:
+    """Whether a part of the transformer has this tensor. held: its blocks; None for the whole model.
+
+    Every part has the few tensors outside of the blocks.
+    """
+    block = BLOCK.match(name)
+    return held is None or block is None or int(block[1]) in held
 
 
 def is_big_matrix(role: str, name: str) -> bool:

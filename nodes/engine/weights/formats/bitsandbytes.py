@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import logging
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -111,6 +113,11 @@ class Nf4Linear(BitsAndBytesLinear):
         self.quant_state.dtype = self.compute
         self.register_buffer("weight", encoded.parts[MATRIX])
 
+    def copy_from(self, other: Nf4Linear, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.register_buffer("weight", move(other.weight))
+        self.quant_state = copy.deepcopy(other.quant_state)
+        self.quant_state.to(self.weight.device)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._library.matmul_4bit(x, self.weight.t(), quant_state=self.quant_state, bias=self.bias)
 
@@ -147,6 +154,9 @@ class Int8BnbLinear(BitsAndBytesLinear):
     def _set(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
         self._state.CB, self._state.SCB = codes, scales
         self.register_buffer("weight", codes)
+
+    def copy_from(self, other: Int8BnbLinear, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._set(move(other._state.CB), move(other._state.SCB))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._library.matmul(x, self.weight, bias=self.bias, state=self._state)

@@ -5,6 +5,8 @@ FP16 is not used, so no FP32 activation overflows. Rows are rotated before round
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ...files.encodings import MATRIX, Encoded, Encoding, Int8
@@ -50,6 +52,10 @@ class Int8Linear(QuantizedLinear):
         assert isinstance(encoding, Int8)
         self.weight, self.rotation = encoded.parts[MATRIX], encoding.rotation
         self.weight_scale = encoding.scales(encoded.parts, self.out_features).contiguous()
+
+    def copy_from(self, other: Int8Linear, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().copy_from(other, move)
+        self.rotation = other.rotation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return multiply_upcast(x, self.weight, self.weight_scale, self.bias, self.rotation)

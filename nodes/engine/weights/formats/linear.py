@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 
@@ -58,6 +59,11 @@ class QuantizedLinear(torch.nn.Module):
     def restore(self, name: str, tensor: torch.Tensor) -> None:
         """Set one of layout()'s tensors from the cache. tensor: on the layer's device."""
         setattr(self, name, tensor)
+
+    def copy_from(self, other: Any, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Set the matrix of an equal layer on another card. move: copies a tensor to this layer's device."""
+        for name in self.layout():
+            self.restore(name, move(getattr(other, name)))
 
     def prepare(self) -> str | None:
         """Called when the weight is set. It may test kernels on the device. Returns what to log, or None."""

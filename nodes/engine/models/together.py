@@ -1,0 +1,235 @@
+"""Forwards of a transformer that use several cards at once.
+
+One thread queues the work of all cards, a block on each in turn. A card computes what was queued while the
+next card gets its work, so the cards run at the same time. Threads, one for each card, would wait for each
+other in Python's interpreter: with BF16 arithmetic, that cost more than the second card gained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from ..cards.kernels import as_current
+from ..cards.transfer import Arrival, start_copy
+from .modulation import StepModulation
+from .transformer import Attending, Block, QwenImageTransformer, Rotary, attend
+
+
+class CardError(RuntimeError):
+    """An error of torch on one card. The original one is its cause."""
+
+    def __init__(self, device: torch.device, error: RuntimeError):
+        super().__init__(str(error))
+        self.device = device
+
+
+@dataclass
+class Lane:
+    """What one card computes of a forward. The tensors are on that card; see QwenImageTransformer.forward.
+
+    model: may have only some of the blocks. image, text: may be a part of the tokens; `targets` counts those
+    of the part. mask: of all tokens to attend to, in the order of the lanes.
+    """
+
+    model: QwenImageTransformer
+    device: torch.device
+    image: torch.Tensor
+    text: torch.Tensor
+    modulation: StepModulation
+    rotary: Rotary
+    targets: int
+    mask: torch.Tensor | None
+
+    def predict(self) -> torch.Tensor:
+        """The velocity, by this lane alone."""
+        with self.here():
+            return self.model(self.image, self.text, self.modulation, self.rotary, self.targets, self.mask)
+
+    def here(self) -> AbstractContextManager[None]:
+        """See on_card."""
+        return on_card(self.device)
+
+
+@contextmanager
+def on_card(device: torch.device) -> Iterator[None]:
+    """The device as the current one inside the block. Raises CardError for an error of torch."""
+    try:
+        with as_current(device):
+            yield
+    except RuntimeError as error:
+        raise CardError(device, error) from error
+
+
+class Forward(Protocol):
+    """A forward that goes on block by block."""
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """The cards of the next block."""
+        ...
+
+    def advance(self) -> bool:
+        """Queue the next block. Returns whether it was the last."""
+        ...
+
+
+def run_together(forwards: Sequence[Forward]) -> None:
+    """Do all of them. Those that use other cards go on together; the others wait, the last ones first."""
+    running = list(forwards)
+    while running:
+        busy: set[torch.device] = set()
+        for forward in list(running):
+            devices = forward.devices
+            if busy.isdisjoint(devices):
+                busy |= devices
+                if forward.advance():
+                    running.remove(forward)
+
+
+class SplitForward:
+    """A forward whose tokens are split over lanes, each with all blocks on a card of its own.
+
+    In each block every lane gets the keys and values of all, while it computes its queries.
+    """
+
+    def __init__(self, lanes: Sequence[Lane]):
+        self.lanes = [replace(lane) for lane in lanes]
+        self._number = 0
+        self.parts: list[torch.Tensor] = []  # the velocities of the lanes
+
+    @property
+    def devices(self) -> set[torch.device]:
+        return {lane.device for lane in self.lanes}
+
+    def advance(self) -> bool:
+        if self._number == 0:
+            for lane in self.lanes:
+                with lane.here():
+                    lane.image, lane.text = lane.model.enter(lane.image, lane.text)
+        if len(self.lanes) == 1:
+            _run_block(self.lanes[0], self._number)
+        else:
+            self._run_shared_block()
+        self._number += 1
+        if self._number < self.lanes[0].model.config.layers:
+            return False
+        for lane in self.lanes:
+            with lane.here():
+                self.parts.append(lane.model.leave(lane.image, lane.modulation, lane.targets))
+        return True
+
+    def _run_shared_block(self) -> None:
+        begun = []
+        for lane in self.lanes:
+            with lane.here():
+                begun.append(
+                    _block(lane, self._number).begin(
+                        lane.image, lane.text, _modulation(lane, self._number), lane.targets, lane.rotary
+                    )
+                )
+        gathered = [self._gathered(lane, own, begun) for lane, own in zip(self.lanes, begun, strict=True)]
+        del begun
+        for lane in self.lanes:
+            with lane.here():
+                self._attend(lane, *gathered.pop(0))
+                lane.image, lane.text = _block(lane, self._number).feed_forward(
+                    lane.image, lane.text, _modulation(lane, self._number), lane.targets
+                )
+
+    def _gathered(
+        self, lane: Lane, own: Attending, begun: Sequence[Attending]
+    ) -> tuple[Attending, list[Arrival]]:
+        """The lane's own streams with the keys and values of all lanes, and when these are there."""
+        arrivals: list[Arrival] = []
+
+        def gather(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+            whole = parts[0].new_empty(
+                (1, sum(part.shape[1] for part in parts), *parts[0].shape[2:]), device=lane.device
+            )
+            start = 0
+            for part in parts:
+                arrivals.append(start_copy(part, whole[:, start : start + part.shape[1]]))
+                start += part.shape[1]
+            return whole
+
+        with lane.here():
+            key, value = gather([each.key for each in begun]), gather([each.value for each in begun])
+        return own._replace(key=key, value=value), arrivals
+
+    def _attend(self, lane: Lane, own: Attending, arrivals: Sequence[Arrival]) -> None:
+        def attend_when_there(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+        ) -> torch.Tensor:
+            for wait in arrivals:
+                wait()
+            return attend(query, key, value, mask)
+
+        lane.image, lane.text = _block(lane, self._number).attention(
+            lane.image, lane.text, own, _modulation(lane, self._number), lane.targets, lane.rotary,
+            lane.mask, attend_when_there,
+        )  # fmt: skip
+
+
+class LayeredForward:
+    """A forward whose blocks are on several cards: the tokens go from lane to lane.
+
+    lanes: of all tokens, each with the blocks that its card holds.
+    """
+
+    def __init__(self, lanes: Sequence[Lane]):
+        self.lanes = [replace(lane) for lane in lanes]
+        self._owners = {int(number): lane for lane in self.lanes for number in lane.model.transformer_blocks}
+        self._number = 0
+        self._current = self._owners[0]
+        self.parts: list[torch.Tensor] = []  # the velocity
+
+    @property
+    def devices(self) -> set[torch.device]:
+        return {self._owners[self._number].device}
+
+    def advance(self) -> bool:
+        lane = self._owners[self._number]
+        if self._number == 0:
+            with lane.here():
+                lane.image, lane.text = lane.model.enter(lane.image, lane.text)
+        elif lane is not self._current:
+            self._move(self._current, lane)
+        self._current = lane
+        _run_block(lane, self._number)
+        self._number += 1
+        if self._number < lane.model.config.layers:
+            return False
+        with lane.here():
+            self.parts = [lane.model.leave(lane.image, lane.modulation, lane.targets)]
+        return True
+
+    def _move(self, source: Lane, target: Lane) -> None:
+        """Give the tokens after the last block to the next lane."""
+        with target.here():
+            for name in ("image", "text"):
+                tensor = getattr(source, name)
+                copied = torch.empty_like(tensor, device=target.device)
+                start_copy(tensor, copied)()
+                setattr(target, name, copied)
+                setattr(source, name, tensor[:0])
+
+
+def _block(lane: Lane, number: int) -> Block:
+    return lane.model.block(number)
+
+
+def _modulation(lane: Lane, number: int) -> torch.Tensor:
+    return lane.modulation.blocks[:, number]
+
+
+def _run_block(lane: Lane, number: int) -> None:
+    """Replace the lane's tokens by those after a block."""
+    with lane.here():
+        lane.image, lane.text = _block(lane, number)(
+            lane.image, lane.text, _modulation(lane, number), lane.targets, lane.rotary, lane.mask
+        )

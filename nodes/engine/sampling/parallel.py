@@ -1,0 +1,134 @@
+"""A worker that computes each step on several cards."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+
+from ..arithmetic import exact_fp32
+from ..cards.kernels import is_out_of_memory
+from ..errors import first_line
+from ..models.guard import STOP
+from ..models.together import CardError, LayeredForward, SplitForward, on_card, run_together
+from ..models.trace import Culprit, find_culprit
+from ..models.transformer import Transformer
+from ..progress import OnProgress, ignore_progress
+from .conditioning import Condition
+from .layout import LAYERS, Layout
+from .options import DEFAULT_OPTIONS, SamplingOptions
+from .schedule import Schedule
+from .workers import WHOLE, LocalWorker, Part
+
+log = logging.getLogger("FireRed")
+
+
+class ParallelWorker:
+    """A transformer on several cards of this process, which share each step as the layout says.
+
+    A card that fails is left out: the others compute the step again, and the rest of the run.
+    """
+
+    def __init__(
+        self,
+        transformers: Sequence[Transformer],
+        layout: Layout,
+        schedule: Schedule,
+        latent_size: tuple[int, int],
+        conditions: Mapping[str, Condition],
+        guard: str = STOP,
+        on_modulation: OnProgress = ignore_progress,
+        options: SamplingOptions = DEFAULT_OPTIONS,
+    ):
+        """transformers: those of the layout's replicas. The other arguments are as in LocalWorker."""
+        self._layout = layout
+        self._cards = [
+            LocalWorker(each, schedule, latent_size, conditions, guard, on_modulation, options)
+            for each in transformers
+        ]
+
+    @torch.inference_mode()
+    @exact_fp32()
+    def predict(self, latents: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+        """As Worker.predict, on the device of the latents. Raises NonFiniteError that names the bad branch.
+
+        Raises torch's error when the last card fails, and for `layers` when any does.
+        """
+        while True:
+            try:
+                return self._predict(latents, step)
+            except CardError as error:
+                self._leave_out(error, step)
+
+    def _predict(self, latents: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+        groups = dict(self._layout.groups(self._cards[0].branches(step), self._cards))
+        with ExitStack() as contexts:
+            peaks: list[list[torch.Tensor]] = []
+            for card in self._cards:
+                contexts.enter_context(card.adapters.attached(card.model))
+                peaks.append(contexts.enter_context(card.guard.watch_clipping(card.model)))
+            forwards = {name: self._forward(name, latents, step, cards) for name, cards in groups.items()}
+            run_together(list(forwards.values()))
+            seen = [*itertools.chain(*peaks)]
+            return {
+                name: self._checked(forward, groups[name], name, latents, step, seen)
+                for name, forward in forwards.items()
+            }
+
+    def _forward(
+        self, name: str, latents: torch.Tensor, step: int, cards: Sequence[LocalWorker]
+    ) -> SplitForward | LayeredForward:
+        """The forward of a branch on these cards."""
+        layered, lanes = self._layout.mode == LAYERS, []
+        for number, card in enumerate(cards):
+            with on_card(card.replica.device):
+                part = WHOLE if layered else Part(number, len(cards))
+                lanes.append(card.lane(name, latents, step, part))
+        return LayeredForward(lanes) if layered else SplitForward(lanes)
+
+    def _checked(
+        self,
+        forward: SplitForward | LayeredForward,
+        cards: Sequence[LocalWorker],
+        name: str,
+        latents: torch.Tensor,
+        step: int,
+        peaks: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """The whole velocity on the device of the latents, checked by the guard."""
+        parts = []
+        for lane, part in zip(forward.lanes, forward.parts, strict=False):
+            with lane.here():
+                parts.append(part.float().to(latents.device))
+        trace = functools.partial(self._trace, cards, name, latents, step)
+        return cards[0].guard.check(torch.cat(parts, dim=1), cards[0].title(name, step), trace, peaks)
+
+    def _trace(
+        self, cards: Sequence[LocalWorker], name: str, latents: torch.Tensor, step: int
+    ) -> Culprit | None:
+        """The module that broke: of the first card on which a repeat of the branch breaks."""
+        if self._layout.mode == LAYERS:
+            models = {card.replica.card.label: card.model for card in cards}
+            forward = self._forward(name, latents, step, cards)
+            return find_culprit(torch.nn.ModuleDict(models), functools.partial(run_together, [forward]))
+        lanes = (card.lane(name, latents, step) for card in cards)
+        return next(filter(None, (find_culprit(lane.model, lane.predict) for lane in lanes)), None)
+
+    def _leave_out(self, error: CardError, step: int) -> None:
+        """Go on without the card that failed. Raises torch's error where that is not possible."""
+        failed = next(card for card in self._cards if card.replica.device == error.device)
+        cause, label = error.__cause__, failed.replica.card
+        assert isinstance(cause, RuntimeError)
+        what = "ran out of memory" if is_out_of_memory(cause) else f"failed ({first_line(cause)})"
+        if self._layout.mode == LAYERS or len(self._cards) == 1:
+            log.error("%s %s at step %d", label, what, step + 1)
+            raise cause
+        self._cards.remove(failed)
+        log.error(
+            "%s %s at step %d: this step is done again, and the run goes on without it (%d left)",
+            label, what, step + 1, len(self._cards),
+        )  # fmt: skip
