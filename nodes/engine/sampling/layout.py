@@ -16,6 +16,7 @@ from .conditioning import NEGATIVE, POSITIVE
 AUTO, CFG, SEQUENCE, BOTH, LAYERS = MODES = ("auto", "cfg", "sequence", "cfg+sequence", "layers")
 MODE = Choice("mode", MODES)
 T = TypeVar("T")
+TURNS = 6  # in which blocks are dealt to cards
 
 
 @dataclass(frozen=True)
@@ -74,3 +75,19 @@ class Layout:
         names = [replica.card.name for replica in self.replicas]
         alike = len(set(names)) == 1 and self.sharing(guided) == [1]
         return [] if alike else [self.mode, *names]
+
+
+def dealt(counts: Sequence[int]) -> list[tuple[int, ...]]:
+    """The blocks of each card for `layers`. counts: how many each gets, of all there are.
+
+    They are dealt in TURNS. While one branch is on one card, the other branch is on the next one: with a
+    single turn, a card would be idle a quarter of the time.
+    """
+    hands: list[list[int]] = [[] for _ in counts]
+    number = 0
+    for turn in range(TURNS):
+        for hand, count in zip(hands, counts, strict=True):
+            taken = count * (turn + 1) // TURNS - count * turn // TURNS
+            hand += range(number, number + taken)
+            number += taken
+    return [tuple(hand) for hand in hands]

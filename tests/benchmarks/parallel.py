@@ -1,0 +1,176 @@
+"""Measure how several cards share a step: seconds, memory, bytes moved, difference to one card.
+
+The real-size transformer with random weights, 1024x1024, one 1 MP reference, 250 text tokens, TF32 off. All
+ratios are to one card in the same run. A card that holds all of a model may use all its memory; the others
+are capped to 24 GiB.
+Usage: python parallel.py CHECKPOINT [WAY ...]    (full_checkpoint.py makes CHECKPOINT; a WAY is int8-fp32)
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from engine.cards.card import Card
+from engine.cards.kernels import device_label
+from engine.cards.transfer import links
+from engine.files.checkpoint import open_checkpoint
+from engine.models import loading, together
+from engine.sampling.conditioning import POSITIVE
+from engine.sampling.layout import BOTH, CFG, LAYERS, SEQUENCE, Layout, dealt
+from engine.sampling.parallel import ParallelWorker
+from engine.sampling.sampling import SamplingRun
+from engine.sampling.workers import LocalWorker
+from engine.weights.components import ComponentSpec, Replica
+from engine.weights.precision import PRECISIONS, resolve
+from precision import CAP_GIB, GIB, inputs
+
+WAYS = ("int8-fp32", "int8-fast-fp32", "bf16-bf16", "int8-fast-bf16", "fp32-fp32")
+CARDS = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+
+
+def replicas(folder: Path, way: str) -> list[Replica]:
+    name, _, math = way.rpartition("-")
+    checkpoint = open_checkpoint(folder)
+    found = []
+    for device in CARDS:
+        card = Card(device_label(device), torch.cuda.get_device_name(device), device, math == "bf16", 0)
+        precision = resolve(PRECISIONS[name], card, math)
+        found.append(Replica(ComponentSpec.of("transformer", checkpoint, precision), card))
+    return found
+
+
+def cap(gib: float | None) -> None:
+    for device in CARDS:
+        total = torch.cuda.get_device_properties(device).total_memory / GIB
+        torch.cuda.set_per_process_memory_fraction(1.0 if gib is None else gib / total, device)
+
+
+def synchronize() -> None:
+    for device in CARDS:
+        torch.cuda.synchronize(device)
+
+
+def timed(worker: Any, latents: torch.Tensor, repeats: int = 2) -> tuple[float, dict[str, torch.Tensor]]:
+    worker.predict(latents, 1)
+    synchronize()
+    for device in CARDS:
+        torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        made = worker.predict(latents, 1)
+    synchronize()
+    return (time.perf_counter() - started) / repeats, made
+
+
+def moved_bytes(worker: Any, latents: torch.Tensor) -> int:
+    """What a step sends between cards."""
+    counted, copy = 0, together.start_copy
+
+    def count(source: torch.Tensor, target: torch.Tensor) -> Any:
+        nonlocal counted
+        counted += source.nbytes * (source.device != target.device)
+        return copy(source, target)
+
+    together.start_copy = count
+    try:
+        worker.predict(latents, 1)
+    finally:
+        together.start_copy = copy
+    return counted
+
+
+def layouts(found: list[Replica]) -> Iterator[tuple[Layout, bool]]:
+    """Each with whether it computes both branches of guidance."""
+    yield Layout(CFG, tuple(found[:2])), True
+    for count in (2, 4):
+        if len(found) >= count:
+            yield Layout(SEQUENCE, tuple(found[:count])), False
+    if len(found) >= 4:
+        yield Layout(BOTH, tuple(found[:4])), True
+    layers = found[0].spec.checkpoint.component("transformer").config()["num_layers"]
+    for count in (2, 3):
+        if len(found) >= count:
+            hands = dealt(
+                [layers * (number + 1) // count - layers * number // count for number in range(count)]
+            )
+            parts = [
+                replace(each, spec=replace(each.spec, held=hand))
+                for each, hand in zip(found[:count], hands, strict=True)
+            ]
+            yield Layout(LAYERS, tuple(parts)), True
+
+
+def only_positive(run: SamplingRun) -> SamplingRun:
+    return replace(run, conditions={POSITIVE: run.conditions[POSITIVE]})
+
+
+def measure(folder: Path, way: str) -> None:
+    found = replicas(folder, way)
+    run, latents = inputs(folder, found[0])
+    cap(None)
+    started = time.perf_counter()
+    models = {found[0]: loading.load(found[0])}
+    synchronize()
+    print(f"{way}: loaded in {time.perf_counter() - started:.1f} s", flush=True)
+    baselines = {}
+    for guided in (True, False):
+        one = run if guided else only_positive(run)
+        worker = LocalWorker(models[found[0]], one.schedule, one.padded_size, one.conditions)
+        baselines[guided] = timed(worker, latents)
+        peak = torch.cuda.max_memory_allocated(CARDS[0]) / GIB
+        print(
+            f"| {way} | one card{'' if guided else ', cfg 1'} | {baselines[guided][0]:.3f} | | {peak:.1f} | | |"
+        )
+        del worker
+    for layout, guided in layouts(found):
+        if layout.mode == LAYERS:
+            models.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+        needed = max(each.spec.nbytes() for each in layout.replicas) / GIB
+        cap(CAP_GIB if needed < CAP_GIB - 3 else None)
+        for replica in layout.replicas:
+            if replica not in models:
+                started = time.perf_counter()
+                source = models.get(found[0]) if replica.spec == found[0].spec else None
+                models[replica] = loading.load(replica, source=source)
+                synchronize()
+                how = "copied" if source else "loaded"
+                print(f"{replica}: {how} in {time.perf_counter() - started:.1f} s", flush=True)
+        one = run if guided else only_positive(run)
+        worker = ParallelWorker(
+            [models[replica] for replica in layout.replicas], layout, one.schedule, one.padded_size,
+            one.conditions,
+        )  # fmt: skip
+        seconds, made = timed(worker, latents)
+        peak = max(torch.cuda.max_memory_allocated(device) for device in CARDS) / GIB
+        alone, expected = baselines[guided]
+        wrong = max(float((made[name] - expected[name]).norm() / expected[name].norm()) for name in made)
+        what = f"{layout.mode} on {len(layout.replicas)}{'' if guided else ', cfg 1'}"
+        moved = moved_bytes(worker, latents) / 1e9
+        print(
+            f"| {way} | {what} | {seconds:.3f} | {seconds / alone:.3f} | {peak:.1f} | {moved:.2f} "
+            f"| {wrong:.1e} |", flush=True,
+        )  # fmt: skip
+        del worker, made
+
+
+def main() -> None:
+    print([torch.cuda.get_device_name(device) for device in CARDS], *links(CARDS), sep="\n")
+    print(
+        "| weights and arithmetic | cards | step s | of one card | peak GiB a card | GB moved | difference |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for way in sys.argv[2:] or WAYS:
+        measure(Path(sys.argv[1]), way)
+
+
+if __name__ == "__main__":
+    main()
