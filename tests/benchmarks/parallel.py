@@ -125,9 +125,8 @@ def measure(folder: Path, way: str) -> None:
         worker = LocalWorker(models[found[0]], one.schedule, one.padded_size, one.conditions)
         baselines[guided] = timed(worker, latents)
         peak = torch.cuda.max_memory_allocated(CARDS[0]) / GIB
-        print(
-            f"| {way} | one card{'' if guided else ', cfg 1'} | {baselines[guided][0]:.3f} | | {peak:.1f} | | |"
-        )
+        what = "one card" if guided else "one card, cfg 1"
+        print(f"| {way} | {what} | {baselines[guided][0]:.3f} | | {peak:.1f} | | |", flush=True)
         del worker
     for layout, guided in layouts(found):
         if layout.mode == LAYERS:
