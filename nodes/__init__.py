@@ -17,6 +17,7 @@ from .engine.cards.libraries import startup_warning
 from .examine import FireRedNumerics
 from .load import FireRedLoadTextEncoder, FireRedLoadTransformer, FireRedLoadVAE
 from .lora import FireRedLoadLoRA
+from .parallel import FireRedParallel
 from .plan import FireRedHardwarePlan
 from .sample import FireRedSampler
 from .schedule import FireRedSchedule
@@ -34,6 +35,7 @@ NODE_CLASS_MAPPINGS = {
     "FireRedLoadLoRA": FireRedLoadLoRA,
     "FireRedSchedule": FireRedSchedule,
     "FireRedStepCache": FireRedStepCache,
+    "FireRedParallel": FireRedParallel,
 }
 
 

@@ -113,6 +113,7 @@ class FireRedSampler(io.ComfyNode):
             samples=None if given is None else given.samples,
             draws=None if given is None else given.draws,
             options=transformer.options,
+            layout=transformer.layout,
         )
         _log_unused_inputs(negative is not None, cfg, given)
         saved = host.saved_run(run.name(guard)) if resume == "on" else None
@@ -137,10 +138,12 @@ def _sample(transformer: host.Handle, run: SamplingRun, saved: SavedRun | None, 
 
     samples = saved.result(run.batch) if saved else None
     if samples is None:
-        run.require_room(host.room(run.replica))
-        with host.borrow(transformer, run.working_bytes()) as model:
+        cards = run.on_each_card()
+        for card in cards:
+            card.require_room(host.room(card.replica))
+        with host.borrow_all(transformer, [card.working_bytes() for card in cards]) as models:
             reporters = host.sampling_reporter(run.replica.device), host.progress_reporter()
-            samples = sample(model, run, *reporters, saved, guard)
+            samples = sample(models, run, *reporters, saved, guard)
     if saved is not None:
         host.forget_run_after_prompt(saved)
     return samples

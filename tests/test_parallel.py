@@ -22,6 +22,8 @@ from engine.weights.components import Replica
 
 MODES = {CFG: 2, SEQUENCE: 3, BOTH: 4, LAYERS: 2}  # with the number of cards that each is tested on
 LAYERS_OF_TINY = 2
+# Parts of the tokens are summed in another order. Where that turns a rounding, it is more than in FP32.
+SUMS_DIFFER = {"bf16": 2e-2, "int8-fast": 1e-3}
 
 
 def card(number: int, name: str = "Tesla P40") -> Card:
@@ -54,7 +56,7 @@ def pictures(*sizes: tuple[int, int], tokens: int, masked: bool = False) -> Cond
 def prepared(
     replica: Replica, sizes: Sequence[tuple[int, int]] = ((4, 4),), masked: bool = False, **changes: Any
 ) -> SamplingRun:
-    arguments: dict[str, Any] = dict(steps=3, true_cfg_scale=4.0, width=48, height=80, seed=0)
+    arguments: dict[str, Any] = dict(steps=3, true_cfg_scale=4.0, width=96, height=160, seed=0)
     conditions = {
         POSITIVE: pictures(*sizes, tokens=7, masked=masked), NEGATIVE: pictures(*sizes, tokens=2)
     }  # fmt: skip
@@ -79,7 +81,7 @@ def test_every_mode_gives_the_image_of_one_card(tiny: Checkpoint, mode: str, pre
     if mode in (CFG, LAYERS):
         assert torch.equal(found, expected)
     else:
-        assert difference(found, expected) < (1e-5 if shared.replicas[0].spec.math is torch.float32 else 0.02)
+        assert difference(found, expected) < SUMS_DIFFER.get(precision, 1e-5)
 
 
 @pytest.mark.parametrize("zero_cond_t", [False, True], ids=["", "zero_cond_t"])

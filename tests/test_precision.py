@@ -28,7 +28,7 @@ from engine.weights.components import ComponentSpec
 from engine.weights.estimates import ESTIMATE_ERROR
 from engine.weights.formats import QuantizedLinear, bitsandbytes, int8_paths
 from engine.weights.formats.int8_math import dequantize, quantize_rows, quantize_tokens
-from engine.weights.formats.int8_paths import choose_path, integer_paths
+from engine.weights.formats.int8_paths import choose_path, fastest_path, integer_paths
 from engine.weights.precision import PRECISIONS, ROLE_PRECISIONS, Precision, resolve
 from engine.weights.room import DoesNotFitError, at_precision, require_fit, working_bytes
 from machines import P40 as P40_SPEEDS
@@ -164,7 +164,7 @@ def test_integer_products_of_heavy_activations_stay_within_the_bound(path, scale
 def test_a_path_that_is_right_and_not_clearly_slower_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     (right,) = integer_paths(CPU)
     monkeypatch.setattr(int8_paths, "_seconds", lambda run, device: run() is None or 1.0)
-    assert choose_path.__wrapped__(CPU, torch.bfloat16, 64, 128) == (right, "64x128 torch")
+    assert fastest_path(CPU, torch.bfloat16, (64, 128), OURS, []) == right
 
 
 def test_a_path_that_forgets_the_bias_is_wrong(
@@ -176,7 +176,7 @@ def test_a_path_that_forgets_the_bias_is_wrong(
         "forgetful", right.quantize, lambda y, a, w, bias, dtype: right.rescale(y, a, w, None, dtype)
     )
     monkeypatch.setattr(int8_paths, "integer_paths", lambda device: [forgetful])
-    assert choose_path.__wrapped__(CPU, torch.float32, 64, 128) == (None, "64x128 weight-only")
+    assert fastest_path(CPU, torch.float32, (64, 128), OURS, []) is None
     assert "int8-fast at 64x128: forgetful wrong by" in caplog.text
 
 
@@ -187,9 +187,19 @@ def test_a_wrong_path_is_not_taken(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     wrong = int8_paths.IntegerPath("wrong", lambda x, _: quantize_tokens(x * 1.1), right.rescale)
     broken = int8_paths.IntegerPath("broken", lambda x, _: 1 / 0, right.rescale)
     monkeypatch.setattr(int8_paths, "integer_paths", lambda device: [wrong, broken])
-    assert choose_path.__wrapped__(CPU, torch.float32, 64, 128) == (None, "64x128 weight-only")
+    assert fastest_path(CPU, torch.float32, (64, 128), OURS, []) is None
     assert "int8-fast at 64x128: wrong wrong by" in caplog.text
     assert "broken failed: ZeroDivisionError: division by zero" in caplog.text
+
+
+def test_cards_of_one_kind_take_the_same_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the next card, busy with something else, measures other times."""
+    (path,) = integer_paths(CPU)
+    for expected, measured in ((path, [1.0, 0.1, 9.9]), (None, [0.1, 1.0])):
+        times = iter(measured)
+        monkeypatch.setattr(int8_paths, "_seconds", lambda run, device, times=times: next(times))
+        assert fastest_path(CPU, torch.float32, (64, 128), OURS, []) == expected
+        assert fastest_path(CPU, torch.float32, (64, 128), OURS, [expected]) == expected
 
 
 def test_sizes_the_integer_product_cannot_take_are_weight_only() -> None:

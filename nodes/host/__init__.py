@@ -16,7 +16,8 @@ from .checkpoints import (
 from .components import hardware_plan, open_component
 from .devices import device_labels, free_memory
 from .loras import get_lora, lora_fingerprint, lora_names
-from .memory import Handle, borrow, require_handle, room
+from .memory import Handle, borrow, borrow_all, require_handle, room
+from .parallel import share
 from .progress import check_cancelled, progress_reporter, sampling_reporter
 from .storage import (
     RUN_KEY,
@@ -32,6 +33,7 @@ __all__ = [
     "RUN_KEY",
     "Handle",
     "borrow",
+    "borrow_all",
     "check_cancelled",
     "checkpoint_fingerprint",
     "checkpoint_names",
@@ -52,5 +54,6 @@ __all__ = [
     "room",
     "sampling_reporter",
     "saved_run",
+    "share",
     "validate_checkpoint",
 ]

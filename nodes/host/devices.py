@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import re
 import time
+from collections.abc import Sequence
 
 import torch
 from comfy.cli_args import args
 
 from ..engine.cards.card import Card
 from ..engine.cards.preflight import preflight, unfused_attention
+from ..engine.cards.transfer import copy_rate
 from ..engine.planning.machine import Device, Machine, unusable
 from ..engine.units import GIB
 
@@ -48,7 +51,16 @@ def machine() -> Machine:
         bool(answering) and all(gpu.integrated for gpu in answering)
     )
     card = Card("cpu", "cpu", cpu, native_bf16, memory, is_gpu=False, unfused=unfused_attention(cpu))
-    return Machine(gpus, Device(card, memory), unified)
+    return Machine(gpus, Device(card, memory), unified, _copy_rate(answering))
+
+
+def _copy_rate(gpus: Sequence[Device]) -> float | None:
+    """GB/s between the two cards that are the slowest at it, in one direction."""
+    cards = [gpu.card.device for gpu in gpus if gpu.card.device.type == "cuda"]
+    try:
+        return min((copy_rate(*pair) for pair in itertools.permutations(cards, 2)), default=None)
+    except RuntimeError:  # a card is full now
+        return None
 
 
 _faulty: dict[torch.device, tuple[float, Device]] = {}  # when tested, on the monotonic clock

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -17,6 +17,7 @@ from ..engine.cards.heartbeat import heartbeat_where_compiled
 from ..engine.errors import InputError
 from ..engine.limits import shown
 from ..engine.progress import before_each_block
+from ..engine.sampling.layout import Layout
 from ..engine.sampling.options import DEFAULT_OPTIONS, SamplingOptions
 from ..engine.weights.components import Replica
 from ..engine.weights.estimates import RESERVED_BYTES
@@ -44,14 +45,13 @@ class Resident(torch.nn.Module):
         self.borrowed = 0  # how many blocks use it now; above 0 it is not unloaded
 
     def load(self, nbytes: int) -> None:
-        import comfy.model_management as mm
-
         from ..engine.models import loading
 
         started = time.monotonic()
-        with mm.cuda_device_context(self.replica.device):  # layers choose kernels on the current device
-            self.component = loading.load(self.replica, progress_reporter(), disk_cache())
-        log.info("%s loaded in %.1f s", self.replica, time.monotonic() - started)
+        source = _same_elsewhere(self.replica)
+        self.component = loading.load(self.replica, progress_reporter(), disk_cache(), source)
+        how = "loaded" if source is None else f"copied from {source.replica.card.label}"
+        log.info("%s %s in %.1f s", self.replica, how, time.monotonic() - started)
         self.device, self.model_loaded_weight_memory = self.replica.device, nbytes
 
     def unload(self) -> None:
@@ -64,16 +64,26 @@ class Handle:
     """The output of a loader node. It owns the patcher, which owns the weights.
 
     ComfyUI's cache holds it. Weights in host memory are freed when the cache drops it. When host memory runs
-    short, the cache drops outputs with an attribute `patcher` first.
+    short, the cache drops outputs with an attribute `patcher` first. layout: of a transformer, how several
+    cards share its runs; the weights on each belong to one of `patchers`.
     """
 
     replica: Replica
     patcher: Any
     options: SamplingOptions = DEFAULT_OPTIONS
+    layout: Layout | None = None
+    patchers: tuple[Any, ...] = ()
 
     def with_options(self, **changes: Any) -> Handle:
         """The same weights, sampled otherwise: fields of SamplingOptions. Nothing is loaded again."""
         return replace(self, options=replace(self.options, **changes))
+
+    def shared(self, layout: Layout) -> Handle:
+        """The same transformer on the cards of the layout."""
+        patchers = tuple(handle_for(replica).patcher for replica in layout.replicas)
+        return replace(
+            self, replica=layout.replicas[0], patcher=patchers[0], layout=layout, patchers=patchers
+        )
 
 
 def require_handle(given: Any, role: str) -> Handle:
@@ -89,6 +99,16 @@ _patchers: WeakValueDictionary[Replica, Any] = WeakValueDictionary()  # handles 
 # These keep weights on a card when ComfyUI drops the node's output. They cost no host memory, another prompt
 # may use them, and ComfyUI unloads them when it needs the card.
 _on_cards: dict[Replica, Any] = {}
+
+
+def _same_elsewhere(replica: Replica) -> Any:
+    """The same transformer on another card, if it is loaded there."""
+    for other, patcher in list(_patchers.items()):
+        component = patcher.model.component
+        same = other.spec == replica.spec and other != replica and replica.spec.role == "transformer"
+        if same and other.card.is_gpu and component is not None:
+            return component
+    return None
 
 
 def handle_for(replica: Replica) -> Handle:
@@ -126,6 +146,17 @@ def borrow(handle: Handle, working: float | None = None) -> Iterator[Any]:
     alive = heartbeat_where_compiled(f"running the {replica}", replica.device)
     with _kept_loaded(patcher), mm.cuda_device_context(replica.device), stop, alive:
         yield component
+
+
+@contextmanager
+def borrow_all(handle: Handle, working: Sequence[float]) -> Iterator[list[Any]]:
+    """As borrow, the transformer on each of its cards. working: for each of them."""
+    replicas = handle.layout.replicas if handle.layout else (handle.replica,)
+    with ExitStack() as borrowed:
+        yield [
+            borrowed.enter_context(borrow(handle_for(replica), nbytes))
+            for replica, nbytes in zip(replicas, working, strict=True)
+        ]
 
 
 @contextmanager

@@ -11,17 +11,18 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from engine.cards import transfer
 from engine.cards.card import Card
 from engine.cards.kernels import device_label
 from engine.cards.transfer import links
 from engine.files.checkpoint import open_checkpoint
-from engine.models import loading, together
+from engine.models import loading
 from engine.sampling.conditioning import POSITIVE
 from engine.sampling.layout import BOTH, CFG, LAYERS, SEQUENCE, Layout, dealt
 from engine.sampling.parallel import ParallelWorker
@@ -71,18 +72,18 @@ def timed(worker: Any, latents: torch.Tensor, repeats: int = 2) -> tuple[float, 
 
 def moved_bytes(worker: Any, latents: torch.Tensor) -> int:
     """What a step sends between cards."""
-    counted, copy = 0, together.start_copy
+    counted, queue = 0, transfer._queue_copies
 
-    def count(source: torch.Tensor, target: torch.Tensor) -> Any:
+    def count(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> Any:
         nonlocal counted
-        counted += source.nbytes * (source.device != target.device)
-        return copy(source, target)
+        counted += sum(source.nbytes for source in sources)
+        return queue(sources, targets)
 
-    together.start_copy = count
+    transfer._queue_copies = count
     try:
         worker.predict(latents, 1)
     finally:
-        together.start_copy = copy
+        transfer._queue_copies = queue
     return counted
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from .kernels import device_label
+from .timing import seconds_each
 
 log = logging.getLogger("FireRed")
 
@@ -62,7 +63,7 @@ def needs_detour(
     find: Callable[[torch.device, torch.device], str | None] = copy_fault,
 ) -> bool:
     """Whether both devices are cards and direct copies have a fault. find: tests a pair of cards."""
-    return source.type == target.type == "cuda" and source != target and find(source, target) is not None
+    return _are_two_cards(source, target) and find(source, target) is not None
 
 
 def copy_to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -82,31 +83,61 @@ def through_host(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return staged.to(device)
 
 
-def start_copy(source: torch.Tensor, target: torch.Tensor) -> Arrival:
-    """Queue a copy into `target`, which may be on another card. Both cards compute on meanwhile.
+def start_copies(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> Arrival:
+    """Queue copies from one card into tensors on another one. Both cards compute on meanwhile.
 
-    What is computed with `target` has to be queued after the Arrival was called. The tensors may be dropped
-    at any time. Between the CPU and a card the copy is done at once.
+    What is computed with the targets has to be queued after the Arrival was called. Sources and targets may
+    be dropped at any time. Between the CPU and a card the copies are done at once.
     """
-    if not (source.is_cuda and target.is_cuda) or source.device == target.device:
-        target.copy_(source)
+    source, target = sources[0].device, targets[0].device
+    if not _are_two_cards(source, target):
+        for tensor, copied in zip(sources, targets, strict=True):
+            copied.copy_(tensor)
         return _is_there
-    sending, receiving = _stream(source.device, target.device), _stream(target.device, source.device)
-    for stream in (sending, receiving):
-        stream.wait_stream(torch.cuda.current_stream(stream.device))
-    source.record_stream(sending)
-    target.record_stream(receiving)
+    _stream(target, source).wait_stream(torch.cuda.current_stream(target))
+    return _queue_copies(sources, targets)
+
+
+def start_moving(tensors: Sequence[torch.Tensor], device: torch.device) -> tuple[list[torch.Tensor], Arrival]:
+    """Queue copies of tensors on one card to another one, which need not be done with what it computes now.
+
+    See start_copies.
+    """
+    if not _are_two_cards(tensors[0].device, device):
+        return [moved(tensor, device) for tensor in tensors], _is_there
+    with torch.cuda.stream(_stream(device, tensors[0].device)):
+        targets = [torch.empty_like(tensor, device=device) for tensor in tensors]
+    for target in targets:
+        target.record_stream(torch.cuda.current_stream(device))
+    return targets, _queue_copies(tensors, targets)
+
+
+def _queue_copies(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> Arrival:
+    source, target = sources[0].device, targets[0].device
+    sending, receiving = _stream(source, target), _stream(target, source)
+    sending.wait_stream(torch.cuda.current_stream(source))
+    detour = needs_detour(source, target)
     with torch.cuda.stream(sending), torch.cuda.stream(receiving):
-        if needs_detour(source.device, target.device):
-            staged = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-            with torch.cuda.stream(sending):
-                staged.copy_(source, non_blocking=True)
-            receiving.wait_stream(sending)
-            target.copy_(staged, non_blocking=True)
-        else:
-            target.copy_(source, non_blocking=True)
+        for tensor, copied in zip(sources, targets, strict=True):
+            tensor.record_stream(sending)
+            copied.record_stream(receiving)
+            if detour:
+                tensor = _staged(tensor, sending)
+                receiving.wait_stream(sending)
+            copied.copy_(tensor, non_blocking=True)
         arrived = receiving.record_event()
-    return functools.partial(_wait_for, arrived, target.device)
+    return functools.partial(_wait_for, arrived, target)
+
+
+def _staged(tensor: torch.Tensor, stream: torch.cuda.Stream) -> torch.Tensor:
+    """A copy in pinned host memory, queued on a stream of the tensor's card."""
+    staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    with torch.cuda.stream(stream):
+        return staged.copy_(tensor, non_blocking=True)
+
+
+def _are_two_cards(source: torch.device, target: torch.device) -> bool:
+    return source.type == target.type == "cuda" and source != target
 
 
 def _wait_for(arrived: torch.cuda.Event, device: torch.device) -> None:
@@ -149,6 +180,20 @@ def find_fault(
             f"number {first} as {int(arrived[first])} instead of {int(sent[first])}"
         )
     return None
+
+
+@functools.cache
+def copy_rate(source: torch.device, target: torch.device) -> float:
+    """GB/s of copies from one card to another, as start_copies does them."""
+    tensor = torch.empty(PATTERN_NUMBERS[0], dtype=torch.int32, device=source)
+    copied = torch.empty_like(tensor, device=target)
+
+    def copy() -> None:
+        start_copies([tensor], [copied])()
+        torch.cuda.synchronize(target)
+
+    copy()
+    return tensor.nbytes / seconds_each(copy, target) / 1e9
 
 
 def links(devices: Sequence[torch.device]) -> list[Link]:

@@ -15,6 +15,7 @@ import transformers
 from accelerate import init_empty_weights
 
 from ..arithmetic import exact_fp32
+from ..cards.kernels import as_current
 from ..errors import CheckpointError
 from ..files.cache import DiskCache
 from ..files.checkpoint import Component
@@ -48,10 +49,11 @@ def load(
     changed.
     """
     replica.spec.require_unchanged()
-    if source is not None:
-        component = copy_transformer(replica, source, cache)
-    else:
-        component = LOADERS[replica.spec.role](replica, on_progress, cache)
+    with as_current(replica.device):  # layers choose kernels on the current device
+        if source is not None:
+            component = copy_transformer(replica, source, cache)
+        else:
+            component = LOADERS[replica.spec.role](replica, on_progress, cache)
     replica.spec.require_unchanged()
     return component
 

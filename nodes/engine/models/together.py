@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from ..cards.kernels import as_current
-from ..cards.transfer import Arrival, start_copy
+from ..cards.transfer import Arrival, start_copies, start_moving
 from .modulation import StepModulation
 from .transformer import Attending, Block, QwenImageTransformer, Rotary, attend
 
@@ -112,7 +112,8 @@ class SplitForward:
                 with lane.here():
                     lane.image, lane.text = lane.model.enter(lane.image, lane.text)
         if len(self.lanes) == 1:
-            _run_block(self.lanes[0], self._number)
+            with self.lanes[0].here():
+                _run_block(self.lanes[0], self._number)
         else:
             self._run_shared_block()
         self._number += 1
@@ -145,20 +146,14 @@ class SplitForward:
         self, lane: Lane, own: Attending, begun: Sequence[Attending]
     ) -> tuple[Attending, list[Arrival]]:
         """The lane's own streams with the keys and values of all lanes, and when these are there."""
-        arrivals: list[Arrival] = []
-
-        def gather(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-            whole = parts[0].new_empty(
-                (1, sum(part.shape[1] for part in parts), *parts[0].shape[2:]), device=lane.device
-            )
-            start = 0
-            for part in parts:
-                arrivals.append(start_copy(part, whole[:, start : start + part.shape[1]]))
-                start += part.shape[1]
-            return whole
-
+        sizes = [each.key.shape[1] for each in begun]
+        shape = (1, sum(sizes), *own.key.shape[2:])
         with lane.here():
-            key, value = gather([each.key for each in begun]), gather([each.value for each in begun])
+            key, value = own.key.new_empty(shape), own.value.new_empty(shape)
+            parts = zip(key.split(sizes, dim=1), value.split(sizes, dim=1), strict=True)
+            arrivals = [
+                start_copies([each.key, each.value], part) for each, part in zip(begun, parts, strict=True)
+            ]
         return own._replace(key=key, value=value), arrivals
 
     def _attend(self, lane: Lane, own: Attending, arrivals: Sequence[Arrival]) -> None:
@@ -185,7 +180,7 @@ class LayeredForward:
         self.lanes = [replace(lane) for lane in lanes]
         self._owners = {int(number): lane for lane in self.lanes for number in lane.model.transformer_blocks}
         self._number = 0
-        self._current = self._owners[0]
+        self._arrived: Arrival = lambda: None
         self.parts: list[torch.Tensor] = []  # the velocity
 
     @property
@@ -194,29 +189,21 @@ class LayeredForward:
 
     def advance(self) -> bool:
         lane = self._owners[self._number]
-        if self._number == 0:
-            with lane.here():
-                lane.image, lane.text = lane.model.enter(lane.image, lane.text)
-        elif lane is not self._current:
-            self._move(self._current, lane)
-        self._current = lane
-        _run_block(lane, self._number)
-        self._number += 1
-        if self._number < lane.model.config.layers:
-            return False
         with lane.here():
-            self.parts = [lane.model.leave(lane.image, lane.modulation, lane.targets)]
-        return True
-
-    def _move(self, source: Lane, target: Lane) -> None:
-        """Give the tokens after the last block to the next lane."""
-        with target.here():
-            for name in ("image", "text"):
-                tensor = getattr(source, name)
-                copied = torch.empty_like(tensor, device=target.device)
-                start_copy(tensor, copied)()
-                setattr(target, name, copied)
-                setattr(source, name, tensor[:0])
+            if self._number == 0:
+                lane.image, lane.text = lane.model.enter(lane.image, lane.text)
+            self._arrived()
+            _run_block(lane, self._number)
+            self._number += 1
+            if self._number == lane.model.config.layers:
+                self.parts = [lane.model.leave(lane.image, lane.modulation, lane.targets)]
+                return True
+            following = self._owners[self._number]
+            if following is not lane:  # before anything else is queued on this card
+                moved, self._arrived = start_moving([lane.image, lane.text], following.device)
+                following.image, following.text = moved
+                lane.image = lane.text = lane.image.new_empty(0)
+        return False
 
 
 def _block(lane: Lane, number: int) -> Block:
@@ -229,7 +216,6 @@ def _modulation(lane: Lane, number: int) -> torch.Tensor:
 
 def _run_block(lane: Lane, number: int) -> None:
     """Replace the lane's tokens by those after a block."""
-    with lane.here():
-        lane.image, lane.text = _block(lane, number)(
-            lane.image, lane.text, _modulation(lane, number), lane.targets, lane.rotary, lane.mask
-        )
+    lane.image, lane.text = _block(lane, number)(
+        lane.image, lane.text, _modulation(lane, number), lane.targets, lane.rotary, lane.mask
+    )

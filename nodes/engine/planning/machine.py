@@ -39,12 +39,14 @@ class Device:
 class Machine:
     """The accelerators in the order of their labels, and the CPU with the host's memory.
 
-    unified: whether the accelerator's memory is the host's.
+    unified: whether the accelerator's memory is the host's. copy_rate: GB/s of the slowest pair of cards, in
+    one direction; None where it is not known.
     """
 
     gpus: tuple[Device, ...]
     cpu: Device
     unified: bool = False
+    copy_rate: float | None = None
 
     @property
     def automatic(self) -> tuple[Device, ...]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import CheckpointError
 from ..units import GIB
 from ..weights.estimates import FORWARDS, Edit, fits
 from ..weights.precision import Precision
 from .machine import Device, Machine
+from .sharing import Sharing
 
 LIGHTNING_STEPS = 8  # of the vendor's distilled LoRAs
 
@@ -59,7 +60,8 @@ class Plan:
     """Where everything goes.
 
     step_seconds: None where a card's speeds are not known. rejected: what was not chosen, each with why.
-    problems: by component, what is wrong with its files or with those beside it that it needs.
+    problems: by component, what is wrong with its files or with those beside it that it needs. sharing: the
+    cards that share the transformer; step_seconds is theirs.
     """
 
     machine: Machine
@@ -68,6 +70,15 @@ class Plan:
     step_seconds: float | None
     rejected: tuple[str, ...]
     problems: Mapping[str, str] = field(default_factory=dict)
+    sharing: Sharing | None = None
+
+    @property
+    def copies(self) -> tuple[Placement, ...]:
+        """The transformer on the other cards that share it."""
+        if self.sharing is None:
+            return ()
+        whole = self.placement("transformer")
+        return tuple(replace(whole, device=device, reason="a copy") for device in self.sharing.devices[1:])
 
     def placement(self, role: str) -> Placement:
         """Raises CheckpointError for a component that cannot be used, with the file and what is wrong."""
@@ -77,7 +88,8 @@ class Plan:
 
     def on(self, device: Device) -> tuple[Placement, ...]:
         """What takes from that device's memory."""
-        return tuple(there for there in self.placements if self.machine.shared(there.device, device))
+        everything = (*self.placements, *self.copies)
+        return tuple(there for there in everything if self.machine.shared(there.device, device))
 
     def turns(self) -> list[tuple[Placement, ...]]:
         """The groups of components that their device does not hold together."""
@@ -109,6 +121,8 @@ class Plan:
     def __str__(self) -> str:
         lines = [placement.description for placement in self.placements]
         lines += [f"problem: {problem}" for problem in self.problems.values()]
+        if self.sharing:
+            lines.append(f"the transformer is shared: {self.sharing}")
         lines += [f"{names(turns)} take turns on {turns[0].device.card}" for turns in self.turns()]
         lines += [self.speed, self.shortcuts, *(f"not {alternative}" for alternative in self.rejected)]
         return "\n".join(filter(None, lines))

@@ -15,10 +15,18 @@ from ..errors import CheckpointError
 from ..files.checkpoint import Checkpoint
 from ..units import GIB
 from ..weights.checks import require_beside, require_usable
-from ..weights.estimates import Edit, Shape, step_seconds, weight_bytes, workspace_bytes
+from ..weights.estimates import (
+    FORWARDS,
+    Edit,
+    Shape,
+    forward_seconds,
+    weight_bytes,
+    workspace_bytes,
+)
 from ..weights.precision import ROLE_PRECISIONS, Precision, preferences, resolve
 from .machine import Device, Machine
 from .plan import Placement, Plan, names, take_turns
+from .sharing import Sharer, Sharing
 
 ROLES = ("transformer", "text_encoder", "vae")  # in the order they choose a device
 TURNS = 2  # what taking turns costs, a reload in each edit, measured against Precision.loss
@@ -66,11 +74,16 @@ def make_plan(
             require_beside(role, checkpoint)
         except CheckpointError as error:  # told to whoever asks for this component
             problems[role] = str(error)
-    seconds = None
+    seconds, sharing = None, None
     if placements and placements[0].role == "transformer":
         seconds = planner.step_seconds(placements[0])
-        rejected += planner.against_two_cards(placements, choices.get("transformer", Choice()))
-    return Plan(machine, edit, tuple(placements), seconds, tuple(rejected), problems)
+        sharing, against = planner.shared(placements)
+        rejected += against
+        if choices.get("transformer", Choice()).device is not None:
+            sharing = None  # the user chose one card
+        if sharing is not None:
+            seconds = sharing.seconds
+    return Plan(machine, edit, tuple(placements), seconds, tuple(rejected), problems, sharing)
 
 
 @dataclass(frozen=True)
@@ -94,29 +107,42 @@ class _Planner:
                 against.append(f"{option}: would take turns with the {names(self._beside(option, others))}")
         return chosen, against
 
-    def against_two_cards(self, placements: Sequence[Placement], choice: Choice) -> Iterator[str]:
-        """Why true CFG does not use a second card for one of its forwards."""
-        first, card = placements[0], placements[0].device.card
-        others = [device for device in self.machine.gpus if device != first.device]
-        if not card.is_gpu or not others:
-            return
-        choice = replace(choice, precision=first.precision.name)
-        options = [self._best("transformer", device, choice) for device in others]
-        # Halves computed in different arithmetic would differ by its rounding, which guidance multiplies.
-        alike = [option for option in options if option.fits and option.precision == first.precision]
-        if not alike:
-            yield f"cfg: no second card holds the {first.precision.name} transformer"
-            return
-        second = min(alike, key=lambda option: self._cost(option, placements))
-        alone, both = self.step_seconds(first), self.step_seconds(first, second)
-        times = f"{both:.3g} s a step instead of {alone:.3g}" if alone and both else "about half the time"
-        line = f"cfg over {card.label} and {second.device.card.label}: {times}"
-        yield line if alone and both and both >= alone else f"{line}, but not available yet"
+    def sharer(self, transformer: Placement) -> Sharer:
+        """What can share the transformer with the card it was placed on."""
+        return Sharer(
+            self.checkpoint,
+            transformer.precision,
+            lambda precision, card: self.runs("transformer", precision, card),
+            self.edit,
+            self.machine.copy_rate,
+        )
 
-    def step_seconds(self, *transformers: Placement) -> float | None:
-        """Seconds a step takes on one card, or with a forward on each of two."""
-        speeds = [there.device.speeds for there in transformers]
-        return step_seconds(speeds, Shape.of(self.checkpoint), self.edit, transformers[0].precision)
+    def shared(self, placements: Sequence[Placement]) -> tuple[Sharing | None, list[str]]:
+        """How several cards share the transformer, if that is worth it, and the other ways."""
+        first = placements[0]
+        others = [device for device in self.machine.gpus if device != first.device]
+        if not first.device.card.is_gpu or not others or not first.fits:
+            return None, []
+        sharer, alone = self.sharer(first), self.step_seconds(first)
+        against = [
+            f"sharing with {device.card}: {reason}" for device in others if (reason := sharer.unlike(device))
+        ]
+        able = [first.device, *(device for device in others if not sharer.unlike(device))]
+        ways = list(sharer.ways(able))
+        if len(able) > 1 and not ways:
+            against.append(f"sharing: no second card holds the {first.precision.name} transformer")
+        chosen = sharer.choose(able) if ways else None
+        for way in ways:
+            if chosen is None or str(way) != str(chosen):
+                times = f"{way.seconds:.3g} s a step" if way.seconds else "time unknown"
+                against.append(f"{way}: {times}" + (f" instead of {alone:.3g}" if alone else ""))
+        return chosen, against
+
+    def step_seconds(self, transformer: Placement) -> float | None:
+        """Seconds a step takes on its card alone."""
+        speeds, shape = transformer.device.speeds, Shape.of(self.checkpoint)
+        seconds = forward_seconds(speeds, shape, self.edit.tokens, transformer.precision)
+        return None if seconds is None else FORWARDS * seconds
 
     def _best(self, role: str, device: Device, choice: Choice) -> Placement:
         """The first precision that runs and fits the device alone; failing that, the smallest that runs."""

@@ -89,8 +89,13 @@ class SamplingRun:
         steps = range(self.schedule.steps) if NEGATIVE in self.conditions else ()
         return [step for step in steps if self.options.is_guided(step, self.schedule.steps)]
 
+    def on_each_card(self) -> list[SamplingRun]:
+        """The run, with the transformer of each of its cards in turn."""
+        replicas = self.layout.replicas if self.layout else (self.replica,)
+        return [replace(self, replica=replica) for replica in replicas]
+
     def working_bytes(self) -> int:
-        """The bytes that the transformer needs beside its weights."""
+        """The bytes that the transformer needs beside its weights, on the replica's card."""
         height, width = self.padded_size
         tokens = height * width // PATCH**2 + max(condition.tokens for condition in self.conditions.values())
         spec, shared = self.replica.spec, min(self._sharing)

@@ -179,6 +179,13 @@ def transformer_bytes(
     return int((channel + gathered) * shape.width * tokens) + scores
 
 
+def shared_bytes(checkpoint: Checkpoint, precision: Precision, tokens: int, cards: int) -> int:
+    """Bytes of keys and values that each of the cards gets from the others in a forward."""
+    shape = Shape.of(checkpoint)
+    others = GATHERED_VECTORS * precision.math.itemsize * tokens * (cards - 1) / cards
+    return int(others * shape.width * shape.layers)
+
+
 def score_bytes(heads: int, width: int, tokens: int) -> int:
     """Bytes that attention over so many tokens takes where no fused kernel runs. width: of all heads."""
     return (SCORE_COPIES * heads * tokens**2 + SCORE_VECTORS * width * tokens) * torch.float32.itemsize
@@ -229,17 +236,3 @@ def forward_seconds(speeds: Speeds | None, shape: Shape, tokens: int, precision:
     moved_bytes = MOVED_NUMBERS * precision.math.itemsize * tokens * shape.width * shape.layers
     computing = shape.linear_flops(tokens) / products + shape.attention_flops(tokens) / attention
     return computing / 1e12 + moved_bytes / (speeds.bandwidth * 1e9)
-
-
-def step_seconds(
-    cards: Sequence[Speeds | None], shape: Shape, edit: Edit, precision: Precision
-) -> float | None:
-    """Seconds a step takes: both its forwards on one card, or one on each of two.
-
-    Two cards took 0.501 of the time of one, so the exchange of latents is not counted.
-    """
-    forwards = [forward_seconds(speeds, shape, edit.tokens, precision) for speeds in cards]
-    known = [seconds for seconds in forwards if seconds is not None]
-    if len(known) < len(forwards):
-        return None
-    return max(known) * FORWARDS / len(cards)

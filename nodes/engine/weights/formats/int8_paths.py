@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,8 @@ MAX_ERROR = 0.03
 TEST_ROWS, TIMING_ROWS = 64, 2048
 # Weight-only is chosen only if it is clearly faster. At a tie, each start could choose another path.
 CLEARLY_FASTER = 0.9
+
+WEIGHT_ONLY = "weight-only"
 
 Quantize = Callable[[torch.Tensor, Rotation | None], tuple[torch.Tensor, torch.Tensor]]
 Rescale = Callable[..., torch.Tensor]
@@ -79,15 +81,43 @@ def choose_path(
 ) -> tuple[IntegerPath | None, str]:
     """The fastest correct path for this shape on this device, and a line for the log. None is weight-only.
 
-    A path is correct when its product of heavy-tailed tokens up to 1e6 is within MAX_ERROR of FP64.
+    A path is correct when its product of heavy-tailed tokens up to 1e6 is within MAX_ERROR of FP64. All cards
+    of one kind take the path that was the fastest on the first of them, so that they compute the same bits.
     """
     shape = f"{out_features}x{in_features}"
     if out_features % INT_MM_MULTIPLE or in_features % INT_MM_MULTIPLE:
-        return None, f"{shape} weight-only (sizes)"
-    product = _TestProduct.of(device, dtype, out_features, in_features, rotation)
+        return None, f"{shape} {WEIGHT_ONLY} (sizes)"
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    path = fastest_path(
+        device, dtype, (out_features, in_features), rotation, _taken(kind, shape, dtype, rotation)
+    )
+    _taken(kind, shape, dtype, rotation).append(path)
+    return path, f"{shape} {path.name if path else WEIGHT_ONLY}"
+
+
+@functools.cache
+def _taken(kind: str, shape: str, dtype: torch.dtype, rotation: Rotation | None) -> list[IntegerPath | None]:
+    """The paths that cards of this kind have taken."""
+    return []
+
+
+def fastest_path(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    rotation: Rotation | None,
+    taken: Sequence[IntegerPath | None],
+) -> IntegerPath | None:
+    """The path for this shape (out, in); None is weight-only.
+
+    taken: by other cards of the same kind. The first of these is the only one that may be chosen, if any.
+    """
+    product = _TestProduct.of(device, dtype, *shape, rotation)
     fastest: IntegerPath | None = None
-    best, faults = product.seconds(multiply_upcast) / CLEARLY_FASTER, []
+    best, faults = float("inf") if taken else product.seconds(multiply_upcast) / CLEARLY_FASTER, []
     for path in integer_paths(device):
+        if taken and (taken[0] is None or path.name != taken[0].name):
+            continue
         try:
             wrong = product.error(path.multiply)
             if not wrong < MAX_ERROR:
@@ -102,8 +132,8 @@ def choose_path(
         if seconds < best:
             fastest, best = path, seconds * CLEARLY_FASTER
     if faults:
-        log.info("int8-fast at %s: %s", shape, "; ".join(faults))
-    return fastest, f"{shape} {fastest.name if fastest else 'weight-only'}"
+        log.info("int8-fast at %s: %s", "x".join(map(str, shape)), "; ".join(faults))
+    return fastest
 
 
 @dataclass(frozen=True)
