@@ -132,7 +132,7 @@ def test_a_step_is_estimated_within_what_the_documents_say(
     real_size: Checkpoint, precision: str, math: str, measured: float, off: float
 ) -> None:
     row = resolve(PRECISIONS[precision], BF16_CARD, math)
-    seconds = step_seconds([H100], Shape.of(real_size), Edit(), row)
+    seconds = step_seconds(H100, Shape.of(real_size), Edit(), row)
     assert seconds / measured - 1 == pytest.approx(off, abs=0.01)
 
 
@@ -140,7 +140,7 @@ def test_no_time_is_told_where_a_speed_that_it_needs_is_unknown(real_size: Check
     row = resolve(PRECISIONS["bf16"], BF16_CARD)
     for speeds in (None, P40, replace(H100, bandwidth=None), replace(H100, bf16_attention=None)):
         assert forward_seconds(speeds, Shape.of(real_size), 8442, row) is None
-        assert step_seconds([H100, speeds], Shape.of(real_size), Edit(), row) is None
+        assert step_seconds(speeds, Shape.of(real_size), Edit(), row) is None
 
 
 def test_the_flops_of_the_blocks_are_those_that_torch_counts(tiny: Checkpoint) -> None:
@@ -160,15 +160,6 @@ def test_the_measured_edit_has_the_measured_tokens(real_size: Checkpoint) -> Non
     shape = Shape.of(real_size)
     assert shape.linear_flops(8492) == pytest.approx(115.4e12, rel=1e-3)
     assert shape.attention_flops(8492) == pytest.approx(53.2e12, rel=1e-3)
-
-
-def test_guidance_over_two_cards_takes_the_slower_ones_forward(real_size: Checkpoint) -> None:
-    shape, row = Shape.of(real_size), resolve(PRECISIONS["int8"], BF16_CARD, "fp32")
-    alone = step_seconds([P40], shape, Edit(), row)
-    slow = replace(P40, fp32=P40.fp32 / 2)
-    assert step_seconds([P40, P40], shape, Edit(), row) == pytest.approx(alone / 2)
-    both = step_seconds([P40, slow], shape, Edit(), row)
-    assert both == pytest.approx(forward_seconds(slow, shape, 8442, row)) and both < alone
 
 
 def test_workspace_grows_with_tokens_and_pixels(real_size: Checkpoint) -> None:

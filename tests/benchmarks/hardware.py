@@ -133,9 +133,9 @@ def projection_rows(speeds: Speeds, cards: int) -> list[list[str]]:
     rows = []
     for name in PRECISIONS_SHOWN:
         row = resolve(PRECISIONS[name], card)
-        times = [step_seconds([speeds] * count, SHAPE, Edit(), row) for count in LAYOUTS if count <= cards]
-        if all(times):
-            rows.append([name, *(f"{seconds:.3g}" for seconds in times)])
+        alone = step_seconds(speeds, SHAPE, Edit(), row)
+        if alone:
+            rows.append([name, *(f"{alone / count:.3g}" for count in LAYOUTS if count <= cards)])
     return rows
 
 

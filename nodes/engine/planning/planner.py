@@ -16,10 +16,9 @@ from ..files.checkpoint import Checkpoint
 from ..units import GIB
 from ..weights.checks import require_beside, require_usable
 from ..weights.estimates import (
-    FORWARDS,
     Edit,
     Shape,
-    forward_seconds,
+    step_seconds,
     weight_bytes,
     workspace_bytes,
 )
@@ -140,9 +139,8 @@ class _Planner:
 
     def step_seconds(self, transformer: Placement) -> float | None:
         """Seconds a step takes on its card alone."""
-        speeds, shape = transformer.device.speeds, Shape.of(self.checkpoint)
-        seconds = forward_seconds(speeds, shape, self.edit.tokens, transformer.precision)
-        return None if seconds is None else FORWARDS * seconds
+        speeds = transformer.device.speeds
+        return step_seconds(speeds, Shape.of(self.checkpoint), self.edit, transformer.precision)
 
     def _best(self, role: str, device: Device, choice: Choice) -> Placement:
         """The first precision that runs and fits the device alone; failing that, the smallest that runs."""
