@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import tiny_checkpoint
 import torch
+import torch.nn.functional as F
 from conftest import replica_for
 from diffusers import QwenImageEditPlusPipeline, QwenImageTransformer2DModel
 from engine.errors import CheckpointError, InputError
@@ -197,6 +199,62 @@ def test_several_loras_add_up(checkpoint: Checkpoint, transformer: Transformer, 
     )
     ours = predicted(transformer, Adapter(one, 0.5), Adapter(other, -0.3))
     assert relative_error(ours, predicted(transformer, Adapter(both, 1.0))) < TOLERANCE
+
+
+def test_layers_of_one_input_may_differ(
+    checkpoint: Checkpoint, transformer: Transformer, tmp_path: Path
+) -> None:
+    """In rank, in dtype, and in whether they have a LoRA at all."""
+    ranks = {"to_q": 3, "to_k": 5, "add_k_proj": 2, "add_v_proj": 6}
+    every = {rank: factors(checkpoint, rank, rank) for rank in ranks.values()}
+    found = {
+        name: every[ranks[layer]][name]
+        for name in factors(checkpoint)
+        if (layer := name.rpartition(".")[2]) in ranks and name.startswith("transformer_blocks.1.")
+    }
+    rounded = {
+        name: (down.bfloat16() if name.endswith("to_k") else down, up) for name, (down, up) in found.items()
+    }
+    path = tmp_path / "style.safetensors"
+    lightx2v(rounded, path)
+    original = QwenImageTransformer2DModel.from_pretrained(checkpoint.folder / "transformer").float().eval()
+    with torch.no_grad():
+        for name, (down, up) in rounded.items():
+            original.get_submodule(name).weight += 0.7 * ALPHA / len(down) * (up @ down.float())
+    lora = opened(checkpoint, path)
+    ours = predicted(transformer, Adapter(lora, 0.7))
+    assert len(lora.layers) == len(ranks)
+    assert relative_error(ours, by_diffusers(original, GRID, TIMESTEP, None)) < TOLERANCE
+
+
+@torch.inference_mode()
+def test_layers_of_one_input_may_get_others(
+    checkpoint: Checkpoint, transformer: Transformer, tmp_path: Path
+) -> None:
+    """Each product is that of the layer's own input, in several threads too, and no input is kept."""
+    found = factors(checkpoint)
+    lightx2v(found, tmp_path / "style.safetensors")
+    adapters = Adapters([Adapter(opened(checkpoint, tmp_path / "style.safetensors"), 1.0)], CPU)
+    attention = "transformer_blocks.0.attn"
+    layers = {
+        name: transformer.model.get_submodule(f"{attention}.{name}") for name in ("to_q", "to_k", "to_v")
+    }
+
+    def largest_error(seed: int) -> float:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.inference_mode():
+            same, other = (torch.randn(1, 9, 64, generator=generator) for _ in range(2))
+            error = 0.0
+            for _ in range(20):
+                for name, x in (("to_q", same), ("to_k", other), ("to_v", same), ("to_k", same)):
+                    layer, (down, up) = layers[name], found[f"{attention}.{name}"]
+                    expected = F.linear(x, layer.weight + ALPHA / RANK * (up @ down), layer.bias)
+                    error = max(error, relative_error(layer(x), expected))
+        return error
+
+    with adapters.attached(transformer.model), ThreadPoolExecutor(4) as threads:
+        assert max(threads.map(largest_error, range(8))) < TOLERANCE
+    assert not any(shared._inner for shared in adapters.shared)
 
 
 def test_strength_zero_is_without(checkpoint: Checkpoint, transformer: Transformer, tmp_path: Path) -> None:
