@@ -113,6 +113,7 @@ def _measure_transformer(
     from .engine.sampling.conditioning import POSITIVE
     from .engine.sampling.sampling import prepare_run, read_conditions
 
+    transformer = transformer.alone(transformer.replica.card)
     replica = transformer.replica
     looked_at, (width, height) = parse_steps(look_at, steps), size
     samples = None if given is None else given.samples

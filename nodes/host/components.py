@@ -16,14 +16,16 @@ from ..engine.files.checkpoint import Checkpoint
 from ..engine.limits import shown
 from ..engine.planning.plan import Plan
 from ..engine.planning.planner import Choice, make_plan
+from ..engine.planning.sharing import Sharing
 from ..engine.units import GIB
 from ..engine.weights.components import ComponentSpec, Replica
 from ..engine.weights.estimates import Edit
 from ..engine.weights.precision import MATH, ROLE_PRECISIONS, require_library, runs_on
-from ..engine.weights.room import require_fit, working_bytes
+from ..engine.weights.room import DoesNotFitError, require_fit, working_bytes
 from .checkpoints import get_checkpoint
 from .devices import DeviceLabels, device_labels, machine
 from .memory import Handle, handle_for
+from .parallel import share_among
 
 log = logging.getLogger("FireRed")
 
@@ -40,17 +42,28 @@ def open_component(role: str, checkpoint: str, precision: str, device: str, math
     Raises FireRedError when it cannot run, when it does not fit, or when a library is missing.
     """
     require_libraries()
-    replica, reason = _decide(role, checkpoint, precision, device, math)
+    replica, reason, sharing = _decide(role, checkpoint, precision, device, math)
     why, size = f" ({reason})" if reason else "", replica.spec.nbytes() / GIB
     log.info("%s, about %.1f GiB%s%s", replica, size, why, _attention_note(replica))
     require_kernels(replica.device)
-    require_fit(replica)
+    _require_fit(replica)
     require_library(replica.spec.precision, replica.card)
     if role == "transformer" and replica.spec.math is torch.float16:
         log.warning(
             "fp16 arithmetic overflows in this transformer; the sampler will stop at the step where it does."
         )
-    return handle_for(replica)
+    handle = handle_for(replica)
+    return handle if sharing is None else share_among(handle, sharing)
+
+
+def _require_fit(replica: Replica) -> None:
+    """Raise DoesNotFitError, or warn where several cards may hold the transformer together."""
+    try:
+        require_fit(replica)
+    except DoesNotFitError as error:
+        if replica.spec.role != "transformer" or len(machine().gpus) < 2 or not replica.card.is_gpu:
+            raise
+        log.warning("%s Or connect FireRed Parallel: its mode layers shares it out over the cards.", error)
 
 
 def _attention_note(replica: Replica) -> str:
@@ -61,18 +74,22 @@ def _attention_note(replica: Replica) -> str:
     return f", attention without a fused kernel: {working:.1f} GiB to work with for a usual edit"
 
 
-def _decide(role: str, checkpoint: str, precision: str, device: str, math: str) -> tuple[Replica, str]:
-    """The component as it will run here, and the reason of each choice that the user left open."""
+def _decide(
+    role: str, checkpoint: str, precision: str, device: str, math: str
+) -> tuple[Replica, str, Sharing | None]:
+    """The component as it will run here, the reasons of what the user left open, and who shares it."""
     _require_choice("device", device, DeviceLabels(["auto", "cpu", "gpu:0", "gpu:1 and so on"]))
     _require_choice("precision", precision, ["auto", *ROLE_PRECISIONS[role]])
     _require_choice("math", math, ["auto", *MATH])
     found = get_checkpoint(checkpoint, role)
     choice = Choice(_present(device, role), None if precision == "auto" else precision, math)
-    there = hardware_plan(found, choices={role: choice}).placement(role)
+    plan = hardware_plan(found, choices={role: choice})
+    there = plan.placement(role)
     card = there.device.card
     if there.device.fault:
         raise FireRedError(f"The {there.name} cannot run on {card}. {there.device.fault}")
-    return Replica(ComponentSpec.of(role, found, there.precision), card), there.reason
+    sharing = plan.sharing if role == "transformer" else None
+    return Replica(ComponentSpec.of(role, found, there.precision), card), there.reason, sharing
 
 
 def _require_choice(name: str, value: object, choices: list[str]) -> None:

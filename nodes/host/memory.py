@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from ..engine.cards.card import Card
 from ..engine.cards.heartbeat import heartbeat_where_compiled
 from ..engine.errors import InputError
 from ..engine.limits import shown
@@ -84,6 +85,11 @@ class Handle:
         return replace(
             self, replica=layout.replicas[0], patcher=patchers[0], layout=layout, patchers=patchers
         )
+
+    def alone(self, card: Card) -> Handle:
+        """The same transformer whole on one card."""
+        whole = replace(self.replica, card=card, spec=replace(self.replica.spec, held=None))
+        return replace(handle_for(whole), options=self.options)
 
 
 def require_handle(given: Any, role: str) -> Handle:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ..engine.errors import InputError
 from ..engine.limits import require_text, shown
-from ..engine.planning.sharing import Sharer
+from ..engine.planning.sharing import Sharer, Sharing
 from ..engine.sampling.layout import AUTO, MODE
 from ..engine.weights.precision import runs_on
 from .devices import machine
@@ -45,9 +45,14 @@ def share(handle: Handle, devices: str, mode: str) -> Handle:
         if wanted is not None and len(cards) == len(wanted) == 1 and mode != AUTO:
             raise InputError(f"Mode {mode} takes several cards, and devices names one. Name more, or auto.")
         log.info("one card computes alone: there is no second one to share the transformer with")
-        return handle
+        return handle.alone(cards[0].card) if wanted is not None and cards else handle
+    return share_among(handle, sharing)
+
+
+def share_among(handle: Handle, sharing: Sharing) -> Handle:
+    """The transformer on these cards, told in the log."""
     log.info("the transformer is shared: %s", sharing)
-    whole = replace(handle.replica, spec=replace(spec, held=None))
+    whole = replace(handle.replica, spec=replace(handle.replica.spec, held=None))
     return handle.shared(sharing.layout(whole))
 
 

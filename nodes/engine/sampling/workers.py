@@ -77,7 +77,7 @@ class LocalWorker:
         """
         self.model, self.replica = transformer.model, transformer.replica
         self.guard = Guard(self.replica, guard, options.adapters)
-        self.adapters = Adapters(options.adapters, self.replica.device)
+        self.adapters = Adapters(options.adapters, self.replica.device, self.replica.spec.held)
         self._steps, self._options = schedule.steps, options
         self._conditions, self._latent_size = conditions, latent_size
         self._modulation = transformer.modulation.of(schedule.timesteps, self.adapters, on_modulation)

@@ -20,7 +20,7 @@ from ..errors import CheckpointError
 from ..files.checkpoint import Checkpoint
 from ..files.lora import LoRA
 from ..files.tensors import read_tensors
-from .names import FOLDED
+from .names import FOLDED, is_held
 
 TIME_EMBEDDING = "time_text_embed."
 # Layers of an attention that take the same input as another one.
@@ -106,12 +106,15 @@ class Adapters:
     all others.
     """
 
-    def __init__(self, adapters: Sequence[Adapter], device: torch.device):
-        """Read the factors. Raises CheckpointError for a file that changed since it was opened."""
+    def __init__(self, adapters: Sequence[Adapter], device: torch.device, held: Sequence[int] | None = None):
+        """Read the factors. Raises CheckpointError for a file that changed since it was opened.
+
+        held: of a part of the transformer, its blocks.
+        """
         parts: dict[str, list[Product]] = {}
         for adapter in adapters:
             if adapter.strength:
-                for layer, product in _read(adapter, device):
+                for layer, product in _read(adapter, device, held):
                     parts.setdefault(layer, []).append(product)
         self.folded: dict[str, Product] = {}
         by_input: dict[str, dict[str, Product]] = {}
@@ -135,17 +138,20 @@ class Adapters:
             yield
 
 
-def _read(adapter: Adapter, device: torch.device) -> Iterator[tuple[str, Product]]:
+def _read(
+    adapter: Adapter, device: torch.device, held: Sequence[int] | None
+) -> Iterator[tuple[str, Product]]:
     lora = adapter.lora
     lora.require_unchanged()
-    wanted = {name for factors in lora.layers.values() for name in (factors.down, factors.up)}
+    layers = {layer: factors for layer, factors in lora.layers.items() if is_held(f"{layer}.", held)}
+    wanted = {name for factors in layers.values() for name in (factors.down, factors.up)}
     stored = read_tensors(lora.path, lambda name: name in wanted, reuse_buffers_for=device)
     tensors: Mapping[str, torch.Tensor] = {name: tensor.to(device, copy=True) for name, tensor in stored}
     lora.require_unchanged()
     for name, tensor in tensors.items():  # attention may turn NaN into 0, which no guard sees
         if not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{lora.path}: {name} holds NaN or infinity. Download it again.")
-    for layer, factors in lora.layers.items():
+    for layer, factors in layers.items():
         scale = torch.full((factors.rank,), factors.scale * adapter.strength, device=device)
         yield layer, Product(tensors[factors.down], tensors[factors.up], scale)
 
