@@ -301,6 +301,23 @@ class ProbeBrokenCard(Probe):
         return {}
 
 
+class ProbeCards(Probe):
+    """From now on this machine has so many cards, each of which is the CPU."""
+
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"count": ("INT", {})}}
+
+    def execute(self, count):
+        cards = [torch.device("cpu", number) for number in range(count)]
+        pack_host("devices").accelerators = lambda: cards
+        mm.get_all_torch_devices = lambda *_, **__: cards
+        return {}
+
+
 class ProbeCLIP(Probe):
     """Core's Qwen2.5-VL classes and tokenizer at their real width, with one layer and random weights."""
 
@@ -344,6 +361,7 @@ PROBES = (
     ProbeBorrowed,
     ProbeCopies,
     ProbeBrokenCard,
+    ProbeCards,
     ProbeCLIP,
 )
 NODE_CLASS_MAPPINGS = {probe.__name__: probe for probe in PROBES}

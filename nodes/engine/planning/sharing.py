@@ -102,7 +102,8 @@ class Sharer:
     def ways(self, devices: Sequence[Device]) -> Iterator[Sharing]:
         """Every way in which the first of these cards and some of the others share whole copies."""
         lead, *others = devices
-        others.sort(key=lambda device: self._forward(device) or 0.0)
+        kinds = {device.card.name: self._forward(device) or 0.0 for device in reversed(devices)}
+        others.sort(key=lambda device: kinds[device.card.name])  # equal cards stay in their order
         for count in range(2, len(devices) + 1):
             cards = (lead, *others[: count - 1])
             for mode in (BOTH, CFG, SEQUENCE):
