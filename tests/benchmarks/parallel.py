@@ -74,10 +74,10 @@ def moved_bytes(worker: Any, latents: torch.Tensor) -> int:
     """What a step sends between cards."""
     counted, queue = 0, transfer._queue_copies
 
-    def count(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> Any:
+    def count(sources: Sequence[torch.Tensor], *others: Any) -> Any:
         nonlocal counted
         counted += sum(source.nbytes for source in sources)
-        return queue(sources, targets)
+        return queue(sources, *others)
 
     transfer._queue_copies = count
     try:

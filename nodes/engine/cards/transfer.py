@@ -15,6 +15,7 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -83,39 +84,51 @@ def through_host(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return staged.to(device)
 
 
-def start_copies(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> Arrival:
-    """Queue copies from one card into tensors on another one. Both cards compute on meanwhile.
+def start_exchange(
+    sent: Sequence[Sequence[torch.Tensor]], received: Sequence[Sequence[Sequence[torch.Tensor]]]
+) -> list[Arrival]:
+    """Queue copies of every card's tensors to all cards, an Arrival for each of them.
 
-    What is computed with the targets has to be queued after the Arrival was called. Sources and targets may
-    be dropped at any time. Between the CPU and a card the copies are done at once.
+    sent: by card. received: by card, the tensors into which those of each sending card go. The cards compute
+    on meanwhile. What a card computes with the copies has to be queued after its Arrival was called. All
+    tensors may be dropped at any time. Between the CPU and a card the copies are done at once.
     """
-    source, target = sources[0].device, targets[0].device
-    if not _are_two_cards(source, target):
-        for tensor, copied in zip(sources, targets, strict=True):
-            copied.copy_(tensor)
-        return _is_there
-    _stream(target, source).wait_stream(torch.cuda.current_stream(target))
-    return _queue_copies(sources, targets)
+    arrived: list[list[torch.cuda.Event]] = [[] for _ in sent]
+    devices = [tensors[0].device for tensors in sent]
+    ready = [_now(device) for device in devices]
+    for source, tensors in enumerate(sent):
+        for target, parts in enumerate(received):
+            if not _are_two_cards(devices[source], devices[target]):
+                for tensor, part in zip(tensors, parts[source], strict=True):
+                    part.copy_(tensor)
+                continue
+            _stream(devices[target], devices[source]).wait_event(ready[target])
+            arrived[target].append(_queue_copies(tensors, parts[source], ready[source]))
+    return [
+        functools.partial(_wait_for, events, device) for events, device in zip(arrived, devices, strict=True)
+    ]
 
 
 def start_moving(tensors: Sequence[torch.Tensor], device: torch.device) -> tuple[list[torch.Tensor], Arrival]:
-    """Queue copies of tensors on one card to another one, which need not be done with what it computes now.
-
-    See start_copies.
-    """
-    if not _are_two_cards(tensors[0].device, device):
-        return [moved(tensor, device) for tensor in tensors], _is_there
-    with torch.cuda.stream(_stream(device, tensors[0].device)):
+    """Queue copies of tensors on one card to another one, beside what is queued there. As start_exchange."""
+    source = tensors[0].device
+    if not _are_two_cards(source, device):
+        return [moved(tensor, device) for tensor in tensors], functools.partial(_wait_for, [], device)
+    with torch.cuda.stream(_stream(device, source)):
         targets = [torch.empty_like(tensor, device=device) for tensor in tensors]
     for target in targets:
         target.record_stream(torch.cuda.current_stream(device))
-    return targets, _queue_copies(tensors, targets)
+    arrived = _queue_copies(tensors, targets, _now(source))
+    return targets, functools.partial(_wait_for, [arrived], device)
 
 
-def _queue_copies(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> Arrival:
+def _queue_copies(
+    sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], ready: Any
+) -> torch.cuda.Event:
+    """Copies between two cards on streams of their own, once the sources are ready."""
     source, target = sources[0].device, targets[0].device
     sending, receiving = _stream(source, target), _stream(target, source)
-    sending.wait_stream(torch.cuda.current_stream(source))
+    sending.wait_event(ready)
     detour = needs_detour(source, target)
     with torch.cuda.stream(sending), torch.cuda.stream(receiving):
         for tensor, copied in zip(sources, targets, strict=True):
@@ -125,8 +138,12 @@ def _queue_copies(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tenso
                 tensor = _staged(tensor, sending)
                 receiving.wait_stream(sending)
             copied.copy_(tensor, non_blocking=True)
-        arrived = receiving.record_event()
-    return functools.partial(_wait_for, arrived, target)
+        return receiving.record_event()
+
+
+def _now(device: torch.device) -> Any:
+    """An event after all that the card was told to compute; None for the CPU."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 def _staged(tensor: torch.Tensor, stream: torch.cuda.Stream) -> torch.Tensor:
@@ -140,12 +157,9 @@ def _are_two_cards(source: torch.device, target: torch.device) -> bool:
     return source.type == target.type == "cuda" and source != target
 
 
-def _wait_for(arrived: torch.cuda.Event, device: torch.device) -> None:
-    torch.cuda.current_stream(device).wait_event(arrived)
-
-
-def _is_there() -> None:
-    """The Arrival of what was copied at once."""
+def _wait_for(arrived: Sequence[torch.cuda.Event], device: torch.device) -> None:
+    for event in arrived:
+        torch.cuda.current_stream(device).wait_event(event)
 
 
 @functools.cache
@@ -184,12 +198,11 @@ def find_fault(
 
 @functools.cache
 def copy_rate(source: torch.device, target: torch.device) -> float:
-    """GB/s of copies from one card to another, as start_copies does them."""
+    """GB/s of copies from one card to another, as the forward does them."""
     tensor = torch.empty(PATTERN_NUMBERS[0], dtype=torch.int32, device=source)
-    copied = torch.empty_like(tensor, device=target)
 
     def copy() -> None:
-        start_copies([tensor], [copied])()
+        start_moving([tensor], target)[1]()
         torch.cuda.synchronize(target)
 
     copy()

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from ..cards.kernels import as_current
-from ..cards.transfer import Arrival, start_copies, start_moving
+from ..cards.transfer import Arrival, start_exchange, start_moving
 from .modulation import StepModulation
 from .transformer import Attending, Block, QwenImageTransformer, Rotary, attend
 
@@ -133,7 +133,7 @@ class SplitForward:
                         lane.image, lane.text, _modulation(lane, self._number), lane.targets, lane.rotary
                     )
                 )
-        gathered = [self._gathered(lane, own, begun) for lane, own in zip(self.lanes, begun, strict=True)]
+        gathered = self._gathered(begun)
         del begun
         for lane in self.lanes:
             with lane.here():
@@ -142,26 +142,24 @@ class SplitForward:
                     lane.image, lane.text, _modulation(lane, self._number), lane.targets
                 )
 
-    def _gathered(
-        self, lane: Lane, own: Attending, begun: Sequence[Attending]
-    ) -> tuple[Attending, list[Arrival]]:
-        """The lane's own streams with the keys and values of all lanes, and when these are there."""
+    def _gathered(self, begun: Sequence[Attending]) -> list[tuple[Attending, Arrival]]:
+        """Each lane's own streams with the keys and values of all lanes, and when these are there."""
         sizes = [each.key.shape[1] for each in begun]
-        shape = (1, sum(sizes), *own.key.shape[2:])
-        with lane.here():
-            key, value = own.key.new_empty(shape), own.value.new_empty(shape)
-            parts = zip(key.split(sizes, dim=1), value.split(sizes, dim=1), strict=True)
-            arrivals = [
-                start_copies([each.key, each.value], part) for each, part in zip(begun, parts, strict=True)
-            ]
-        return own._replace(key=key, value=value), arrivals
+        whole, parts = [], []
+        for lane, own in zip(self.lanes, begun, strict=True):
+            with lane.here():
+                shape = (1, sum(sizes), *own.key.shape[2:])
+                key, value = own.key.new_empty(shape), own.value.new_empty(shape)
+            whole.append(own._replace(key=key, value=value))
+            parts.append(list(zip(key.split(sizes, dim=1), value.split(sizes, dim=1), strict=True)))
+        arrivals = start_exchange([(each.key, each.value) for each in begun], parts)
+        return list(zip(whole, arrivals, strict=True))
 
-    def _attend(self, lane: Lane, own: Attending, arrivals: Sequence[Arrival]) -> None:
+    def _attend(self, lane: Lane, own: Attending, wait: Arrival) -> None:
         def attend_when_there(
             query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
         ) -> torch.Tensor:
-            for wait in arrivals:
-                wait()
+            wait()
             return attend(query, key, value, mask)
 
         lane.image, lane.text = _block(lane, self._number).attention(

@@ -129,7 +129,8 @@ class Adapters:
     @contextmanager
     def attached(self, model: torch.nn.Module) -> Iterator[None]:
         """Inside this context the layers of the model give the sums."""
-        modules = dict(model.named_modules())  # get_submodule for each layer takes longer
+        # all at once, as get_submodule for each layer takes longer
+        modules = dict(model.named_modules()) if self.shared else {}
         with ExitStack() as hooks:
             for shared in self.shared:
                 for layer in shared.ups:
