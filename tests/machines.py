@@ -22,6 +22,8 @@ H100 = Speeds(
 # its 47 TOPS, and the bandwidth of the data sheet.
 P40 = Speeds(fp32=10.0, fp32_attention=5.3, int8=25.0, bandwidth=310.0)
 
+COPY_RATE = 6.0  # GB/s between two P40s, assumed: PCIe 3.0 with 8 lanes, or 16 through the host
+
 
 def cpu_machine() -> Machine:
     """One without accelerators."""
@@ -56,7 +58,7 @@ def machine_of(*cards: Device, unified: bool = False) -> Machine:
 
 def p40s(count: int, speeds: Speeds = P40, measured: bool = False) -> Machine:
     cards = (gpu(index, "Tesla P40", 23.9, False, speeds, measured) for index in range(count))
-    return Machine(tuple(cards), cpu(64))
+    return Machine(tuple(cards), cpu(64), copy_rate=COPY_RATE)
 
 
 MACHINES = {

@@ -14,14 +14,16 @@ from engine.errors import CheckpointError, InputError
 from engine.files.checkpoint import Checkpoint, open_checkpoint
 from engine.planning.machine import unusable
 from engine.planning.memory_map import COLOURS, draw_memory_map
-from engine.planning.plan import Plan
 from engine.planning.planner import ROLES, Choice, make_plan
+from engine.planning.sharing import Sharer
+from engine.sampling.layout import CFG, LAYERS
 from engine.units import GIB
 from engine.weights.estimates import (
     Edit,
 )
 from engine.weights.formats import Nf4Linear
-from engine.weights.precision import ROLE_PRECISIONS, Precision
+from engine.weights.precision import PRECISIONS, ROLE_PRECISIONS, Precision, resolve
+from engine.weights.room import DoesNotFitError
 from machines import H100, MACHINES, P40, gpu, machine_of, p40s
 from PIL import ImageColor
 
@@ -29,7 +31,7 @@ from PIL import ImageColor
 @pytest.mark.parametrize(
     ("machine", "expected", "turns"),
     [
-        ("four P40", ["int8 gpu:0", "fp32 gpu:1", "fp32 gpu:2"], 0),
+        ("four P40", ["int8 gpu:0", "fp32 gpu:1", "fp32 gpu:2"], 1),
         ("two unequal cards", ["int8 gpu:1", "int8 gpu:0", "bf16 gpu:0"], 0),
         ("one 24 GB card", ["int8 gpu:0", "bf16 gpu:0", "bf16 gpu:0"], 1),
         ("one 16 GB card", ["int8 gpu:0", "bf16 gpu:0", "bf16 gpu:0"], 1),
@@ -54,42 +56,102 @@ def test_four_p40_say_what_was_not_chosen_and_why(real_size: Checkpoint) -> None
         "transformer bf16: no native BF16 on gpu:0 (Tesla P40)",
         "transformer fp32 on gpu:0: 25.3 GiB + 1.1 GiB to work with do not fit 23.4 GiB",
     )
-    assert plan.rejected[2:] == (cfg_line(plan),)
-    assert f"with a Lightning LoRA (8 steps, cfg 1) {4 * plan.step_seconds / 60:.0f} min" in str(plan)
+    assert f"with a Lightning LoRA (8 steps, cfg 1) {4 * plan.step_seconds:.0f} s" in str(plan)
     minutes = 40 * plan.step_seconds / 60
     assert f"{minutes:.0f} min for 40 steps (projected from assumed speeds)" in plan.speed
 
 
-def cfg_line(plan: Plan) -> str:
-    """What the plan says of a second card for the other half of guidance."""
-    return next((line for line in plan.rejected if line.startswith("cfg")), "")
-
-
-def test_a_second_card_for_guidance_is_told_with_what_it_would_gain(real_size: Checkpoint) -> None:
+def test_four_p40_share_the_transformer(real_size: Checkpoint) -> None:
     plan = make_plan(MACHINES["four P40"], real_size)
-    half, alone = f"{plan.step_seconds / 2:.3g}", f"{plan.step_seconds:.3g}"
-    assert cfg_line(plan) == (
-        f"cfg over gpu:0 and gpu:3: {half} s a step instead of {alone}, but not available yet"
-    )
-    assert "no second card" in cfg_line(make_plan(MACHINES["two unequal cards"], real_size))
-    assert cfg_line(make_plan(MACHINES["one 80 GB card"], real_size)) == ""
+    assert str(plan.sharing) == "cfg+sequence over gpu:0, gpu:1, gpu:2 and gpu:3"
+    assert [there.device.card.label for there in plan.copies] == ["gpu:1", "gpu:2", "gpu:3"]
+    one = make_plan(p40s(1), real_size).step_seconds
+    assert plan.step_seconds / one == pytest.approx(0.27, abs=0.01)
+    told = str(plan)
+    assert f"not cfg+sequence over gpu:0 and gpu:1: {one / 2:.3g} s a step instead of {one:.3g}" in told
+    assert "not sequence over gpu:0, gpu:1, gpu:2 and gpu:3: " in told
+    assert "transformer and text encoder take turns on gpu:1" in told
+
+
+def test_without_a_copy_rate_only_the_branches_are_shared(real_size: Checkpoint) -> None:
+    plan = make_plan(replace(MACHINES["four P40"], copy_rate=None), real_size)
+    assert "not sequence over gpu:0 and gpu:1: time unknown" in str(plan)
+
+
+def test_the_slower_the_copies_the_fewer_cards_share(real_size: Checkpoint) -> None:
+    def sharing(rate: float) -> str:
+        return str(make_plan(replace(p40s(3), copy_rate=rate), real_size).sharing)
+
+    assert sharing(10.0) == "sequence over gpu:0, gpu:1 and gpu:2"
+    assert sharing(1.0) == "cfg+sequence over gpu:0 and gpu:1"
+
+
+def test_a_card_that_the_user_chose_is_not_shared(real_size: Checkpoint) -> None:
+    plan = make_plan(p40s(2), real_size, choices={"transformer": Choice("gpu:1")})
+    assert plan.sharing is None and plan.placement("transformer").device.card.label == "gpu:1"
+    assert plan.step_seconds == make_plan(p40s(1), real_size).step_seconds
 
 
 def test_a_much_slower_card_is_not_worth_half_of_guidance(real_size: Checkpoint) -> None:
     slow = replace(H100, bf16=50.0)
     plan = make_plan(machine_of(gpu(0, "H100", 79, True, H100), gpu(1, "old", 79, True, slow)), real_size)
-    assert cfg_line(plan).startswith("cfg over gpu:0 and gpu:1: 2.5")
-    assert cfg_line(plan).endswith(f" s a step instead of {plan.step_seconds:.3g}")
+    assert plan.sharing is None
+    assert f"not cfg+sequence over gpu:0 and gpu:1: 2.51 s a step instead of {plan.step_seconds:.3g}" in str(
+        plan
+    )
 
 
-def test_the_halves_of_guidance_are_computed_alike(real_size: Checkpoint) -> None:
+def test_cards_that_share_compute_alike(real_size: Checkpoint) -> None:
     cards = gpu(0, "H100", 79, True, H100), gpu(1, "Tesla P40", 23.9, False, P40)
     int8 = {"transformer": Choice(precision="int8")}
     plan = make_plan(machine_of(*cards), real_size, choices=int8)
-    assert cfg_line(plan) == "cfg: no second card holds the int8 transformer"
+    assert plan.sharing is None
+    assert "sharing with gpu:1 (Tesla P40): it has no native BF16. Set math of FireRed Load" in str(plan)
     machine = machine_of(*(replace(card, speeds=P40) for card in cards))
     fp32 = {"transformer": Choice(precision="int8", math="fp32")}
-    assert "cfg over gpu:0 and gpu:1" in cfg_line(make_plan(machine, real_size, choices=fp32))
+    assert str(make_plan(machine, real_size, choices=fp32).sharing) == "cfg+sequence over gpu:0 and gpu:1"
+
+
+def test_a_second_card_that_is_too_small_is_told(real_size: Checkpoint) -> None:
+    plan = make_plan(MACHINES["two unequal cards"], real_size)
+    assert plan.sharing is None
+    assert "not sharing: no second card holds the int8 transformer" in str(plan)
+
+
+# What FireRed Parallel asks
+
+
+def sharer(checkpoint: Checkpoint, precision: str, rate: float | None = 6.0) -> Sharer:
+    resolved = resolve(PRECISIONS[precision], p40s(1).gpus[0].card)
+    return Sharer(checkpoint, resolved, lambda precision, card: True, copy_rate=rate)
+
+
+def test_a_model_too_big_for_a_card_is_shared_by_layers(real_size: Checkpoint) -> None:
+    found = sharer(real_size, "fp32").choose(p40s(2).gpus)
+    assert str(found) == "layers over gpu:0 and gpu:1" and found.counts == (30, 30)
+    small = replace(p40s(2).gpus[1], free=12 * GIB)
+    found = sharer(real_size, "fp32").choose((p40s(2).gpus[0], small), LAYERS, named=True)
+    assert sum(found.counts) == 60 and 15 < found.counts[1] < 25
+    with pytest.raises(DoesNotFitError, match=r"layers takes 25\.3 GiB .* have 22\.. GiB in all"):
+        sharer(real_size, "fp32").choose((small, replace(small, free=11 * GIB)), LAYERS)
+
+
+def test_named_cards_that_cannot_hold_a_copy_are_refused(real_size: Checkpoint) -> None:
+    cards = p40s(2).gpus
+    with pytest.raises(DoesNotFitError, match=r"takes 25\.3 GiB .* on every card; gpu:0 .*mode layers"):
+        sharer(real_size, "fp32").choose(cards, CFG, named=True)
+    assert str(sharer(real_size, "int8").choose(cards, CFG, named=True)) == "cfg over gpu:0 and gpu:1"
+    broken = unusable("gpu:1", torch.device("cuda", 1), RuntimeError("CUDA error: busy"))
+    with pytest.raises(InputError, match=r"gpu:1 cannot take part: gpu:1 does not answer: CUDA error: busy"):
+        sharer(real_size, "int8").choose((cards[0], broken), named=True)
+    assert sharer(real_size, "int8").choose((cards[0], broken)) is None
+
+
+def test_layers_keep_both_branches_in_flight(real_size: Checkpoint) -> None:
+    """With blocks dealt in six turns to two cards, a step takes 13 parts of 24."""
+    cards, asked = p40s(2).gpus, sharer(real_size, "int8")
+    one = make_plan(p40s(1), real_size).step_seconds
+    assert asked.choose(cards, LAYERS).seconds / one == pytest.approx(13 / 24)
 
 
 def test_auto_never_takes_a_card_that_cannot_be_used(real_size: Checkpoint) -> None:

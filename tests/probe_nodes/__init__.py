@@ -313,7 +313,8 @@ class ProbeCards(Probe):
 
     def execute(self, count):
         cards = [torch.device("cpu", number) for number in range(count)]
-        pack_host("devices").accelerators = lambda: cards
+        devices = pack_host("devices")
+        devices.accelerators, devices._copy_rate = lambda: cards, lambda gpus: 10.0
         mm.get_all_torch_devices = lambda *_, **__: cards
         return {}
 

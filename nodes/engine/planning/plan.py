@@ -77,7 +77,7 @@ class Plan:
         """The transformer on the other cards that share it."""
         if self.sharing is None:
             return ()
-        whole = self.placement("transformer")
+        whole = next(there for there in self.placements if there.role == "transformer")
         return tuple(replace(whole, device=device, reason="a copy") for device in self.sharing.devices[1:])
 
     def placement(self, role: str) -> Placement:
@@ -88,7 +88,7 @@ class Plan:
 
     def on(self, device: Device) -> tuple[Placement, ...]:
         """What takes from that device's memory."""
-        everything = (*self.placements, *self.copies)
+        everything = (*self.copies, *self.placements)
         return tuple(there for there in everything if self.machine.shared(there.device, device))
 
     def turns(self) -> list[tuple[Placement, ...]]:

@@ -13,6 +13,7 @@ from functools import partial
 from ..cards.card import Card
 from ..errors import CheckpointError
 from ..files.checkpoint import Checkpoint
+from ..sampling.layout import CFG
 from ..units import GIB
 from ..weights.checks import require_beside, require_usable
 from ..weights.estimates import (
@@ -132,7 +133,7 @@ class _Planner:
             against.append(f"sharing: no second card holds the {first.precision.name} transformer")
         chosen = sharer.choose(able) if ways else None
         for way in ways:
-            if chosen is None or str(way) != str(chosen):
+            if way.mode != CFG and str(way) != str(chosen):  # two cards do cfg in cfg+sequence too
                 times = f"{way.seconds:.3g} s a step" if way.seconds else "time unknown"
                 against.append(f"{way}: {times}" + (f" instead of {alone:.3g}" if alone else ""))
         return chosen, against

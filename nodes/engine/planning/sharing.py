@@ -92,12 +92,11 @@ class Sharer:
         if named:
             return self._of_named(able, mode)
         found = [each for each in self.ways(able) if mode in (AUTO, each.mode)]
-        if any(each.seconds is None for each in found):
-            return max(found, key=lambda each: len(each.devices))
-        best = min(found, key=lambda each: each.seconds or 0.0, default=None)
-        if mode == AUTO and best is not None and not self.is_worth(best):
-            return None
-        return best
+        timed = [each for each in found if each.seconds is not None]
+        if not timed:  # this machine was not measured
+            return max(found, key=lambda each: len(each.devices), default=None)
+        best = min(timed, key=lambda each: each.seconds or 0.0)
+        return best if mode != AUTO or self.is_worth(best) else None
 
     def ways(self, devices: Sequence[Device]) -> Iterator[Sharing]:
         """Every way in which the first of these cards and some of the others share whole copies."""
