@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import comfy_kitchen
@@ -24,6 +27,7 @@ from core_vae import CORE_NAMES
 from diffusers import QwenImageTransformer2DModel
 from engine.errors import CheckpointError
 from engine.files.checkpoint import Checkpoint, open_checkpoint
+from engine.files.gguf import read_gguf_header
 from engine.files.search import find_files
 from engine.files.single import FileCheckpoint, open_file, role_of
 from engine.models import loading, vae
@@ -309,6 +313,84 @@ def _save_in_two(stored: Tensors, folder: Path) -> None:
         files |= dict.fromkeys(names[part::2], file)
     index = {"weight_map": files}
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+# Headers of GGUF
+
+
+def write_gguf(path: Path, words: int = 50) -> None:
+    """Every type of field, and tensors of several types, one of them kept in another shape."""
+    writer = gguf.GGUFWriter(path, "qwen2vl")
+    for kind in ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"):
+        getattr(writer, f"add_{kind}")(f"test.{kind}", 3)
+    for kind in ("float32", "float64"):
+        getattr(writer, f"add_{kind}")(f"test.{kind}", 0.5)
+    writer.add_bool("test.bool", True)
+    writer.add_string("test.string", "words \u00e4")
+    writer.add_array("test.tokens", [f"word {number}" for number in range(words)])
+    writer.add_array("test.merges", [f"a{number} b{number}" for number in range(words)])
+    writer.add_array("test.types", [1] * words)
+    writer.add_array("test.nested", [["a", "b"], ["c"]])
+    writer.add_array("test.deeper", [[[1, 2], [3]], [[4]]])
+    writer.add_array("test.bools", [True, False])
+    writer.add_custom_alignment(64)
+    writer.add_array("comfy.gguf.orig_shape.folded", [2, 3, 32])
+    writer.add_tensor("folded", np.ones((6, 32), np.float32))
+    writer.add_tensor("plain", np.ones(5, np.float16))
+    for kind in ("Q4_K", "Q8_0"):
+        codes = _blocks((3, 512), kind, np.random.default_rng(0))
+        writer.add_tensor(kind, codes, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_header_is_what_the_library_reads(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf")
+    tensors, start, fields = read_gguf_header(tmp_path / "model.gguf")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    assert start == reader.data_offset
+    assert fields == {"general.architecture": reader.fields["general.architecture"].contents()}
+    assert list(tensors) == [each.name for each in reader.tensors]
+    for each in reader.tensors:
+        entry, begin = tensors[each.name], each.data_offset - reader.data_offset
+        shape = (2, 3, 32) if each.name == "folded" else tuple(each.shape[::-1].tolist())
+        assert entry["data_offsets"] == [begin, begin + each.n_bytes]
+        assert entry.get("ggml", (entry["dtype"], tuple(entry["shape"]))) == (each.tensor_type.name, shape)
+
+
+def test_a_text_encoder_as_gguf_is_recognised_quickly(tmp_path: Path) -> None:
+    """Its tokenizer has 300,000 strings. The library needs 8 seconds for them."""
+    write_gguf(tmp_path / "encoder.gguf", words=150_000)
+    started = time.perf_counter()
+    assert role_of(tmp_path / "encoder.gguf") is None
+    assert time.perf_counter() - started < 1
+
+
+def _put(offset: int, kind: str, value: Any) -> Callable[[bytes], bytes]:
+    packed = struct.pack(kind, value)
+    return lambda content: content[:offset] + packed + content[offset + len(packed) :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_put(0, "4s", b"GGML"), "does not begin with GGUF"),
+        (_put(4, ">I", 3), "is big-endian"),
+        (_put(4, "<I", 1), "has version 1 of the format"),
+        (_put(8, "<Q", 2**40), "1,099,511,627,776 parts follow"),
+        (_put(24, "<Q", 2**40), "a name of 1,099,511,627,776 bytes"),
+        (lambda content: content[:300], "truncated: its header does not end in its 300 bytes"),
+        (lambda content: content[:-100], r"truncated: [\d,]+ of [\d,]+ bytes"),
+    ],
+)
+def test_a_damaged_gguf_is_named(tmp_path: Path, damage: Callable[[bytes], bytes], message: str) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=rf"model\.gguf is .*{message}"):
+        open_file(path, "transformer")
 
 
 # Text encoders and VAEs
