@@ -448,6 +448,18 @@ def test_only_the_files_of_the_role_are_listed(folder: Checkpoint, tmp_path: Pat
     assert list(find_files([tmp_path], "vae")) == ["vae.safetensors"]
 
 
+def test_each_folder_of_files_is_searched_once(folder: Checkpoint, tmp_path: Path) -> None:
+    root = tmp_path / "diffusion_models"
+    (root / "team").mkdir(parents=True)
+    (root / ".hidden").mkdir()
+    written("bf16", weights(folder), root / "team")
+    shutil.copy(root / "team" / "model.safetensors", root / ".hidden")
+    (root / "again").symlink_to("team")
+    (root / "team" / "up").symlink_to(tmp_path)
+    (root / "loop").symlink_to("loop")
+    assert list(find_files([root, root / "absent"], "transformer")) == ["team/model.safetensors"]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -547,6 +559,9 @@ def files(work: Path, folder: Checkpoint) -> dict[str, str]:
     pictures = tiny_checkpoint.Qwen2VLImageProcessor(min_pixels=3136, max_pixels=12845056)
     shutil.copytree(TOKENIZER, models / "diffusers" / "published" / "processor")
     pictures.save_pretrained(models / "diffusers" / "published" / "processor")
+    (models / "unet" / "Sub").mkdir(parents=True)  # ComfyUI looks there first
+    other = {"double_blocks.0.img_attn.qkv.weight": torch.ones(2, 2)}
+    save_file(other, models / "unet" / "Sub" / "model.safetensors")
     names = {
         "transformer": "Sub/model.safetensors",
         "text_encoder": "qwen.safetensors",
