@@ -27,6 +27,7 @@ from conftest import replica_for
 from core_vae import CORE_NAMES
 from diffusers import QwenImageControlNetModel, QwenImageTransformer2DModel
 from engine.errors import CheckpointError
+from engine.files.cache import DiskCache
 from engine.files.checkpoint import Checkpoint, open_checkpoint
 from engine.files.encodings import MATRIX, Encoded, Plain
 from engine.files.gguf import read_gguf_header
@@ -499,6 +500,32 @@ def _held(model: torch.nn.Module) -> dict[str, Encoded]:
     return held | {f"{name}.weight": encoded for name, encoded in kept.items() if encoded is not None}
 
 
+def _nbytes(model: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for encoded in _held(model).values() for tensor in encoded.parts.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("embedding", [False, True])
+def test_a_text_encoder_in_fp8_takes_what_is_planned(
+    folder: Checkpoint, tmp_path: Path, precision: str, embedding: bool
+) -> None:
+    """No more than one in BF16, unless the embedding is in FP8 too: only its numbers are kept."""
+
+    def fp8(name: str) -> bool:
+        return is_layer(name) or (embedding and "embed_tokens" in name)
+
+    checkpoint, _ = text_encoder_file(folder, tmp_path / "fp8.safetensors", fp8)
+    replica, cache = replica_for(checkpoint, "text_encoder", precision), DiskCache(tmp_path / "cache", 10**9)
+    first, again = (loading.load(replica, cache=cache) for _ in range(2))
+    assert replica.spec.nbytes() == pytest.approx(_nbytes(first.model), abs=50_000)
+    assert _nbytes(first.model) == _nbytes(again.model)
+    one, other = (each.encode("Add a hat", [Image.new("RGB", (64, 48), "red")]) for each in (first, again))
+    assert torch.equal(one, other)
+    if not embedding:
+        whole, _ = text_encoder_file(folder, tmp_path / "bf16.safetensors")
+        assert replica.spec.nbytes() < replica_for(whole, "text_encoder", precision).spec.nbytes()
+
+
 def test_a_vae_in_scaled_fp8_is_what_its_scales_say(folder: Checkpoint, tmp_path: Path) -> None:
     """Its weights have up to five dimensions."""
     decoded = every_fp8(weights(folder, "vae"), tmp_path / "vae.safetensors")
@@ -592,6 +619,22 @@ def test_a_controlnet_is_not_a_transformer(tmp_path: Path) -> None:
     assert role_of(tmp_path / "controlnet.safetensors") is None
     with pytest.raises(CheckpointError, match="looks like a ControlNet"):
         open_file(tmp_path / "controlnet.safetensors", "transformer")
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape"])
+def test_a_file_that_does_not_fit_the_model_is_called_a_file(
+    folder: Checkpoint, tmp_path: Path, damage: str
+) -> None:
+    checkpoint, _ = written("bf16", weights(folder), tmp_path)
+    name, tensors = "transformer_blocks.1.attn.to_q.bias", load_file(checkpoint.folder)
+    if damage == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = torch.ones(3)
+    save_file(tensors, checkpoint.folder)
+    said = "lacks 1 of the model's tensors" if damage == "missing" else r"is \(3,\), and the model needs"
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors:? .*{said}.*Download it again\.$"):
+        loading.load(replica_for(checkpoint, "transformer"))
 
 
 @pytest.mark.parametrize(
