@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import comfy_kitchen
@@ -21,9 +25,12 @@ import torch
 from comfy_kitchen.tensor.int8_utils import _build_hadamard, _rotate_weight
 from conftest import replica_for
 from core_vae import CORE_NAMES
-from diffusers import QwenImageTransformer2DModel
+from diffusers import QwenImageControlNetModel, QwenImageTransformer2DModel
 from engine.errors import CheckpointError
+from engine.files.cache import DiskCache
 from engine.files.checkpoint import Checkpoint, open_checkpoint
+from engine.files.encodings import MATRIX, Encoded, Plain
+from engine.files.gguf import read_gguf_header
 from engine.files.search import find_files
 from engine.files.single import FileCheckpoint, open_file, role_of
 from engine.models import loading, vae
@@ -77,6 +84,20 @@ def with_prefix(tensors: Tensors, path: Path) -> Tensors:
     return tensors
 
 
+def all_in_one(tensors: Tensors, path: Path) -> Tensors:
+    """A transformer in raw FP8 beside other components, one of which is in scaled FP8."""
+    stored = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
+    encoder = "text_encoders.qwen25_7b.transformer"
+    others = {
+        "vae.decoder.middle.0.residual.0.gamma": torch.ones(2),
+        f"{encoder}.scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn),
+        f"{encoder}.model.layers.0.mlp.up_proj.weight": torch.ones(2, 2).to(torch.float8_e4m3fn),
+        f"{encoder}.model.layers.0.mlp.up_proj.scale_weight": torch.ones(()),
+    }
+    save_file({f"model.diffusion_model.{name}": each for name, each in stored.items()} | others, path)
+    return stored
+
+
 def old_fp8(tensors: Tensors, path: Path) -> Tensors:
     return _scaled(tensors, path, "scale_weight", {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)})
 
@@ -104,7 +125,23 @@ def _scaled(tensors: Tensors, path: Path, scale_name: str, beside: Tensors) -> T
     return decoded
 
 
-def int8(convrot: bool, in_metadata: bool) -> Callable[[Tensors, Path], Tensors]:
+def every_fp8(tensors: Tensors, path: Path) -> Tensors:
+    """A scale for each row of every weight, of one dimension too."""
+    stored, decoded = dict(tensors), dict(tensors)
+    for name in filter(lambda name: name.endswith(".weight"), tensors):
+        shape = tensors[name].shape
+        rows = tensors[name].float().reshape(shape[0], -1)
+        scale = rows.abs().amax(1, keepdim=True) / 448
+        codes = (rows / scale).to(torch.float8_e4m3fn)
+        stored |= {name: codes.reshape(shape), f"{name}_scale": scale}
+        decoded[name] = (codes.float() * scale).reshape(shape)
+    save_file(stored, path)
+    return decoded
+
+
+def int8(
+    convrot: bool, in_metadata: bool, prefix: str = "", prefix_in_metadata: str = ""
+) -> Callable[[Tensors, Path], Tensors]:
     def write(tensors: Tensors, path: Path) -> Tensors:
         """With comfy-kitchen's own rotation and rounding."""
         stored, decoded, layers = {}, dict(tensors), {}
@@ -120,10 +157,11 @@ def int8(convrot: bool, in_metadata: bool) -> Callable[[Tensors, Path], Tensors]
             layers[layer] = {"format": "int8_tensorwise"} | ({"convrot": True} if convrot else {})
             back = codes.float() * scale.reshape(-1, 1)
             decoded[name] = _rotate_weight(back, hadamard, 256) if convrot else back
-        metadata = {"_quantization_metadata": json.dumps({"layers": layers})} if in_metadata else None
+        described = {"layers": {prefix_in_metadata + layer: config for layer, config in layers.items()}}
+        metadata = {"_quantization_metadata": json.dumps(described)} if in_metadata else None
         if not in_metadata:
             stored |= {f"{layer}.comfy_quant": _bytes(config) for layer, config in layers.items()}
-        save_file(stored, path, metadata)
+        save_file({prefix + name: tensor for name, tensor in stored.items()}, path, metadata)
         return decoded
 
     return write
@@ -178,13 +216,18 @@ WRITERS: dict[str, Callable[[Tensors, Path], Tensors]] = {
     "fp16": plain(torch.float16),
     "fp32": plain(torch.float32),
     "prefix": with_prefix,
+    "all in one": all_in_one,
     "raw e4m3": plain(torch.float8_e4m3fn),
     "raw e5m2": plain(torch.float8_e5m2),
     "old fp8": old_fp8,
     "new fp8": new_fp8,
+    "every fp8": every_fp8,
     "int8": int8(convrot=False, in_metadata=False),
     "convrot": int8(convrot=True, in_metadata=False),
     "convrot in metadata": int8(convrot=True, in_metadata=True),
+    "convrot with prefix": int8(True, False, prefix="diffusion_model."),
+    "convrot with prefix in metadata": int8(True, True, "diffusion_model.", "diffusion_model."),
+    "convrot in metadata without prefix": int8(True, True, prefix="model.diffusion_model."),
 }
 GGUFS = {kind: gguf_of(kind) for kind in GGUF_SCALES}
 
@@ -298,6 +341,18 @@ def test_a_folder_that_bitsandbytes_quantised(folder: Checkpoint, tmp_path: Path
         assert relative_error(ours, expected) < most
 
 
+def test_tables_are_read_with_their_matrix(folder: Checkpoint, tmp_path: Path) -> None:
+    """Those of all matrices together would take up to 1.3 GB of host memory."""
+    checkpoint, _ = written("every fp8", weights(folder), tmp_path)
+    tensors, before = checkpoint.component("transformer").tensors(), _live_tensors()
+    read = [next(tensors) for _ in range(5)]
+    assert _live_tensors() - before <= 2 * len(read) + 2  # with the one that is read ahead
+
+
+def _live_tensors() -> int:
+    return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+
+
 def _save_in_two(stored: Tensors, folder: Path) -> None:
     """Two shards that part matrices from their scales, as the real ones do."""
     for path in folder.glob("*.safetensors"):
@@ -311,33 +366,183 @@ def _save_in_two(stored: Tensors, folder: Path) -> None:
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
 
 
+# Headers of GGUF
+
+
+def write_gguf(path: Path, words: int = 50) -> None:
+    """Every type of field, and tensors of several types, one of them kept in another shape."""
+    writer = gguf.GGUFWriter(path, "qwen2vl")
+    for kind in ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"):
+        getattr(writer, f"add_{kind}")(f"test.{kind}", 3)
+    for kind in ("float32", "float64"):
+        getattr(writer, f"add_{kind}")(f"test.{kind}", 0.5)
+    writer.add_bool("test.bool", True)
+    writer.add_string("test.string", "words \u00e4")
+    writer.add_array("test.tokens", [f"word {number}" for number in range(words)])
+    writer.add_array("test.merges", [f"a{number} b{number}" for number in range(words)])
+    writer.add_array("test.types", [1] * words)
+    writer.add_array("test.nested", [["a", "b"], ["c"]])
+    writer.add_array("test.deeper", [[[1, 2], [3]], [[4]]])
+    writer.add_array("test.bools", [True, False])
+    writer.add_custom_alignment(64)
+    writer.add_array("comfy.gguf.orig_shape.folded", [2, 3, 32])
+    writer.add_tensor("folded", np.ones((6, 32), np.float32))
+    writer.add_tensor("plain", np.ones(5, np.float16))
+    for kind in ("Q4_K", "Q8_0"):
+        codes = _blocks((3, 512), kind, np.random.default_rng(0))
+        writer.add_tensor(kind, codes, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_header_is_what_the_library_reads(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf")
+    tensors, start, fields = read_gguf_header(tmp_path / "model.gguf")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    assert start == reader.data_offset
+    assert fields == {"general.architecture": reader.fields["general.architecture"].contents()}
+    assert list(tensors) == [each.name for each in reader.tensors]
+    for each in reader.tensors:
+        entry, begin = tensors[each.name], each.data_offset - reader.data_offset
+        shape = (2, 3, 32) if each.name == "folded" else tuple(each.shape[::-1].tolist())
+        assert entry["data_offsets"] == [begin, begin + each.n_bytes]
+        assert entry.get("ggml", (entry["dtype"], tuple(entry["shape"]))) == (each.tensor_type.name, shape)
+
+
+def test_a_text_encoder_as_gguf_is_recognised_quickly(tmp_path: Path) -> None:
+    """Its tokenizer has 300,000 strings. The library needs 8 seconds for them."""
+    write_gguf(tmp_path / "encoder.gguf", words=150_000)
+    started = time.perf_counter()
+    assert role_of(tmp_path / "encoder.gguf") is None
+    assert time.perf_counter() - started < 1
+
+
+def _put(offset: int, kind: str, value: Any) -> Callable[[bytes], bytes]:
+    packed = struct.pack(kind, value)
+    return lambda content: content[:offset] + packed + content[offset + len(packed) :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_put(0, "4s", b"GGML"), "does not begin with GGUF"),
+        (_put(4, ">I", 3), "is big-endian"),
+        (_put(4, "<I", 1), "has version 1 of the format"),
+        (_put(8, "<Q", 2**40), "1,099,511,627,776 parts follow"),
+        (_put(24, "<Q", 2**40), "a name of 1,099,511,627,776 bytes"),
+        (lambda content: content[:300], "truncated: its header does not end in its 300 bytes"),
+        (lambda content: content[:-100], r"truncated: [\d,]+ of [\d,]+ bytes"),
+    ],
+)
+def test_a_damaged_gguf_is_named(tmp_path: Path, damage: Callable[[bytes], bytes], message: str) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=rf"model\.gguf is .*{message}"):
+        open_file(path, "transformer")
+
+
 # Text encoders and VAEs
 
 
-@pytest.mark.parametrize("form", ["bf16", "fp8"])
-def test_a_text_encoder_in_one_file(folder: Checkpoint, tmp_path: Path, form: str) -> None:
-    """With ComfyUI's tokenizer: the published vocabulary, and 64 tokens before the prompt."""
+def text_encoder_file(
+    folder: Checkpoint, path: Path, fp8: Callable[[str], bool] = lambda name: False, newer: bool = False
+) -> tuple[FileCheckpoint, Tensors]:
+    """A text encoder in one file, and the numbers in it. fp8: the matrices that are in scaled FP8."""
     tensors = {
-        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): tensor
-        for name, tensor in weights(folder, "text_encoder").items()
+        _core_name("text_encoder", name): tensor for name, tensor in weights(folder, "text_encoder").items()
     }
+    if newer:
+        tensors = {_newer_name(name): tensor for name, tensor in tensors.items()}
+    codes = {n: (t.float() / 0.01).to(torch.float8_e4m3fn) for n, t in tensors.items() if fp8(n)}
+    scales = {f"{name.removesuffix('.weight')}.scale_weight": torch.tensor(0.01) for name in codes}
+    marker = {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)} if codes else {}
+    save_file(tensors | codes | scales | marker, path)
+    decoded = tensors | {name: code.float() * 0.01 for name, code in codes.items()}
+    return open_file(path, "text_encoder", TOKENIZER), decoded
+
+
+def _newer_name(name: str) -> str:
+    """Of transformers since 4.52, for ComfyUI's."""
+    return f"model.{name}" if name.startswith("visual.") else name.replace("model.", "model.language_model.")
+
+
+def is_layer(name: str) -> bool:
+    """The linear layers of language model and vision tower, which ComfyUI's FP8 file has in FP8."""
+    return name.endswith(("_proj.weight", "qkv.weight", "attn.proj.weight", "mlp.0.weight", "mlp.2.weight"))
+
+
+@pytest.mark.parametrize("newer", [False, True])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_text_encoder_in_one_file(folder: Checkpoint, tmp_path: Path, fp8: bool, newer: bool) -> None:
+    """With ComfyUI's tokenizer: the published vocabulary, and 64 tokens before the prompt."""
     path = tmp_path / "qwen_2.5_vl_7b.safetensors.safetensors"
-    if form == "bf16":
-        save_file(tensors, path)
-    else:
-        matrices = {name for name, tensor in tensors.items() if "layers" in name and tensor.ndim == 2}
-        scales = {f"{name.removesuffix('.weight')}.scale_weight": torch.tensor(0.01) for name in matrices}
-        codes = {name: (tensors[name].float() / 0.01).to(torch.float8_e4m3fn) for name in matrices}
-        marker = {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
-        save_file(tensors | codes | scales | marker, path)
-        tensors |= {name: tensor.float() * 0.01 for name, tensor in codes.items()}
+    checkpoint, decoded = text_encoder_file(folder, path, lambda name: fp8 and is_layer(name), newer)
     assert role_of(path) == "text_encoder"
-    encoder = loading.load(replica_for(open_file(path, "text_encoder", TOKENIZER), "text_encoder"))
-    for name, tensor in encoder.model.state_dict().items():
+    encoder = loading.load(replica_for(checkpoint, "text_encoder"))
+    for name, tensor in _held(encoder.model).items():
         stored = name.replace("language_model.", "model.")
-        assert torch.equal(tensor.float(), tensors[stored].float()), name
+        expected = decoded[_newer_name(stored) if newer else stored]
+        assert torch.equal(tensor.decode().float(), expected.float()), name
     embedding = encoder.encode("Add a red hat", [Image.new("RGB", (64, 48), "red")])
     assert embedding.shape[-1] == 256 and bool(embedding.isfinite().all())
+
+
+def _held(model: torch.nn.Module) -> dict[str, Encoded]:
+    """The weights that a model holds, by name, in the form in which it holds them."""
+    held = {
+        name: Encoded(Plain(tensor.dtype), tuple(tensor.shape), {MATRIX: tensor})
+        for name, tensor in model.state_dict().items()
+    }
+    kept = {name: module._encoded for name, module in model.named_modules() if hasattr(module, "_encoded")}
+    return held | {f"{name}.weight": encoded for name, encoded in kept.items() if encoded is not None}
+
+
+def _nbytes(model: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for encoded in _held(model).values() for tensor in encoded.parts.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("embedding", [False, True])
+def test_a_text_encoder_in_fp8_takes_what_is_planned(
+    folder: Checkpoint, tmp_path: Path, precision: str, embedding: bool
+) -> None:
+    """No more than one in BF16, unless the embedding is in FP8 too: only its numbers are kept."""
+
+    def fp8(name: str) -> bool:
+        return is_layer(name) or (embedding and "embed_tokens" in name)
+
+    checkpoint, _ = text_encoder_file(folder, tmp_path / "fp8.safetensors", fp8)
+    replica, cache = replica_for(checkpoint, "text_encoder", precision), DiskCache(tmp_path / "cache", 10**9)
+    first, again = (loading.load(replica, cache=cache) for _ in range(2))
+    assert replica.spec.nbytes() == pytest.approx(_nbytes(first.model), abs=50_000)
+    assert _nbytes(first.model) == _nbytes(again.model)
+    one, other = (each.encode("Add a hat", [Image.new("RGB", (64, 48), "red")]) for each in (first, again))
+    assert torch.equal(one, other)
+    if not embedding:
+        whole, _ = text_encoder_file(folder, tmp_path / "bf16.safetensors")
+        assert replica.spec.nbytes() < replica_for(whole, "text_encoder", precision).spec.nbytes()
+
+
+def test_a_vae_in_scaled_fp8_is_what_its_scales_say(folder: Checkpoint, tmp_path: Path) -> None:
+    """Its weights have up to five dimensions."""
+    decoded = every_fp8(weights(folder, "vae"), tmp_path / "vae.safetensors")
+    found = dict(open_file(tmp_path / "vae.safetensors", "vae").component("vae").tensors())
+    assert all(torch.equal(found[name].decode(), tensor) for name, tensor in decoded.items())
+
+
+def test_a_read_only_tokenizer_is_used(folder: Checkpoint, tmp_path: Path) -> None:
+    tokenizer = Path(shutil.copytree(TOKENIZER, tmp_path / "tokenizer"))
+    for path in (*tokenizer.iterdir(), tokenizer):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    checkpoint, _ = text_encoder_file(folder, tmp_path / "model.safetensors")
+    checkpoint = open_file(checkpoint.folder, "text_encoder", tokenizer)
+    with checkpoint.component("processor").readable() as copy:
+        assert all(path.stat().st_mode & 0o200 for path in (copy, *copy.iterdir()))
+        assert {path.name for path in tokenizer.iterdir()} < {path.name for path in copy.iterdir()}
+    tokenizer.chmod(0o755)
 
 
 @pytest.mark.parametrize("names", ["wan", "diffusers"])
@@ -364,6 +569,72 @@ def test_only_the_files_of_the_role_are_listed(folder: Checkpoint, tmp_path: Pat
     torch.save({"txt_norm.weight": torch.ones(2)}, tmp_path / "pickle.pt")
     assert list(find_files([tmp_path], "transformer")) == ["model.gguf", "sub/model.safetensors"]
     assert list(find_files([tmp_path], "vae")) == ["vae.safetensors"]
+
+
+def test_each_folder_of_files_is_searched_once(folder: Checkpoint, tmp_path: Path) -> None:
+    root = tmp_path / "diffusion_models"
+    (root / "team").mkdir(parents=True)
+    (root / ".hidden").mkdir()
+    written("bf16", weights(folder), root / "team")
+    shutil.copy(root / "team" / "model.safetensors", root / ".hidden")
+    (root / "again").symlink_to("team")
+    (root / "team" / "up").symlink_to(tmp_path)
+    (root / "loop").symlink_to("loop")
+    assert list(find_files([root, root / "absent"], "transformer")) == ["team/model.safetensors"]
+
+
+def test_a_file_that_could_not_be_read_for_a_while_is_found(
+    folder: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when too many files are open."""
+    path = tmp_path / "model.safetensors"
+    plain(torch.bfloat16)(weights(folder), path)
+
+    def no_file(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", no_file)
+        assert role_of(path) is None
+    assert role_of(path) == "transformer"
+
+
+def test_one_shard_of_several_is_not_a_model(folder: Checkpoint, tmp_path: Path) -> None:
+    stored = weights(folder)
+    path = tmp_path / "diffusion_pytorch_model-00001-of-00005.safetensors"
+    save_file({name: tensor for name, tensor in stored.items() if name != "proj_out.weight"}, path)
+    encoder = tmp_path / "model-00001-of-00004.safetensors"
+    _, stored = text_encoder_file(folder, tmp_path / "whole.safetensors")
+    save_file({name: tensor for name, tensor in stored.items() if name != "model.norm.weight"}, encoder)
+    for role, shard in (("transformer", path), ("text_encoder", encoder)):
+        assert role_of(shard) is None
+        with pytest.raises(CheckpointError, match="is one part of several"):
+            open_file(shard, role)
+
+
+def test_a_controlnet_is_not_a_transformer(tmp_path: Path) -> None:
+    sizes = dict(num_layers=1, attention_head_dim=16, num_attention_heads=1, axes_dims_rope=(4, 6, 6))
+    model = QwenImageControlNetModel(joint_attention_dim=16, **sizes)
+    save_file(model.state_dict(), tmp_path / "controlnet.safetensors")
+    assert role_of(tmp_path / "controlnet.safetensors") is None
+    with pytest.raises(CheckpointError, match="looks like a ControlNet"):
+        open_file(tmp_path / "controlnet.safetensors", "transformer")
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape"])
+def test_a_file_that_does_not_fit_the_model_is_called_a_file(
+    folder: Checkpoint, tmp_path: Path, damage: str
+) -> None:
+    checkpoint, _ = written("bf16", weights(folder), tmp_path)
+    name, tensors = "transformer_blocks.1.attn.to_q.bias", load_file(checkpoint.folder)
+    if damage == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = torch.ones(3)
+    save_file(tensors, checkpoint.folder)
+    said = "lacks 1 of the model's tensors" if damage == "missing" else r"is \(3,\), and the model needs"
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors:? .*{said}.*Download it again\.$"):
+        loading.load(replica_for(checkpoint, "transformer"))
 
 
 @pytest.mark.parametrize(
@@ -403,7 +674,7 @@ def test_a_truncated_file_is_named(folder: Checkpoint, tmp_path: Path, form: str
         open_file(path, "transformer")
 
 
-@pytest.mark.parametrize("damage", ["no scale", "mxfp8", "blocks", "json"])
+@pytest.mark.parametrize("damage", ["no scale", "mxfp8", "blocks", "json", "block scales", "inverse scales"])
 def test_a_form_that_is_incomplete_or_unknown_is_named(
     folder: Checkpoint, tmp_path: Path, damage: str
 ) -> None:
@@ -412,6 +683,10 @@ def test_a_form_that_is_incomplete_or_unknown_is_named(
     config = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 48}
     if damage == "no scale":
         del tensors[f"{layer}.weight_scale"]
+    elif damage == "block scales":
+        tensors[f"{layer}.weight_scale"] = torch.ones(2, 2)
+    elif damage == "inverse scales":
+        tensors[f"{layer}.weight_scale_inv"] = torch.ones(2, 2)
     elif damage == "json":
         tensors[f"{layer}.comfy_quant"] = torch.ones(4, dtype=torch.uint8)
     else:
@@ -421,6 +696,8 @@ def test_a_form_that_is_incomplete_or_unknown_is_named(
         "no scale": "to_k.weight lacks its scale",
         "mxfp8": "to_k is in the form mxfp8",
         "blocks": "rotated in blocks of 48, which cannot be",
+        "block scales": r"to_k.weight_scale has the shape \[2, 2\]",
+        "inverse scales": "they hold .*to_k.weight_scale_inv",
         "json": "what it says of its quantised layers cannot be read",
     }
     with pytest.raises(CheckpointError, match=messages[damage]):
@@ -465,6 +742,9 @@ def files(work: Path, folder: Checkpoint) -> dict[str, str]:
     pictures = tiny_checkpoint.Qwen2VLImageProcessor(min_pixels=3136, max_pixels=12845056)
     shutil.copytree(TOKENIZER, models / "diffusers" / "published" / "processor")
     pictures.save_pretrained(models / "diffusers" / "published" / "processor")
+    (models / "unet" / "Sub").mkdir(parents=True)  # ComfyUI looks there first
+    other = {"double_blocks.0.img_attn.qkv.weight": torch.ones(2, 2)}
+    save_file(other, models / "unet" / "Sub" / "model.safetensors")
     names = {
         "transformer": "Sub/model.safetensors",
         "text_encoder": "qwen.safetensors",

@@ -1,5 +1,7 @@
 """Errors for the user: each says what failed, with which value, and what to do next."""
 
+AGAIN = "Download it again."  # what to do where a file is damaged
+
 
 class FireRedError(Exception):
     """The base of every error that this pack raises on purpose."""

@@ -81,7 +81,10 @@ def get_checkpoint(name: object, role: str) -> Checkpoint:
     file_roots = folder_paths.get_folder_paths(FILE_FOLDERS[role])
     for path in filter(None, (_path_below(root, name) for root in file_roots)):
         if path.is_file():
-            return open_file(path, role, TOKENIZER)
+            try:
+                return open_file(path, role, TOKENIZER)
+            except CheckpointError as error:
+                problem = problem or error
     if problem is not None:
         raise problem
     found = _found(role)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import AGAIN, CheckpointError
 from ..latents import QWEN_STATISTICS, LatentStatistics
 from .configs import read_config, read_json, read_latent_statistics
 from .encodings import Encoded, Stored
@@ -23,6 +23,7 @@ from .identity import folder_identity
 from .stored import read_encoded, stored_tensors
 from .tensors import read_header
 
+INDEX = "model_index.json"
 PIPELINE_CLASS = "QwenImageEditPlusPipeline"
 FIRERED = "FireRed-Image-Edit-1.0"
 DOWNLOAD_COMMAND = f"hf download FireRedTeam/{FIRERED} --local-dir ComfyUI/models/diffusers/{FIRERED}"
@@ -126,9 +127,7 @@ class Checkpoint:
         """The component. Raises CheckpointError when there is none."""
         component = Component(self.folder / name, name)
         if not component.path.is_dir():
-            raise CheckpointError(
-                f"Checkpoint {self.name!r} has no {name}/ folder in {self.folder}. Download it again."
-            )
+            raise CheckpointError(f"Checkpoint {self.name!r} has no {name}/ folder in {self.folder}. {AGAIN}")
         return component
 
     def latent_statistics(self) -> LatentStatistics:
@@ -139,7 +138,7 @@ class Checkpoint:
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`. Raises CheckpointError when that does not hold the edit pipeline."""
-    index = folder / "model_index.json"
+    index = folder / INDEX
     try:
         there = index.is_file()
     except OSError as error:

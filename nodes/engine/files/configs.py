@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,14 @@ SUPPORTED: dict[str, dict[str, int | bool]] = {
 }
 QUANTIZED_CONFIGS = ("quantization_config", "compression_config")
 READ_METHODS = ("bitsandbytes",)  # of those; see stored.py
+
+
+def copy_files(folder: Path, target: Path) -> Path:
+    """Copy a folder's files into a new folder, which is returned. They can be written, whatever their modes."""
+    target.mkdir()
+    for path in filter(Path.is_file, folder.iterdir()):
+        shutil.copyfile(path, target / path.name)
+    return target
 
 
 def read_json(path: Path) -> dict[str, Any]:

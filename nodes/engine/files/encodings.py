@@ -56,7 +56,7 @@ class Fp8(Encoding):
     """FP8 numbers times one scale, or a scale for each row."""
 
     def decode(self, parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
-        return parts[MATRIX].float().mul_(row_scales(parts[SCALE], shape[0]))
+        return parts[MATRIX].float().mul_(row_scales(parts[SCALE], shape))
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,11 @@ class Int8(Encoding):
 
     def scales(self, parts: Parts, rows: int) -> torch.Tensor:
         """(rows, 1) FP32."""
-        return row_scales(parts[SCALE], rows) / self.divisor
+        return row_scales(parts[SCALE], (rows, 1)) / self.divisor
 
     def decode(self, parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
-        return rotated(parts[MATRIX].float().mul_(self.scales(parts, shape[0])), self.rotation)
+        scales = row_scales(parts[SCALE], shape) / self.divisor
+        return rotated(parts[MATRIX].float().mul_(scales), self.rotation)
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ class Encoded(NamedTuple):
         return self.encoding.decode(self.parts, self.shape)
 
 
-def row_scales(scale: torch.Tensor, rows: int) -> torch.Tensor:
-    """A scale for all or for each row as (rows, 1), FP32."""
-    return scale.float().reshape(-1, 1).expand(rows, 1)
+def row_scales(scale: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A scale for all or for each row of a tensor of that shape: (rows, 1, ...) FP32."""
+    sides = [1] * (len(shape) - 1)
+    return scale.float().reshape(-1, *sides).expand(shape[0], *sides)

@@ -18,14 +18,13 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from ..errors import CheckpointError, InputError
+from ..errors import AGAIN, CheckpointError, InputError
 from .identity import file_identity
-from .tensors import DTYPES, read_header, read_tensors, stored_bytes
+from .tensors import DTYPES, TRANSFORMER_PREFIXES, read_header, read_tensors, stored_bytes
 
 PREFIXES = (
     "base_model.model.",
-    "model.diffusion_model.",
-    "diffusion_model.",
+    *TRANSFORMER_PREFIXES,
     "pipe.dit.",
     "transformer.",
     "lora_unet_",
@@ -48,7 +47,6 @@ OTHER_KINDS = {
     "the text encoder": re.compile(r"(^|\.)(lora_te\d*_|text_encoders?\.)"),
 }
 MAX_NAMED = 3
-AGAIN = "Download it again."
 SUFFIX = ".safetensors"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .checkpoint import open_checkpoint
+from .checkpoint import INDEX, open_checkpoint
 from .single import is_weight_file, role_of
 
 MAX_DEPTH = 5  # folders below a root; a Hugging Face cache has models--NAME/snapshots/HASH
@@ -22,29 +22,32 @@ def find_checkpoints(roots: Iterable[str | Path]) -> dict[str, Path]:
     Face cache, folders below a model_index.json and folders deeper than MAX_DEPTH are not searched.
     """
     found: dict[str, Path] = {}
-    for root, folder in _pipeline_folders([Path(root) for root in roots]):
+    for root, folder, names in _folders(roots, last=INDEX):
         with contextlib.suppress(CheckpointError):
-            found.setdefault(folder.relative_to(root).as_posix(), open_checkpoint(folder).folder)
+            if INDEX in names:
+                found.setdefault(folder.relative_to(root).as_posix(), open_checkpoint(folder).folder)
     return dict(sorted(found.items()))
 
 
 def find_files(roots: Iterable[str | Path], role: str) -> dict[str, Path]:
-    """Every file below the roots that holds that component, by its path relative to its root (with `/`)."""
+    """Every file below the roots that holds that component, by its path relative to its root (with `/`).
+
+    The same folders are searched as for checkpoints, and those below a model_index.json.
+    """
     found: dict[str, Path] = {}
-    for root in map(Path, roots):
-        for folder, below, names in os.walk(root, followlinks=True):
-            deep = len(Path(folder).relative_to(root).parts) >= MAX_DEPTH
-            below[:] = [] if deep else sorted(name for name in below if not name.startswith("."))
-            for name in filter(is_weight_file, names):
-                path = Path(folder, name)
-                if not name.startswith(".") and role_of(path) == role:
-                    found.setdefault(path.relative_to(root).as_posix(), path)
+    for root, folder, names in _folders(roots):
+        for name in filter(is_weight_file, names):
+            if not name.startswith(".") and role_of(folder / name) == role:
+                found.setdefault((folder / name).relative_to(root).as_posix(), folder / name)
     return dict(sorted(found.items()))
 
 
-def _pipeline_folders(roots: list[Path]) -> Iterator[tuple[Path, Path]]:
-    """Each folder that has a model_index.json, as (root, folder)."""
-    folders = [(root, root, 0) for root in reversed(roots)]
+def _folders(roots: Iterable[str | Path], last: str = "") -> Iterator[tuple[Path, Path, list[str]]]:
+    """Each folder once, as (root, folder, names in it).
+
+    last: the name of a file. Folders below one that has it are not searched.
+    """
+    folders = [(root, root, 0) for root in reversed(list(map(Path, roots)))]
     links: list[tuple[Path, Path, int]] = []
     seen: set[tuple[int, object]] = set()
     while folders or links:
@@ -60,9 +63,9 @@ def _pipeline_folders(roots: list[Path]) -> Iterator[tuple[Path, Path]]:
             below = [entry for entry in entries if _is_searched(entry)]
         except (OSError, ValueError):  # missing, not readable, or a name that this system does not allow
             continue
-        if any(entry.name == "model_index.json" for entry in entries):
-            yield root, folder
-        elif depth < MAX_DEPTH:
+        names = [entry.name for entry in entries]
+        yield root, folder, names
+        if depth < MAX_DEPTH and last not in names:
             for entry in below:
                 (links if entry.is_symlink() else folders).append((root, folder / entry.name, depth + 1))
 

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,34 +18,54 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import AGAIN, CheckpointError
 from ..latents import QWEN_STATISTICS, LatentStatistics
 from . import gguf
-from .checkpoint import TOKENIZER_FILES, Checkpoint, Component, download_hint
-from .configs import checked_config, read_json
+from .checkpoint import SHARD, TOKENIZER_FILES, Checkpoint, Component, download_hint
+from .configs import checked_config, copy_files, read_json
 from .encodings import Plain, Stored
 from .identity import file_identity, folder_identity
 from .stored import stored_tensors
-from .tensors import file_version, read_header
+from .tensors import file_version, read_header, without_prefix
 
 PUBLISHED = Path(__file__).with_name("published")
 SUFFIXES = (".safetensors", ".sft", gguf.SUFFIX)
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of transformers in files with more than one
 TIMESTEP_ZERO = "__index_timestep_zero__"  # marks a model whose references are modulated at timestep 0
-# Names that only this component's files have.
+# How names of the language model and of the vision tower begin: by ComfyUI, and by newer transformers.
+TEXT_ENCODER_NAMES = (("model.", "visual."), ("model.language_model.", "model.visual."))
+# Names that only this component's files have. A single shard lacks some of them.
 SIGNS = (
-    ("transformer", ("txt_norm.weight", "img_in.weight", "transformer_blocks.0.attn.add_k_proj.weight")),
-    ("text_encoder", ("visual.patch_embed.proj.weight", "model.layers.0.self_attn.k_proj.weight")),
+    (
+        "transformer",
+        (
+            "txt_norm.weight",
+            "img_in.weight",
+            "transformer_blocks.0.attn.add_k_proj.weight",
+            "proj_out.weight",
+        ),
+    ),
+    *(
+        (
+            "text_encoder",
+            (
+                f"{vision}patch_embed.proj.weight",
+                f"{text}layers.0.self_attn.k_proj.weight",
+                f"{text}norm.weight",
+            ),
+        )
+        for text, vision in TEXT_ENCODER_NAMES
+    ),
     ("vae", ("decoder.middle.0.residual.0.gamma",)),
     ("vae", ("decoder.mid_block.resnets.0.norm1.gamma",)),  # under diffusers' names
 )
 # What other files in the same folders are, by a name that their tensors begin with or have.
 OTHERS = {
+    "a ControlNet": r"controlnet_blocks\.",
     "a file in nunchaku's own form": r".*\.(qweight|wscales)",
     "FLUX": r"double_blocks\.|single_transformer_blocks\.",
     "Stable Diffusion 3": r"joint_blocks\.",
     "Wan": r"blocks\.0\.cross_attn\.",
-    "Stable Diffusion": r"input_blocks\.|model\.diffusion_model\.input_blocks\.|down_blocks\.",
+    "Stable Diffusion": r"input_blocks\.|down_blocks\.",
     "a text encoder as GGUF, which is not read here": r"blk\.0\.|v\.blk\.0\.",
     "another text encoder": r"(text_model|encoder)\.(encoder\.layers|block)\.0\.|model\.layers\.0\.",
     "another VAE": r"(encoder|decoder)\.(conv_in|down|mid|up|conv1)",
@@ -76,7 +95,7 @@ class FileComponent(Component):
         """Of a tensor. Raises CheckpointError when the file lacks it."""
         stored = self.stored().get(name)
         if stored is None:
-            raise CheckpointError(f"{self.path} lacks {name}. Download this file again.")
+            raise CheckpointError(f"{self.path} lacks {name}. {AGAIN}")
         return stored.shape
 
     def count(self, pattern: str) -> int:
@@ -115,7 +134,7 @@ class PublishedProcessor(Component):
     @contextlib.contextmanager
     def readable(self) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(shutil.copytree(self.path, Path(temporary) / "processor"))
+            folder = copy_files(self.path, Path(temporary, "processor"))
             pictures = read_json(PUBLISHED / "preprocessor_config.json")
             videos = pictures | {"video_processor_type": "Qwen2VLVideoProcessor"}
             for name, content in (("preprocessor", pictures), ("video_preprocessor", videos)):
@@ -167,11 +186,8 @@ def role_of(path: Path) -> str | None:
 @functools.lru_cache(maxsize=4096)
 def _role(path: Path, version: object) -> str | None:
     """version: makes the cache look at a changed file again."""
-    try:
-        names = {_without_prefix(name) for name in read_header(path).tensors}
-    except CheckpointError:
-        return None
-    return next((role for role, signs in SIGNS if names.issuperset(signs)), None)
+    names = without_prefix(read_header(path).tensors).keys()
+    return next((role for role, signs in SIGNS if names >= set(signs)), None)
 
 
 def open_file(path: Path, role: str, tokenizer: Path | None = None) -> FileCheckpoint:
@@ -187,7 +203,12 @@ def open_file(path: Path, role: str, tokenizer: Path | None = None) -> FileCheck
     wanted = role.replace("_", " ")
     if found is not None:
         raise CheckpointError(f"{path.name} is a {found.replace('_', ' ')}, not a {wanted}.")
-    names = list(map(_without_prefix, header.tensors))
+    if SHARD.fullmatch(path.name):
+        raise CheckpointError(
+            f"{path.name} is one part of several. Use one file with all parts, or the diffusers folder that "
+            f"it is from. {download_hint()}"
+        )
+    names = without_prefix(header.tensors)
     kind = next((kind for kind, sign in OTHERS.items() if any(re.match(sign, name) for name in names)), None)
     what = f"It looks like {kind}." if kind else f"Its first tensor is {next(iter(names), 'missing')}."
     raise CheckpointError(
@@ -200,16 +221,10 @@ def is_weight_file(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def _without_prefix(name: str) -> str:
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
-
-
 @functools.lru_cache(maxsize=16)
 def _renamed(path: Path, role: str, version: object) -> Mapping[str, Stored]:
     """The tensors of a file under the names of the component's folder. version: as in _role."""
-    renamed = {_without_prefix(name): each for name, each in stored_tensors([path]).items()}
+    renamed = dict(stored_tensors([path]))
     renamed.pop(TIMESTEP_ZERO, None)
     if role == "vae":
         from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
@@ -221,7 +236,7 @@ def _renamed(path: Path, role: str, version: object) -> Mapping[str, Stored]:
 def _transformer_config(component: FileComponent) -> dict[str, Any]:
     head = component.shape("transformer_blocks.0.attn.norm_q.weight")[0]
     width, channels = component.shape("img_in.weight")
-    names = read_header(component.path).tensors
+    names = without_prefix(read_header(component.path).tensors)
     return {
         "num_layers": component.count(r"transformer_blocks\.(\d+)\."),
         "attention_head_dim": head,
@@ -231,31 +246,32 @@ def _transformer_config(component: FileComponent) -> dict[str, Any]:
         "axes_dims_rope": [axis * head // sum(AXES) for axis in AXES],
         "guidance_embeds": any("guidance_embedder" in name for name in names),
         "use_additional_t_cond": any("addition_t_embedding" in name for name in names),
-        "zero_cond_t": any(_without_prefix(name) == TIMESTEP_ZERO for name in names),
+        "zero_cond_t": TIMESTEP_ZERO in names,
     }
 
 
 def _text_encoder_config(component: FileComponent) -> dict[str, Any]:
     """The published one with the sizes of the file."""
     config = read_json(PUBLISHED / "text_encoder.json")
-    text, vision = "model.layers.0.", "visual.blocks.0."
-    words, width = component.shape("model.embed_tokens.weight")
-    patches = component.shape("visual.patch_embed.proj.weight")[0]
-    depth = component.count(r"visual\.blocks\.(\d+)\.")
+    text, vision = TEXT_ENCODER_NAMES["model.language_model.norm.weight" in component.stored()]
+    words, width = component.shape(f"{text}embed_tokens.weight")
+    patches = component.shape(f"{vision}patch_embed.proj.weight")[0]
+    depth = component.count(re.escape(f"{vision}blocks.") + r"(\d+)\.")
+    layer, block = f"{text}layers.0.", f"{vision}blocks.0."
     config["text_config"] |= {
         "hidden_size": width,
-        "intermediate_size": component.shape(f"{text}mlp.gate_proj.weight")[0],
-        "num_hidden_layers": component.count(r"model\.layers\.(\d+)\."),
-        "num_attention_heads": component.shape(f"{text}self_attn.q_proj.weight")[0] // TEXT_HEAD,
-        "num_key_value_heads": component.shape(f"{text}self_attn.k_proj.weight")[0] // TEXT_HEAD,
+        "intermediate_size": component.shape(f"{layer}mlp.gate_proj.weight")[0],
+        "num_hidden_layers": component.count(re.escape(f"{text}layers.") + r"(\d+)\."),
+        "num_attention_heads": component.shape(f"{layer}self_attn.q_proj.weight")[0] // TEXT_HEAD,
+        "num_key_value_heads": component.shape(f"{layer}self_attn.k_proj.weight")[0] // TEXT_HEAD,
         "vocab_size": words,
     }
-    whole = [block for block in config["vision_config"]["fullatt_block_indexes"] if block < depth]
+    whole = [index for index in config["vision_config"]["fullatt_block_indexes"] if index < depth]
     config["vision_config"] |= {
         "depth": depth,
         "hidden_size": patches,
         "num_heads": patches // VISION_HEAD,
-        "intermediate_size": component.shape(f"{vision}mlp.gate_proj.weight")[0],
+        "intermediate_size": component.shape(f"{block}mlp.gate_proj.weight")[0],
         "out_hidden_size": width,
         "fullatt_block_indexes": whole,
     }

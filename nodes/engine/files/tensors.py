@@ -11,7 +11,7 @@ import contextlib
 import functools
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -38,6 +38,8 @@ DTYPES = {
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of tensors, by name
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_PINNED_BYTES = 2**28  # larger buffers stay pageable
+# Of a transformer's tensors in files that may hold other components beside it.
+TRANSFORMER_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 READERS = 4  # threads that read one file
 PIECE_BYTES = 2**24  # that one thread reads at a time
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
@@ -69,6 +71,20 @@ def file_version(path: Path) -> tuple[int, int, int, int]:
     except (OSError, ValueError) as error:
         raise _missing_or(error, path) from None
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
+def without_prefix(names: Collection[str]) -> dict[str, str]:
+    """The names of a component's tensors in its files, by the same names without TRANSFORMER_PREFIXES.
+
+    Where some names have such a prefix, the others belong to other components and are left out.
+    """
+    prefixed = {
+        name.removeprefix(prefix): name
+        for prefix in TRANSFORMER_PREFIXES
+        for name in names
+        if name.startswith(prefix)
+    }
+    return prefixed or {name: name for name in names}
 
 
 def _missing_or(error: Exception, path: Path) -> CheckpointError:
@@ -117,23 +133,16 @@ def read_tensors(
     reuse_buffers_for: the device to which the caller copies each tensor before it takes the next. All
     tensors then share two buffers. Raises CheckpointError.
     """
-    header, start_of_data, _ = read_header(path)
-    names = sorted(filter(wanted, header), key=lambda name: header[name]["data_offsets"][0])
-    sizes = {name: stored_bytes(header[name]) for name in names}
-    buffers = []
+    header = read_header(path)
+    entries = header.tensors
+    names = sorted(filter(wanted, entries), key=lambda name: entries[name]["data_offsets"][0])
+    buffers: list[torch.Tensor] = []
     if reuse_buffers_for is not None:
-        buffers = [_host_buffer(max(sizes.values(), default=0), reuse_buffers_for) for _ in range(2)]
+        largest = max((stored_bytes(entries[name]) for name in names), default=0)
+        buffers = [_host_buffer(largest, reuse_buffers_for) for _ in range(2)]
 
     def read(index: int) -> torch.Tensor:
-        name = names[index]
-        size = sizes[name]
-        if header[name]["dtype"] not in DTYPES:
-            raise CheckpointError(
-                f"{path}: {name} is stored as {header[name]['dtype']}, which these nodes do not read."
-            )
-        data = buffers[index % 2][:size] if buffers else torch.empty(size, dtype=torch.uint8)
-        _fill(data, file, path, start_of_data + header[name]["data_offsets"][0])
-        return data.view(DTYPES[header[name]["dtype"]]).reshape(header[name]["shape"])
+        return read_tensor(file, header, names[index], buffers[index % 2] if buffers else None)
 
     with ParallelFile(path) as file, ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(read, 0) if names else None
@@ -145,22 +154,36 @@ def read_tensors(
             del tensor
 
 
-def _fill(data: torch.Tensor, file: ParallelFile, path: Path, offset: int) -> None:
-    """Read the bytes at `offset` into `data`. Raises CheckpointError when that fails."""
+def read_tensor(
+    file: ParallelFile, header: Header, name: str, buffer: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The tensor of that name, on the CPU. header: of the file. buffer: bytes that it may use.
+
+    Raises CheckpointError.
+    """
+    entry = header.tensors[name]
+    if entry["dtype"] not in DTYPES:
+        raise CheckpointError(
+            f"{file.path}: {name} is stored as {entry['dtype']}, which these nodes do not read."
+        )
+    size, start = stored_bytes(entry), header.start + entry["data_offsets"][0]
+    data = torch.empty(size, dtype=torch.uint8) if buffer is None else buffer[:size]
     try:
-        complete = file.read_into(data.numpy().data, offset)
+        complete = file.read_into(data.numpy().data, start)
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error}). Check the disk, or download it again."
+            f"{file.path} cannot be read ({error}). Check the disk, or download it again."
         ) from error
     if not complete:
-        raise CheckpointError(f"{path} became shorter while it was read. Download this file again.")
+        raise CheckpointError(f"{file.path} became shorter while it was read. Download this file again.")
+    return data.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 class ParallelFile:
     """A file that several threads read: one thread is slower than a fast disk or the page cache."""
 
     def __init__(self, path: Path):
+        self.path = path
         self._files: SimpleQueue[Any] = SimpleQueue()
         with contextlib.ExitStack() as opened:
             for _ in range(READERS):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from ..cards.kernels import as_current
 from ..errors import CheckpointError
 from ..files.cache import DiskCache
 from ..files.checkpoint import Component
-from ..files.configs import read_json
+from ..files.configs import copy_files, read_json
 from ..progress import OnProgress, ignore_progress
 from ..weights.components import ComponentSpec, Replica
 from ..weights.filling import cache_name, fill, fill_from
@@ -141,7 +140,7 @@ def _without_byte_order_marks(folder: Path) -> Iterator[Path]:
         yield folder
         return
     with tempfile.TemporaryDirectory() as temporary:
-        copy = Path(shutil.copytree(folder, Path(temporary) / folder.name))
+        copy = copy_files(folder, Path(temporary, folder.name))
         for path in marked:
             (copy / path.name).write_text(json.dumps(contents[path]), encoding="utf-8")
         yield copy

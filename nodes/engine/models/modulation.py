@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 
 from ..arithmetic import computing_environment, exact_fp32
-from ..errors import CheckpointError
+from ..errors import AGAIN, CheckpointError
 from ..files.cache import DiskCache, digest
 from ..files.tensors import Layout
 from ..progress import OnProgress, ignore_progress
@@ -221,7 +221,7 @@ class Modulation:
         if missing:
             raise CheckpointError(
                 f"{component.path} lacks {len(missing)} modulation layers, the first being "
-                f"{next(iter(missing))}. Download the folder again."
+                f"{next(iter(missing))}. {AGAIN}"
             )
         seconds = time.perf_counter() - started
         log.info("modulation computed in %.1f s (%.2f GB/s)", seconds, total / 1e9 / seconds)

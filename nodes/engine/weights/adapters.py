@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..errors import CheckpointError
+from ..errors import AGAIN, CheckpointError
 from ..files.checkpoint import Checkpoint
 from ..files.lora import LoRA
 from ..files.tensors import read_tensors
@@ -151,7 +151,7 @@ def _read(
     lora.require_unchanged()
     for name, tensor in tensors.items():  # attention may turn NaN into 0, which no guard sees
         if not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{lora.path}: {name} holds NaN or infinity. Download it again.")
+            raise CheckpointError(f"{lora.path}: {name} holds NaN or infinity. {AGAIN}")
     for layer, factors in layers.items():
         scale = torch.full((factors.rank,), factors.scale * adapter.strength, device=device)
         yield layer, Product(tensors[factors.down], tensors[factors.up], scale)

@@ -15,7 +15,7 @@ from ..cards.speeds import Speeds
 from ..files.checkpoint import Checkpoint
 from ..latents import MEGAPIXEL, TOKEN_PIXELS, VAE_SCALE
 from ..units import GIB
-from .names import by_model_name, is_big_matrix, is_held
+from .names import EMBEDDING, by_model_name, is_big_matrix, is_held
 from .precision import Precision
 
 # What the driver, CUDA's kernels and holes between allocations take of a card. Not measured: a usual figure.
@@ -126,10 +126,10 @@ def weight_bytes(
             total += numel * layer.weight_bytes
         elif precision.storage is not None:
             total += numel * precision.storage.itemsize
+        elif precision.keeps(stored.encoding) and name != EMBEDDING:
+            total += stored.nbytes
         else:
-            total += (
-                stored.nbytes if precision.keeps(stored.encoding) else numel * stored.decoded_dtype.itemsize
-            )
+            total += numel * stored.decoded_dtype.itemsize
     return int(total)
 
 

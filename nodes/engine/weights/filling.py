@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
 
 from ..cards.transfer import moved
-from ..errors import CheckpointError
+from ..errors import AGAIN, CheckpointError
 from ..files.cache import DiskCache
-from ..files.encodings import Encoded, Stored
+from ..files.encodings import Encoded, Encoding, Stored
 from ..files.tensors import Layout, read_header, read_tensors, stored_bytes
 from ..progress import OnProgress
 from .components import ComponentSpec, Replica
@@ -36,7 +36,8 @@ def fill(
 ) -> str:
     """Give a model on meta its weights, in their final form on the replica's device.
 
-    Reads them from the cache if it has them. Otherwise converts the checkpoint's and adds them to the cache.
+    Reads them from the cache if it has them. Otherwise converts the checkpoint's and adds them to the cache,
+    but for those that stay as the files have them.
     Returns the names of the kernels that its layers chose.
     Raises CheckpointError for a tensor that is missing, unknown or of another shape.
     """
@@ -45,11 +46,14 @@ def fill(
     name = cache_name(spec)
     kept = cache.find(name) if cache and name else None
     if kept is not None:
+        encoded = _encoded_names(model, spec)
         try:
-            _restore(model, kept, replica.device, on_progress)
-            return _finish(model, replica)
+            _restore(model, kept, encoded, replica.device, on_progress)
         except (OSError, CheckpointError) as error:  # another process may delete it at any time
             log.warning("the cached weights are damaged, so they are made again (%s)", error)
+        else:
+            _add_encoded(model, replica, encoded)
+            return _finish(model, replica)
     _convert(model, replica, on_progress, cache, name)
     return _finish(model, replica)
 
@@ -97,7 +101,7 @@ class _Missing:
         expected = self._shapes.pop(name)
         if tuple(shape) != expected:
             raise CheckpointError(
-                f"{self._source}: {stored} is {tuple(shape)}, its config.json says {expected}."
+                f"{self._source}: {stored} is {tuple(shape)}, and the model needs {expected}. {AGAIN}"
             )
 
     def require_none(self) -> None:
@@ -105,7 +109,7 @@ class _Missing:
         if self._shapes:
             raise CheckpointError(
                 f"{self._source} lacks {len(self._shapes)} of the model's tensors, the first being "
-                f"{next(iter(self._shapes))}. Download the folder again."
+                f"{next(iter(self._shapes))}. {AGAIN}"
             )
 
 
@@ -161,7 +165,7 @@ def _set(
             owner.set_weight(encoded.decode())
         return list(owner.layout())
     in_storage = has_storage_dtype(owner, attribute)
-    if in_storage and isinstance(owner, UpcastLinear) and spec.precision.keeps(encoded.encoding):
+    if _stays_encoded(owner, attribute, encoded.encoding, spec):
         owner.keep(encoded)
         return []
     tensor = encoded.decode()
@@ -170,10 +174,46 @@ def _set(
     return [attribute]
 
 
-def _restore(model: torch.nn.Module, kept: Path, device: torch.device, on_progress: OnProgress) -> None:
-    """Fill the model from a file of the cache. Its tensors have their final form."""
+def _stays_encoded(
+    owner: torch.nn.Module, attribute: str, encoding: Encoding, spec: ComponentSpec
+) -> TypeGuard[UpcastLinear]:
+    """Whether this tensor of a layer stays as the files store it."""
+    return attribute == "weight" and isinstance(owner, UpcastLinear) and spec.precision.keeps(encoding)
+
+
+def _encoded_names(model: torch.nn.Module, spec: ComponentSpec) -> set[str]:
+    """The model's tensors that stay as the files store them."""
+    found = spec.stored()
+    owners = {name: name.rpartition(".") for name, _ in model.named_parameters() if name in found}
+    return {
+        name
+        for name, (path, _, attribute) in owners.items()
+        if _stays_encoded(model.get_submodule(path), attribute, found[name].encoding, spec)
+    }
+
+
+def _add_encoded(model: torch.nn.Module, replica: Replica, names: Set[str]) -> None:
+    """Give a model from the cache those tensors from the checkpoint. Raises CheckpointError."""
+    if not names:
+        return
+    spec, modules = replica.spec, dict(model.named_modules())
+    component = spec.checkpoint.component(spec.role)
+    for in_files, in_host in component.tensors(lambda each: spec.name_in_model(each) in names):
+        name = spec.name_in_model(in_files)
+        assert name is not None
+        _set(model, modules, name, in_host.to(replica.device), spec)
+
+
+def _restore(
+    model: torch.nn.Module, kept: Path, encoded: Set[str], device: torch.device, on_progress: OnProgress
+) -> None:
+    """Fill the model from a file of the cache. Its tensors have their final form.
+
+    encoded: what is not in that file.
+    """
     modules = dict(model.named_modules())
-    missing = _Missing(_final_shapes(model), kept)
+    shapes = {name: shape for name, shape in _final_shapes(model).items() if name not in encoded}
+    missing = _Missing(shapes, kept)
     done, total = 0, sum(map(stored_bytes, read_header(kept).tensors.values()))
     for name, in_host in read_tensors(kept, reuse_buffers_for=device):
         tensor = in_host.to(device, copy=True)
@@ -214,11 +254,12 @@ def _final_layout(model: torch.nn.Module, spec: ComponentSpec, found: Mapping[st
     layout: dict[str, tuple[torch.dtype, Shape]] = {}
     for path, layer in _quantized_layers(model):
         layout |= {f"{path}.{part}": described for part, described in layer.layout().items()}
+    encoded = _encoded_names(model, spec)
     for name, parameter in model.named_parameters():
         owner, _, attribute = name.rpartition(".")
         in_storage = has_storage_dtype(model.get_submodule(owner), attribute)
         dtype = spec.precision.storage if in_storage else spec.math
-        if name in found:
+        if name in found and name not in encoded:
             layout[name] = (dtype or found[name].decoded_dtype, tuple(parameter.shape))
     return layout
 

@@ -24,6 +24,7 @@ BIG_MATRICES = {
     "transformer": re.compile(r"transformer_blocks\..*\.weight"),
     "text_encoder": re.compile(r"language_model\.layers\..*_proj\.weight"),
 }
+EMBEDDING = "language_model.embed_tokens.weight"  # the only matrix of no linear layer
 
 
 def model_name(role: str, stored: str) -> str | None:

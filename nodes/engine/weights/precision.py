@@ -44,9 +44,12 @@ class Precision:
         return self.compute
 
     def keeps(self, encoding: Encoding) -> bool:
-        """Whether codes stay in memory as their file stores them, and are decoded at each use."""
+        """Whether codes stay in memory as their file stores them, and are decoded at each use.
+
+        That is for linear layers without a format of their own. Of others only the numbers are kept.
+        """
         codes = not isinstance(encoding, Plain)
-        return codes and self.storage is None and self.layer is None and encoding.quick
+        return codes and self.storage is None and encoding.quick
 
     @property
     def fp16_inside(self) -> bool:
