@@ -54,7 +54,7 @@ READ_METHODS = ("bitsandbytes",)  # of those; see stored.py
 
 
 def copy_files(folder: Path, target: Path) -> Path:
-    """Copy a folder's files into a new folder, which is returned. They can be written, whatever their modes."""
+    """Copy a folder's files into a new folder, and return it. The copies can be written."""
     target.mkdir()
     for path in filter(Path.is_file, folder.iterdir()):
         shutil.copyfile(path, target / path.name)
