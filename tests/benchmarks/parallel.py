@@ -127,7 +127,7 @@ def measure(folder: Path, way: str) -> None:
         baselines[guided] = timed(worker, latents)
         peak = torch.cuda.max_memory_allocated(CARDS[0]) / GIB
         what = "one card" if guided else "one card, cfg 1"
-        print(f"| {way} | {what} | {baselines[guided][0]:.3f} | | {peak:.1f} | | |", flush=True)
+        print(f"| {way} | {what} | {baselines[guided][0]:.3f} | | {peak:.2f} | | |", flush=True)
         del worker
     for layout, guided in layouts(found):
         if layout.mode == LAYERS:
@@ -156,7 +156,7 @@ def measure(folder: Path, way: str) -> None:
         what = f"{layout.mode} on {len(layout.replicas)}{'' if guided else ', cfg 1'}"
         moved = moved_bytes(worker, latents) / 1e9
         print(
-            f"| {way} | {what} | {seconds:.3f} | {seconds / alone:.3f} | {peak:.1f} | {moved:.2f} "
+            f"| {way} | {what} | {seconds:.3f} | {seconds / alone:.3f} | {peak:.2f} | {moved:.2f} "
             f"| {wrong:.1e} |", flush=True,
         )  # fmt: skip
         del worker, made
