@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 
 import torch
 
 from ..arithmetic import exact_fp32
 from ..cards.kernels import is_out_of_memory
+from ..cards.transfer import copy_to
 from ..errors import first_line
 from ..models.guard import STOP
 from ..models.together import CardError, LayeredForward, SplitForward, on_card, run_together
@@ -66,7 +67,7 @@ class ParallelWorker:
 
     def _predict(self, latents: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
         groups = dict(self._layout.groups(self._cards[0].branches(step), self._cards))
-        with ExitStack() as contexts:
+        with contextlib.ExitStack() as contexts:
             peaks: list[list[torch.Tensor]] = []
             for card in self._cards:
                 contexts.enter_context(card.adapters.attached(card.model))
@@ -101,22 +102,27 @@ class ParallelWorker:
     ) -> torch.Tensor:
         """The whole velocity on the device of the latents, checked by the guard."""
         parts = []
-        for lane, part in zip(forward.lanes, forward.parts, strict=False):
-            with lane.here():
-                parts.append(part.float().to(latents.device))
+        for part in forward.parts:
+            with on_card(part.device):
+                parts.append(copy_to(part, latents.device))
         trace = functools.partial(self._trace, cards, name, latents, step)
         return cards[0].guard.check(torch.cat(parts, dim=1), cards[0].title(name, step), trace, peaks)
 
     def _trace(
         self, cards: Sequence[LocalWorker], name: str, latents: torch.Tensor, step: int
     ) -> Culprit | None:
-        """The module that broke: of the first card on which a repeat of the branch breaks."""
-        if self._layout.mode == LAYERS:
-            models = {card.replica.card.label: card.model for card in cards}
-            forward = self._forward(name, latents, step, cards)
-            return find_culprit(torch.nn.ModuleDict(models), functools.partial(run_together, [forward]))
-        lanes = (card.lane(name, latents, step) for card in cards)
-        return next(filter(None, (find_culprit(lane.model, lane.predict) for lane in lanes)), None)
+        """The module that broke: of the first card on which a repeat of the branch breaks.
+
+        None as well where the cards have no room to repeat it.
+        """
+        with contextlib.suppress(CardError):
+            if self._layout.mode == LAYERS:
+                models = {card.replica.card.label: card.model for card in cards}
+                forward = self._forward(name, latents, step, cards)
+                return find_culprit(torch.nn.ModuleDict(models), functools.partial(run_together, [forward]))
+            lanes = (card.lane(name, latents, step) for card in cards)
+            return next(filter(None, (find_culprit(lane.model, lane.predict) for lane in lanes)), None)
+        return None
 
     def _leave_out(self, error: CardError, step: int) -> None:
         """Go on without the card that failed. Raises torch's error where that is not possible."""

@@ -110,7 +110,7 @@ class LocalWorker:
             self._branches[name, part] = _Branch(
                 self._conditions[name], self._latent_size, self.model.config, self.replica, part
             )
-        latents = latents.to(self.replica.device, self.replica.spec.math)
+        latents = copy_to(latents, self.replica.device).to(self.replica.spec.math)
         return self._branches[name, part].lane(self.model, latents, self._modulation.at(step))
 
 
