@@ -141,7 +141,7 @@ def _sample(transformer: host.Handle, run: SamplingRun, saved: SavedRun | None, 
         cards = run.on_each_card()
         for card in cards:
             card.require_room(host.room(card.replica))
-        with host.borrow_all(transformer, [card.working_bytes() for card in cards]) as models:
+        with host.borrow_all({card.replica: card.working_bytes() for card in cards}) as models:
             reporters = host.sampling_reporter(run.replica.device), host.progress_reporter()
             samples = sample(models, run, *reporters, saved, guard)
     if saved is not None:

@@ -16,6 +16,7 @@ import tiny_checkpoint
 import torch
 from conftest import replica_on
 from engine.cards.card import Card
+from engine.cards.kernels import CardError, on_card
 from engine.errors import InputError, NonFiniteError
 from engine.files.cache import DiskCache
 from engine.files.checkpoint import Checkpoint, Component, open_checkpoint
@@ -201,6 +202,23 @@ def test_other_layouts_have_runs_of_their_own(tiny: Checkpoint) -> None:
     cfg = layout(tiny, CFG)
     unequal = Layout(CFG, (cfg.replicas[0], replace(cfg.replicas[1], card=card(1, "RTX 3090"))))
     assert names(tiny, unequal) not in kept
+    first, second = (replace(each, card=other) for each, other in zip(
+        layout(tiny, LAYERS).replicas, (card(0), card(1, "RTX 3090")), strict=True
+    ))  # fmt: skip
+    swapped = [
+        replace(each, spec=replace(each.spec, held=other.spec.held))
+        for each, other in ((first, second), (second, first))
+    ]
+    dealt_otherwise = {names(tiny, Layout(LAYERS, found)) for found in ((first, second), tuple(swapped))}
+    assert len(dealt_otherwise) == 2
+
+
+def test_without_guidance_cfg_leaves_the_second_card_alone(tiny: Checkpoint) -> None:
+    shared = layout(tiny, CFG)
+    run = prepared(shared.replicas[0], layout=shared, true_cfg_scale=1.0)
+    assert run.layout is None and [each.replica for each in run.on_each_card()] == [shared.replicas[0]]
+    both = prepared(shared.replicas[0], layout=shared)
+    assert tuple(each.replica for each in both.on_each_card()) == shared.replicas
 
 
 # Faults
@@ -279,6 +297,42 @@ def test_the_last_cards_error_ends_the_run_and_it_resumes(
     assert seen[0] > 1 and torch.equal(resumed, alone(tiny))
 
 
+def test_a_first_card_that_fails_for_good_ends_the_run(
+    tiny: Checkpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The latents are on it: nobody else can go on from them, and nobody else is blamed."""
+    shared = layout(tiny, SEQUENCE)
+    models, broken = load_all(shared), RuntimeError("CUDA error: an illegal memory access")
+    run = prepared(shared.replicas[0], layout=shared)
+    worker = ParallelWorker(models, shared, run.schedule, run.padded_size, run.conditions)
+    seen = CardError(shared.replicas[0].device, broken)
+    seen.__cause__ = broken
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        worker._leave_out(seen, 0, shared.replicas[0].device)
+    assert "gpu:0 (Tesla P40) failed (CUDA error: an illegal memory access)" in caplog.text
+    assert "gpu:1" not in caplog.text
+
+
+def test_an_error_keeps_the_card_it_was_first_seen_on() -> None:
+    first, second = torch.device("cpu", 1), torch.device("cpu", 2)
+    with pytest.raises(CardError) as raised, on_card(second), on_card(first):
+        raise RuntimeError("out of memory")
+    assert raised.value.device == first
+
+
+def test_a_black_image_that_cannot_be_repeated_says_so(
+    tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = layout(tiny, SEQUENCE)
+    models = load_all(shared)
+    models[2].model.block(1).img_mlp.net[2].weight.data[0, 0] = torch.nan
+    full = CardError(shared.replicas[1].device, torch.OutOfMemoryError("CUDA out of memory"))
+    monkeypatch.setattr(ParallelWorker, "_trace", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(NonFiniteError, match=r"a traced repeat failed .*would be black") as raised:
+        sample(models, prepared(shared.replicas[0], layout=shared))
+    assert "suspect the card" not in str(raised.value)
+
+
 def test_a_part_that_fails_ends_the_run_with_its_card_named(
     tiny: Checkpoint, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -318,8 +372,7 @@ def test_a_black_image_names_the_module_on_whichever_card_it_broke(tiny: Checkpo
         sample(models, prepared(shared.replicas[0], layout=shared))
     assert "transformer_blocks.1.img_mlp.net.2" in str(raised.value)
     assert "Its weight holds NaN or infinity" in str(raised.value)
-    if mode == LAYERS:
-        assert "gpu:1.transformer_blocks.1" in str(raised.value)
+    assert "gpu:1.transformer_blocks.1" in str(raised.value)
 
 
 # What cannot share
@@ -336,17 +389,16 @@ def test_cards_that_would_compute_otherwise_are_refused(tiny: Checkpoint) -> Non
         Layout(CFG, (first, second, second))
     with pytest.raises(InputError, match="even number of cards, not 3"):
         Layout(BOTH, (first, second, second))
-    for mode in (SEQUENCE, BOTH):
+    for mode in (SEQUENCE, BOTH, LAYERS):
         with pytest.raises(InputError, match="takes no fp16 arithmetic"):
             layout(tiny, mode, "fp16", cards=2)
 
 
-def test_fp16_is_watched_in_the_modes_that_take_it(tmp_path: Path) -> None:
+def test_fp16_is_watched_in_the_mode_that_takes_it(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny_checkpoint.build(tmp_path / "tiny", overflow_block=1))
-    for mode in (CFG, LAYERS):
-        shared = layout(checkpoint, mode, "fp16")
-        with pytest.raises(NonFiniteError, match="Set its precision to"):
-            sample(load_all(shared), prepared(shared.replicas[0], layout=shared))
+    shared = layout(checkpoint, CFG, "fp16")
+    with pytest.raises(NonFiniteError, match="Set its precision to"):
+        sample(load_all(shared), prepared(shared.replicas[0], layout=shared))
 
 
 @pytest.mark.parametrize("counts", [(60,), (30, 30), (25, 35), (20, 20, 20), (3, 1), (1, 1, 1, 57), (0, 5)])

@@ -126,6 +126,12 @@ def test_one_card_named_computes_alone(server: Server, latents: Latents, expecte
         assert "one card computes alone" in server.text()[before:]
 
 
+def test_a_transformer_on_the_cpu_stays_there(server: Server, latents: Latents) -> None:
+    before = len(server.text())
+    assert torch.equal(latents(prompt(device="cpu", mode="auto")), latents(prompt(device="cpu")))
+    assert "the transformer stays on cpu, as its loader says" in server.text()[before:]
+
+
 @pytest.mark.parametrize(
     ("shared", "told"),
     [

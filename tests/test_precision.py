@@ -13,7 +13,7 @@ from engine.errors import FireRedError, InputError, NonFiniteError
 from engine.files.cache import DiskCache
 from engine.files.checkpoint import Checkpoint
 from engine.files.rotations import OURS
-from engine.files.tensors import Layout
+from engine.files.tensors import TensorTypes
 from engine.models import loading
 from engine.models.guard import Guard, require_finite_input
 from engine.models.transformer import Transformer, rotary_embedding
@@ -255,7 +255,7 @@ class HalvesLinear(QuantizedLinear):
     weight_bytes = 2.0
     cached_as = "halves"
 
-    def layout(self) -> Layout:
+    def layout(self) -> TensorTypes:
         return {"halves": (torch.float16, (self.out_features, self.in_features))}
 
     def set_weight(self, weight: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -79,7 +79,7 @@ class Handle:
         """The same weights, sampled otherwise: fields of SamplingOptions. Nothing is loaded again."""
         return replace(self, options=replace(self.options, **changes))
 
-    def shared(self, layout: Layout) -> Handle:
+    def shared_by(self, layout: Layout) -> Handle:
         """The same transformer on the cards of the layout."""
         patchers = tuple(handle_for(replica).patcher for replica in layout.replicas)
         return replace(
@@ -155,13 +155,11 @@ def borrow(handle: Handle, working: float | None = None) -> Iterator[Any]:
 
 
 @contextmanager
-def borrow_all(handle: Handle, working: Sequence[float]) -> Iterator[list[Any]]:
-    """As borrow, the transformer on each of its cards. working: for each of them."""
-    replicas = handle.layout.replicas if handle.layout else (handle.replica,)
+def borrow_all(working: Mapping[Replica, float]) -> Iterator[list[Any]]:
+    """As borrow, several replicas at once. working: for each of them."""
     with ExitStack() as borrowed:
         yield [
-            borrowed.enter_context(borrow(handle_for(replica), nbytes))
-            for replica, nbytes in zip(replicas, working, strict=True)
+            borrowed.enter_context(borrow(handle_for(replica), nbytes)) for replica, nbytes in working.items()
         ]
 
 

@@ -28,6 +28,9 @@ def share(handle: Handle, devices: str, mode: str) -> Handle:
     """
     mode, here, lead = MODE.require(mode), machine(), handle.replica.card
     wanted = _labels(devices)
+    if wanted is None and not lead.is_gpu:
+        log.info("the transformer stays on %s, as its loader says", lead)
+        return handle
     cards = [card for card in here.gpus if wanted is None or card.card.label in wanted]
     if wanted is not None:
         cards.sort(key=lambda card: wanted.index(card.card.label))
@@ -38,9 +41,6 @@ def share(handle: Handle, devices: str, mode: str) -> Handle:
     spec = handle.replica.spec
     sharer = Sharer(spec.checkpoint, spec.precision, runs_on, copy_rate=here.copy_rate)
     sharing = sharer.choose(cards, mode, named=wanted is not None)
-    if wanted is None and not lead.is_gpu:
-        log.info("the transformer stays on %s, as its loader says", lead)
-        return handle
     if sharing is None:
         if wanted is not None and len(cards) == len(wanted) == 1 and mode != AUTO:
             raise InputError(f"Mode {mode} takes several cards, and devices names one. Name more, or auto.")
@@ -53,7 +53,7 @@ def share_among(handle: Handle, sharing: Sharing) -> Handle:
     """The transformer on these cards, told in the log."""
     log.info("the transformer is shared: %s", sharing)
     whole = replace(handle.replica, spec=replace(handle.replica.spec, held=None))
-    return handle.shared(sharing.layout(whole))
+    return handle.shared_by(sharing.layout(whole))
 
 
 def _labels(devices: str) -> list[str] | None:

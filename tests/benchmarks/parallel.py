@@ -23,6 +23,7 @@ from engine.cards.kernels import device_label
 from engine.cards.transfer import links
 from engine.files.checkpoint import open_checkpoint
 from engine.models import loading
+from engine.models.transformer import Transformer
 from engine.sampling.conditioning import POSITIVE
 from engine.sampling.layout import BOTH, CFG, LAYERS, SEQUENCE, Layout, dealt
 from engine.sampling.parallel import ParallelWorker
@@ -85,6 +86,27 @@ def moved_bytes(worker: Any, latents: torch.Tensor) -> int:
     finally:
         transfer._queue_copies = queue
     return counted
+
+
+def with_failure(
+    worker: Any, model: Transformer, latents: torch.Tensor
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """A step in which a card fails in the middle, and what the others make of it."""
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("injected")
+
+    middle = model.model.block(model.model.config.layers // 2).attn
+    hook = middle.register_forward_pre_hook(fail)
+    started = time.perf_counter()
+    made = worker.predict(latents, 1)
+    synchronize()
+    hook.remove()
+    return time.perf_counter() - started, made
+
+
+def difference(made: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    return max(float((made[name] - expected[name]).norm() / expected[name].norm()) for name in made)
 
 
 def layouts(found: list[Replica]) -> Iterator[tuple[Layout, bool]]:
@@ -152,13 +174,19 @@ def measure(folder: Path, way: str) -> None:
         seconds, made = timed(worker, latents)
         peak = max(torch.cuda.max_memory_allocated(device) for device in CARDS) / GIB
         alone, expected = baselines[guided]
-        wrong = max(float((made[name] - expected[name]).norm() / expected[name].norm()) for name in made)
+        wrong = difference(made, expected)
         what = f"{layout.mode} on {len(layout.replicas)}{'' if guided else ', cfg 1'}"
         moved = moved_bytes(worker, latents) / 1e9
         print(
             f"| {way} | {what} | {seconds:.3f} | {seconds / alone:.3f} | {peak:.2f} | {moved:.2f} "
             f"| {wrong:.1e} |", flush=True,
         )  # fmt: skip
+        if layout.mode == BOTH:
+            seconds, made = with_failure(worker, models[layout.replicas[-1]], latents)
+            wrong, ratio = difference(made, expected), seconds / alone
+            print(
+                f"| {way} | {what}, one fails | {seconds:.3f} | {ratio:.3f} | | | {wrong:.1e} |", flush=True
+            )
         del worker, made
 
 

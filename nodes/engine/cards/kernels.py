@@ -6,8 +6,8 @@ torch itself only warns, and fails at the first kernel with "no kernel image is 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -64,6 +64,26 @@ def architecture(device: torch.device) -> str:
 def as_current(device: torch.device) -> AbstractContextManager[object]:
     """The device as the current one: some kernels look at that instead of their tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class CardError(RuntimeError):
+    """An error of torch on one card. The original one is its cause."""
+
+    def __init__(self, device: torch.device, error: RuntimeError):
+        super().__init__(str(error))
+        self.device = device
+
+
+@contextmanager
+def on_card(device: torch.device) -> Iterator[None]:
+    """The device as the current one inside the block. Raises CardError for an error of torch."""
+    try:
+        with as_current(device):
+            yield
+    except CardError:
+        raise
+    except RuntimeError as error:
+        raise CardError(device, error) from error
 
 
 def install_line(architecture: str, windows: bool = os.name == "nt") -> str:

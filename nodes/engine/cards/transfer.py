@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .kernels import device_label
+from .kernels import device_label, on_card
 from .timing import seconds_each
 
 log = logging.getLogger("FireRed")
@@ -102,8 +102,9 @@ def start_exchange(
                 for tensor, part in zip(tensors, parts[source], strict=True):
                     part.copy_(tensor)
                 continue
-            _stream(devices[target], devices[source]).wait_event(ready[target])
-            arrived[target].append(_queue_copies(tensors, parts[source], ready[source]))
+            with on_card(devices[target]):
+                _receiving(devices[target], devices[source]).wait_event(ready[target])
+                arrived[target].append(_queue_copies(tensors, parts[source], ready[source]))
     return [
         functools.partial(_wait_for, events, device) for events, device in zip(arrived, devices, strict=True)
     ]
@@ -114,11 +115,12 @@ def start_moving(tensors: Sequence[torch.Tensor], device: torch.device) -> tuple
     source = tensors[0].device
     if not _are_two_cards(source, device):
         return [moved(tensor, device) for tensor in tensors], functools.partial(_wait_for, [], device)
-    with torch.cuda.stream(_stream(device, source)):
-        targets = [torch.empty_like(tensor, device=device) for tensor in tensors]
-    for target in targets:
-        target.record_stream(torch.cuda.current_stream(device))
-    arrived = _queue_copies(tensors, targets, _now(source))
+    with on_card(device):
+        with torch.cuda.stream(_receiving(device, source)):
+            targets = [torch.empty_like(tensor, device=device) for tensor in tensors]
+        for target in targets:
+            target.record_stream(torch.cuda.current_stream(device))
+        arrived = _queue_copies(tensors, targets, _now(source))
     return targets, functools.partial(_wait_for, [arrived], device)
 
 
@@ -127,7 +129,7 @@ def _queue_copies(
 ) -> torch.cuda.Event:
     """Copies between two cards on streams of their own, once the sources are ready."""
     source, target = sources[0].device, targets[0].device
-    sending, receiving = _stream(source, target), _stream(target, source)
+    sending, receiving = _sending(source, target), _receiving(target, source)
     sending.wait_event(ready)
     detour = needs_detour(source, target)
     with torch.cuda.stream(sending), torch.cuda.stream(receiving):
@@ -163,9 +165,15 @@ def _wait_for(arrived: Sequence[torch.cuda.Event], device: torch.device) -> None
 
 
 @functools.cache
-def _stream(on: torch.device, other: torch.device) -> torch.cuda.Stream:
-    """The stream of a card for copies from it to another, or from there: they run beside its computation."""
-    return torch.cuda.Stream(on)
+def _sending(source: torch.device, target: torch.device) -> torch.cuda.Stream:
+    """The stream of a card for copies from it to another one, beside its computation."""
+    return torch.cuda.Stream(source)
+
+
+@functools.cache
+def _receiving(target: torch.device, source: torch.device) -> torch.cuda.Stream:
+    """The stream of a card for copies from another one. Copies to there have their own: both go at once."""
+    return torch.cuda.Stream(target)
 
 
 def find_fault(

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 
 from ..errors import CheckpointError
 from ..notices import first_time
-from .tensors import DTYPE_NAMES, Layout, read_header, read_tensors
+from .tensors import DTYPE_NAMES, TensorTypes, read_header, read_tensors
 
 log = logging.getLogger("FireRed")
 
@@ -46,7 +46,7 @@ class DiskCache:
             os.utime(path)
         return path if os.path.isfile(path) else None
 
-    def create(self, name: str, layout: Layout) -> CacheWriter | None:
+    def create(self, name: str, layout: TensorTypes) -> CacheWriter | None:
         """Make room and return a writer for a new file of that name; None, logged, where that fails."""
         size = sum(_nbytes(dtype, shape) for dtype, shape in layout.values())
         try:
@@ -127,7 +127,7 @@ class CacheWriter:
     The file gets its final name when every tensor is written. A full disk ends the writing, not the run.
     """
 
-    def __init__(self, path: Path, layout: Layout):
+    def __init__(self, path: Path, layout: TensorTypes):
         self._path, self._partial = path, _partial(path)
         self._missing = set(layout)
         self._offsets: dict[str, int] = {}

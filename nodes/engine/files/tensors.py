@@ -35,7 +35,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of tensors, by name
+TensorTypes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of tensors, by name
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_PINNED_BYTES = 2**28  # larger buffers stay pageable
 # Of a transformer's tensors in files that may hold other components beside it.

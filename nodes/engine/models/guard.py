@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..errors import NonFiniteError
+from ..errors import NonFiniteError, first_line
 from ..limits import Choice
 from ..weights.adapters import Adapter
 from ..weights.components import ComponentSpec, Replica
@@ -93,11 +93,16 @@ class Guard:
         said = [f"{wrong}, computed by the {self.replica}."]
         if self._largest:
             said.append(f"What it computed before stayed within {self._largest:.4g}.")
-        culprit = trace() if trace is not None else None
+        culprit, repeated = None, trace is not None
+        try:
+            culprit = trace() if trace is not None else None
+        except RuntimeError as error:  # such as a card without room for it
+            repeated = False
+            said.append(f"The module is not known: a traced repeat failed ({first_line(error)}).")
         if culprit is not None:
             said.append(f"First to break: {culprit}.")
         said.append("The image would be wrong." if finite else "The image would be black.")
-        if trace is not None and culprit is None:
+        if repeated and culprit is None:
             said.append(
                 "A traced repeat stayed finite, so this is not reproducible: suspect the card (memory, heat, "
                 "copies between cards). Run it again, or on another device."

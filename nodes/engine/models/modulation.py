@@ -21,7 +21,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from ..arithmetic import computing_environment, exact_fp32
 from ..errors import AGAIN, CheckpointError
 from ..files.cache import DiskCache, digest
-from ..files.tensors import Layout
+from ..files.tensors import TensorTypes
 from ..progress import OnProgress, ignore_progress
 from ..weights.adapters import Adapters, Product
 from ..weights.components import Replica
@@ -252,7 +252,7 @@ def _results(table: Table) -> dict[str, torch.Tensor]:
     return results | {"norm_out.linear": table[OUT]}
 
 
-def _layout(table: Table) -> Layout:
+def _layout(table: Table) -> TensorTypes:
     return {name: (rows.dtype, tuple(rows.shape)) for name, rows in table.items()}
 
 

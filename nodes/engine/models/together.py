@@ -7,25 +7,17 @@ other in Python's interpreter: with BF16 arithmetic, that cost more than the sec
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
-from ..cards.kernels import as_current
+from ..cards.kernels import on_card
 from ..cards.transfer import Arrival, start_exchange, start_moving
 from .modulation import StepModulation
 from .transformer import Attending, Block, QwenImageTransformer, Rotary, attend
-
-
-class CardError(RuntimeError):
-    """An error of torch on one card. The original one is its cause."""
-
-    def __init__(self, device: torch.device, error: RuntimeError):
-        super().__init__(str(error))
-        self.device = device
 
 
 @dataclass
@@ -55,16 +47,6 @@ class Lane:
         return on_card(self.device)
 
 
-@contextmanager
-def on_card(device: torch.device) -> Iterator[None]:
-    """The device as the current one inside the block. Raises CardError for an error of torch."""
-    try:
-        with as_current(device):
-            yield
-    except RuntimeError as error:
-        raise CardError(device, error) from error
-
-
 class Forward(Protocol):
     """A forward that goes on block by block."""
 
@@ -79,7 +61,7 @@ class Forward(Protocol):
 
 
 def run_together(forwards: Sequence[Forward]) -> None:
-    """Do all of them. Those that use other cards go on together; the others wait, the last ones first."""
+    """Do all of them, a block of each in turn. One whose cards are taken waits for those before it."""
     running = list(forwards)
     while running:
         busy: set[torch.device] = set()

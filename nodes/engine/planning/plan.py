@@ -97,7 +97,7 @@ class Plan:
         return [group for group in groups if take_turns(group)]
 
     @property
-    def shared(self) -> str:
+    def shared_line(self) -> str:
         """Which cards share the transformer, in one line; empty where one has it alone."""
         return f"the transformer is shared: {self.sharing}" if self.sharing else ""
 
@@ -126,7 +126,7 @@ class Plan:
     def __str__(self) -> str:
         lines = [placement.description for placement in self.placements]
         lines += [f"problem: {problem}" for problem in self.problems.values()]
-        lines.append(self.shared)
+        lines.append(self.shared_line)
         lines += [f"{names(turns)} take turns on {turns[0].device.card}" for turns in self.turns()]
         lines += [self.speed, self.shortcuts, *(f"not {alternative}" for alternative in self.rejected)]
         return "\n".join(filter(None, lines))

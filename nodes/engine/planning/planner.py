@@ -29,6 +29,7 @@ from .plan import Placement, Plan, names, take_turns
 from .sharing import Sharer, Sharing
 
 ROLES = ("transformer", "text_encoder", "vae")  # in the order they choose a device
+READ_RATE = 1e9  # bytes a second that a component is loaded with again: a usual disk's, not measured
 TURNS = 2  # what taking turns costs, a reload in each edit, measured against Precision.loss
 CLEARLY_FASTER = 0.7  # of the time: less gain is not worth more rounding, or may be the estimate's error
 
@@ -77,7 +78,7 @@ def make_plan(
     seconds, sharing = None, None
     if placements and placements[0].role == "transformer":
         seconds = planner.step_seconds(placements[0])
-        sharing, against = planner.shared(placements)
+        sharing, against = planner.sharing(placements)
         rejected += against
         if choices.get("transformer", Choice()).device is not None:
             sharing = None  # the user chose one card
@@ -107,23 +108,32 @@ class _Planner:
                 against.append(f"{option}: would take turns with the {names(self._beside(option, others))}")
         return chosen, against
 
-    def sharer(self, transformer: Placement) -> Sharer:
-        """What can share the transformer with the card it was placed on."""
+    def sharer(self, transformer: Placement, placements: Sequence[Placement]) -> Sharer:
+        """What can share the transformer with the card it was placed on, beside the other components."""
+
+        def reload(device: Device) -> float:
+            copy = replace(transformer, device=device)
+            beside = self._beside(copy, placements)
+            if take_turns(beside) or not take_turns([*beside, copy]):
+                return 0.0
+            return sum(there.weights for there in beside) / READ_RATE / self.edit.steps
+
         return Sharer(
             self.checkpoint,
             transformer.precision,
             lambda precision, card: self.runs("transformer", precision, card),
             self.edit,
             self.machine.copy_rate,
+            reload,
         )
 
-    def shared(self, placements: Sequence[Placement]) -> tuple[Sharing | None, list[str]]:
+    def sharing(self, placements: Sequence[Placement]) -> tuple[Sharing | None, list[str]]:
         """How several cards share the transformer, if that is worth it, and the other ways."""
         first = placements[0]
         others = [device for device in self.machine.gpus if device != first.device]
         if not first.device.card.is_gpu or not others or not first.fits:
             return None, []
-        sharer, alone = self.sharer(first), self.step_seconds(first)
+        sharer, alone = self.sharer(first, placements), self.step_seconds(first)
         against = [
             f"sharing with {device.card}: {reason}" for device in others if (reason := sharer.unlike(device))
         ]

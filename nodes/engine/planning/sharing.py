@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,7 @@ import torch
 from ..cards.card import Card
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
-from ..sampling.layout import AUTO, BOTH, CFG, LAYERS, SEQUENCE, TURNS, Layout, dealt
+from ..sampling.layout import AUTO, BOTH, CFG, LAYERS, ROUNDS, SEQUENCE, Layout, dealt, refusal, split
 from ..units import GIB
 from ..weights.components import Replica
 from ..weights.estimates import (
@@ -65,7 +66,8 @@ class Sharer:
     """What can share a transformer at a precision that is resolved for its first card.
 
     copy_rate: GB/s between two cards, in one direction; None where it is not known. runs: whether the
-    precision's library and kernels run on a card.
+    precision's library and kernels run on a card. reload: seconds of each step that a copy on a card costs,
+    because what else is there has to be loaded again in each edit.
     """
 
     checkpoint: Checkpoint
@@ -73,6 +75,7 @@ class Sharer:
     runs: Callable[[Precision, Card], bool]
     edit: Edit = Edit()  # noqa: RUF009 - it is frozen
     copy_rate: float | None = None
+    reload: Callable[[Device], float] = lambda device: 0.0
 
     def choose(self, devices: Sequence[Device], mode: str = AUTO, named: bool = False) -> Sharing | None:
         """How these cards share it, the first one leading; None where fewer than two can.
@@ -90,7 +93,7 @@ class Sharer:
         if len(able) < 2:
             return None
         whole = [device for device in able if self._fits_whole(device, 1)]
-        if mode == LAYERS or (mode == AUTO and len(whole) < (len(able) if named else 2)):
+        if mode == LAYERS or (mode == AUTO and (whole != able if named else not whole)):
             return self._layers(able)
         if named:
             return self._of_named(able, mode)
@@ -109,15 +112,17 @@ class Sharer:
         for count in range(2, len(devices) + 1):
             cards = (lead, *others[: count - 1])
             for mode in (BOTH, CFG, SEQUENCE):
-                split = self._split(mode, count)
-                if self._takes(mode, count) and all(self._fits_whole(card, split) for card in cards):
+                parts = split(mode, count, FORWARDS)
+                taken = not refusal(mode, count, self.precision.math)
+                if taken and all(self._fits_whole(card, parts) for card in cards):
                     yield Sharing(mode, cards, self.seconds(mode, cards))
 
     def is_worth(self, sharing: Sharing) -> bool:
-        """Whether it is clearly faster than its first card, or holds what that one cannot."""
+        """Whether it is clearly faster than its first card alone, or one of the times is not known."""
         alone = self._forward(sharing.devices[0])
-        known = sharing.mode != LAYERS and alone is not None and sharing.seconds is not None
-        return not known or (sharing.seconds or 0.0) <= WORTH * FORWARDS * (alone or 0.0)
+        if alone is None or sharing.seconds is None:
+            return True
+        return sharing.seconds <= WORTH * FORWARDS * alone
 
     def unlike(self, device: Device) -> str:
         """Why a card cannot compute what the first one does; empty where it can."""
@@ -136,63 +141,59 @@ class Sharer:
         known = [seconds for seconds in forwards if seconds is not None]
         if len(known) < len(forwards):
             return None
-        if mode == CFG:
-            return max(known)
+        reloads = sum(map(self.reload, devices[1:]))
         if mode == LAYERS:
-            layers, turns = sum(counts), TURNS * len(devices)
-            parts = [seconds * count / layers for seconds, count in zip(known, counts, strict=True)]
-            return max(FORWARDS * max(parts), sum(parts) * (turns + 1) / turns)
-        split = self._split(mode, len(devices))
+            layers, rounds = sum(counts), ROUNDS * len(devices)
+            held = [seconds * count / layers for seconds, count in zip(known, counts, strict=True)]
+            return reloads + max(FORWARDS * max(held), sum(held) * (rounds + 1) / rounds)
+        parts = split(mode, len(devices), FORWARDS)
         copies = 0.0
-        if split > 1:
+        if parts > 1:
             if self.copy_rate is None:
                 return None
-            received = shared_bytes(self.checkpoint, self.precision, self.edit.tokens, split)
+            received = shared_bytes(self.checkpoint, self.precision, self.edit.tokens, parts)
             copies = received / (self.copy_rate * 1e9)
-        rounds, queued = FORWARDS * split / len(devices), FORWARDS * split * Shape.of(self.checkpoint).layers
-        return max(rounds * (max(known) / split + copies), queued * QUEUE_SECONDS)
+        in_turn = FORWARDS * parts / len(devices)  # forwards that a card takes part in, one after the other
+        queued = FORWARDS * parts * Shape.of(self.checkpoint).layers * QUEUE_SECONDS
+        return reloads + max(in_turn * (max(known) / parts + copies), queued)
 
     def _of_named(self, devices: Sequence[Device], mode: str) -> Sharing:
+        count, math = len(devices), self.precision.math
         if mode == AUTO:
-            mode = SEQUENCE if len(devices) % 2 else BOTH
-        count = len(devices)
-        split = self._split(mode, count)
+            mode = next((each for each in (BOTH, CFG, SEQUENCE) if not refusal(each, count, math)), SEQUENCE)
+        if reason := refusal(mode, count, math):
+            raise InputError(reason)
+        parts = split(mode, count, FORWARDS)
         for device in devices:
-            if not self._fits_whole(device, split):
+            if not self._fits_whole(device, parts):
                 raise DoesNotFitError(
                     f"Mode {mode} takes {self._weights() / GIB:.1f} GiB for the transformer "
-                    f"{self.precision.name} and {self._working(split) / GIB:.1f} GiB to work with on every "
-                    f"card; {device.card} has {device.usable / GIB:.1f} GiB. Choose mode layers, or a "
-                    "precision that takes less."
+                    f"{self.precision.name} and {self._working(device, parts) / GIB:.1f} GiB to work with; "
+                    f"{device.card} has {device.usable / GIB:.1f} GiB. Choose mode layers, or a precision "
+                    "that takes less."
                 )
-        return Sharing(
-            mode, tuple(devices), self.seconds(mode, devices) if self._takes(mode, count) else None
-        )
+        return Sharing(mode, tuple(devices), self.seconds(mode, devices))
 
-    def _layers(self, devices: Sequence[Device]) -> Sharing:
-        """Blocks by free memory. Raises DoesNotFitError."""
-        layers, working = Shape.of(self.checkpoint).layers, self._working(1)
+    def _layers(self, devices: Sequence[Device]) -> Sharing | None:
+        """Blocks by free memory; None where one card has room for nearly all. Raises DoesNotFitError."""
+        layers = Shape.of(self.checkpoint).layers
         outer = weight_bytes("transformer", self.checkpoint, self.precision, ())
         block = (self._weights() - outer) / layers
-        rooms = [max(0, int((device.usable - outer - working) / block)) for device in devices]
-        if sum(rooms) < layers:
+        rooms = {
+            device: int((device.usable - outer - self._working(device, 1)) / block) for device in devices
+        }
+        rooms = {device: room for device, room in rooms.items() if room > 0}
+        if sum(rooms.values()) < layers:
             raise DoesNotFitError(
                 f"Mode layers takes {self._weights() / GIB:.1f} GiB for the transformer "
-                f"{self.precision.name}, and {working / GIB:.1f} GiB to work with on every card; the "
-                f"{len(devices)} cards have {sum(device.usable for device in devices) / GIB:.1f} GiB in all. "
-                "Choose a precision that takes less."
+                f"{self.precision.name}, and {self._working(devices[0], 1) / GIB:.1f} GiB to work with on "
+                f"each card; the {len(devices)} cards have {sum(each.usable for each in devices) / GIB:.1f} "
+                "GiB in all. Choose a precision that takes less."
             )
-        counts = _shared_out(layers, rooms)
-        return Sharing(LAYERS, tuple(devices), self.seconds(LAYERS, devices, counts), counts)
-
-    @staticmethod
-    def _takes(mode: str, count: int) -> bool:
-        return {CFG: count == 2, SEQUENCE: True, BOTH: count % 2 == 0}[mode]
-
-    @staticmethod
-    def _split(mode: str, count: int) -> int:
-        """Over how many cards the tokens of a branch are split in a step with guidance."""
-        return {CFG: 1, SEQUENCE: count, BOTH: max(count // 2, 1)}[mode]
+        counts = dict(zip(rooms, _shared_out(layers, list(rooms.values())), strict=True))
+        used = tuple(device for device, count in counts.items() if count)
+        held = tuple(counts[device] for device in used)
+        return Sharing(LAYERS, used, self.seconds(LAYERS, used, held), held) if len(used) > 1 else None
 
     def _forward(self, device: Device) -> float | None:
         return forward_seconds(device.speeds, Shape.of(self.checkpoint), self.edit.tokens, self.precision)
@@ -200,17 +201,16 @@ class Sharer:
     def _weights(self) -> int:
         return weight_bytes("transformer", self.checkpoint, self.precision)
 
-    def _working(self, split: int, fused: bool = True) -> int:
-        return transformer_bytes(self.checkpoint, self.precision, self.edit.tokens, fused, split)
-
-    def _fits_whole(self, device: Device, split: int) -> bool:
+    def _working(self, device: Device, parts: int) -> int:
+        """Bytes to work with on that card, where tokens are split into so many parts."""
         fused = ("transformer", self.precision.math) not in device.card.unfused
-        return fits(self._weights(), self._working(split, fused), device.usable)
+        return transformer_bytes(self.checkpoint, self.precision, self.edit.tokens, fused, parts)
+
+    def _fits_whole(self, device: Device, parts: int) -> bool:
+        return fits(self._weights(), self._working(device, parts), device.usable)
 
 
 def _shared_out(total: int, rooms: Sequence[int]) -> tuple[int, ...]:
     """`total` things over places in proportion to their rooms, no more than fit into each."""
-    counts = [total * room // sum(rooms) for room in rooms]
-    for number in sorted(range(len(rooms)), key=lambda number: counts[number] - rooms[number]):
-        counts[number] += min(rooms[number] - counts[number], total - sum(counts))
-    return tuple(counts)
+    edges = [int(total * sum(rooms[:number]) / sum(rooms) + 0.5) for number in range(len(rooms) + 1)]
+    return tuple(after - before for before, after in itertools.pairwise(edges))

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import logging
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from ..arithmetic import exact_fp32
-from ..cards.kernels import is_out_of_memory
+from ..cards.kernels import CardError, is_out_of_memory, on_card
 from ..cards.transfer import copy_to
 from ..errors import first_line
 from ..models.guard import STOP
-from ..models.together import CardError, LayeredForward, SplitForward, on_card, run_together
+from ..models.together import LayeredForward, SplitForward, run_together
 from ..models.trace import Culprit, find_culprit
 from ..models.transformer import Transformer
 from ..progress import OnProgress, ignore_progress
@@ -57,26 +56,26 @@ class ParallelWorker:
     def predict(self, latents: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
         """As Worker.predict, on the device of the latents. Raises NonFiniteError that names the bad branch.
 
-        Raises torch's error when the last card fails, and for `layers` when any does.
+        Raises torch's error when the last card fails, for `layers` when any does, and when the one that holds
+        the latents fails for another reason than its memory.
         """
         while True:
             try:
                 return self._predict(latents, step)
             except CardError as error:
-                self._leave_out(error, step)
+                self._leave_out(error, step, latents.device)
 
     def _predict(self, latents: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
         groups = dict(self._layout.groups(self._cards[0].branches(step), self._cards))
         with contextlib.ExitStack() as contexts:
-            peaks: list[list[torch.Tensor]] = []
+            peaks = {}
             for card in self._cards:
                 contexts.enter_context(card.adapters.attached(card.model))
-                peaks.append(contexts.enter_context(card.guard.watch_clipping(card.model)))
+                peaks[card] = contexts.enter_context(card.guard.watch_clipping(card.model))
             forwards = {name: self._forward(name, latents, step, cards) for name, cards in groups.items()}
             run_together(list(forwards.values()))
-            seen = [*itertools.chain(*peaks)]
             return {
-                name: self._checked(forward, groups[name], name, latents, step, seen)
+                name: self._checked(forward, groups[name], name, latents, step, peaks[groups[name][0]])
                 for name, forward in forwards.items()
             }
 
@@ -111,26 +110,20 @@ class ParallelWorker:
     def _trace(
         self, cards: Sequence[LocalWorker], name: str, latents: torch.Tensor, step: int
     ) -> Culprit | None:
-        """The module that broke: of the first card on which a repeat of the branch breaks.
+        """The module that broke, with its card: found by a repeat of the branch on the same cards."""
+        models = {card.replica.card.label: card.model for card in cards}
+        forward = self._forward(name, latents, step, cards)
+        return find_culprit(torch.nn.ModuleDict(models), functools.partial(run_together, [forward]))
 
-        None as well where the cards have no room to repeat it.
-        """
-        with contextlib.suppress(CardError):
-            if self._layout.mode == LAYERS:
-                models = {card.replica.card.label: card.model for card in cards}
-                forward = self._forward(name, latents, step, cards)
-                return find_culprit(torch.nn.ModuleDict(models), functools.partial(run_together, [forward]))
-            lanes = (card.lane(name, latents, step) for card in cards)
-            return next(filter(None, (find_culprit(lane.model, lane.predict) for lane in lanes)), None)
-        return None
-
-    def _leave_out(self, error: CardError, step: int) -> None:
+    def _leave_out(self, error: CardError, step: int, holder: torch.device) -> None:
         """Go on without the card that failed. Raises torch's error where that is not possible."""
         failed = next(card for card in self._cards if card.replica.device == error.device)
         cause, label = error.__cause__, failed.replica.card
         assert isinstance(cause, RuntimeError)
-        what = "ran out of memory" if is_out_of_memory(cause) else f"failed ({first_line(cause)})"
-        if self._layout.mode == LAYERS or len(self._cards) == 1:
+        full = is_out_of_memory(cause)
+        what = "ran out of memory" if full else f"failed ({first_line(cause)})"
+        lost = failed.replica.device == holder and not full
+        if self._layout.mode == LAYERS or len(self._cards) == 1 or lost:
             log.error("%s %s at step %d", label, what, step + 1)
             raise cause
         self._cards.remove(failed)

@@ -236,6 +236,7 @@ def prepare_run(
     config = replica.spec.checkpoint.component("scheduler").config()
     schedule, scale = make_schedule(config, steps, tokens, options.shift), true_cfg_scale if guided else 1.0
     numbers = tuple(draws or range(batch))
+    layout = layout.used(guided) if layout else None
     return SamplingRun(replica, used, schedule, scale, seed, numbers, height, width, options, layout)
 
 

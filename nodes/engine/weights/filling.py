@@ -19,7 +19,7 @@ from ..cards.transfer import moved
 from ..errors import AGAIN, CheckpointError
 from ..files.cache import DiskCache
 from ..files.encodings import Encoded, Encoding, Stored
-from ..files.tensors import Layout, read_header, read_tensors, stored_bytes
+from ..files.tensors import TensorTypes, read_header, read_tensors, stored_bytes
 from ..progress import OnProgress
 from .components import ComponentSpec, Replica
 from .formats import QuantizedLinear
@@ -249,7 +249,7 @@ def _final_shapes(model: torch.nn.Module) -> dict[str, Shape]:
     return shapes
 
 
-def _final_layout(model: torch.nn.Module, spec: ComponentSpec, found: Mapping[str, Stored]) -> Layout:
+def _final_layout(model: torch.nn.Module, spec: ComponentSpec, found: Mapping[str, Stored]) -> TensorTypes:
     """The tensors of the filled model, with dtypes. found: the stored tensors, by names in the model."""
     layout: dict[str, tuple[torch.dtype, Shape]] = {}
     for path, layer in _quantized_layers(model):

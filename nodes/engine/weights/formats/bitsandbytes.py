@@ -115,11 +115,21 @@ class Nf4Linear(BitsAndBytesLinear):
 
     def copy_from(self, other: Nf4Linear, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.register_buffer("weight", move(other.weight))
-        self.quant_state = copy.deepcopy(other.quant_state)
-        self.quant_state.to(self.weight.device)
+        self.quant_state = _moved_state(other.quant_state, move)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._library.matmul_4bit(x, self.weight.t(), quant_state=self.quant_state, bias=self.bias)
+
+
+def _moved_state(state: Any, move: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A copy of the library's QuantState, whose tensors, also those of the state in it, are moved."""
+    moved = copy.copy(state)
+    for name, value in vars(state).items():
+        if isinstance(value, torch.Tensor):
+            setattr(moved, name, move(value))
+        elif isinstance(value, type(state)):
+            setattr(moved, name, _moved_state(value, move))
+    return moved
 
 
 class Int8BnbLinear(BitsAndBytesLinear):

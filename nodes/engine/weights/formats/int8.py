@@ -11,7 +11,7 @@ import torch
 
 from ...files.encodings import MATRIX, Encoded, Encoding, Int8
 from ...files.rotations import OURS, Rotation
-from ...files.tensors import Layout
+from ...files.tensors import TensorTypes
 from .int8_math import multiply_upcast, quantize_rows
 from .int8_paths import IntegerPath, choose_path
 from .linear import QuantizedLinear
@@ -34,7 +34,7 @@ class Int8Linear(QuantizedLinear):
         for name, (dtype, shape) in self.layout().items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
 
-    def layout(self) -> Layout:
+    def layout(self) -> TensorTypes:
         return {
             "weight": (torch.int8, (self.out_features, self.in_features)),
             "weight_scale": (torch.float32, (self.out_features, 1)),

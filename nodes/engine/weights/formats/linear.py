@@ -9,7 +9,7 @@ import torch
 
 from ...cards.card import Card
 from ...files.encodings import Encoded, Encoding
-from ...files.tensors import Layout
+from ...files.tensors import TensorTypes
 
 
 class QuantizedLinear(torch.nn.Module):
@@ -39,7 +39,7 @@ class QuantizedLinear(torch.nn.Module):
         compute: dtype of the activations. name: of the precision.
         """
 
-    def layout(self) -> Layout:
+    def layout(self) -> TensorTypes:
         """Dtype and shape of the tensors that store its matrix, by attribute. Empty if not cached."""
         return {}
 
