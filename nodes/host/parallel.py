@@ -44,7 +44,7 @@ def share(handle: Handle, devices: str, mode: str) -> Handle:
     if sharing is None:
         if wanted is not None and len(cards) == len(wanted) == 1 and mode != AUTO:
             raise InputError(f"Mode {mode} takes several cards, and devices names one. Name more, or auto.")
-        log.info("one card computes alone: there is no second one to share the transformer with")
+        log.info("one card computes alone: no other one can share the transformer and make it faster")
         return handle.alone(cards[0].card) if wanted is not None and cards else handle
     return share_among(handle, sharing)
 
