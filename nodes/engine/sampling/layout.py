@@ -94,7 +94,7 @@ def dealt(counts: Sequence[int]) -> list[tuple[int, ...]]:
     """The blocks of each card for `layers`. counts: how many each gets, of all there are.
 
     They are dealt in ROUNDS. While one branch is on one card, the other branch is on the next one: with a
-    single round, two cards would be idle a quarter of the time.
+    single round, two cards would be idle a third of the time.
     """
     hands: list[list[int]] = [[] for _ in counts]
     number = 0
