@@ -31,7 +31,7 @@ from engine.sampling.options import SamplingOptions, StepCacheOptions
 from engine.sampling.parallel import ParallelWorker
 from engine.sampling.resume import SavedRun
 from engine.sampling.sampling import SamplingRun, prepare_run, sample
-from engine.sampling.workers import Part
+from engine.sampling.workers import LocalWorker, Part
 from engine.weights.adapters import Adapter, adaptable_layers
 from engine.weights.components import Replica
 from engine.weights.precision import PRECISIONS, resolve
@@ -53,8 +53,7 @@ def layout(checkpoint: Checkpoint, mode: str, precision: str = "fp32", cards: in
     replicas = [replica_on(card(number), checkpoint, "transformer", precision) for number in range(cards)]
     if mode == LAYERS:
         replicas = [
-            replace(each, spec=replace(each.spec, held=tuple(range(number, LAYERS_OF_TINY, cards))))
-            for number, each in enumerate(replicas)
+            each.holding(tuple(range(number, LAYERS_OF_TINY, cards))) for number, each in enumerate(replicas)
         ]
     return Layout(mode, tuple(replicas))
 
@@ -205,10 +204,7 @@ def test_other_layouts_have_runs_of_their_own(tiny: Checkpoint) -> None:
     first, second = (replace(each, card=other) for each, other in zip(
         layout(tiny, LAYERS).replicas, (card(0), card(1, "RTX 3090")), strict=True
     ))  # fmt: skip
-    swapped = [
-        replace(each, spec=replace(each.spec, held=other.spec.held))
-        for each, other in ((first, second), (second, first))
-    ]
+    swapped = [each.holding(other.spec.held) for each, other in ((first, second), (second, first))]
     dealt_otherwise = {names(tiny, Layout(LAYERS, found)) for found in ((first, second), tuple(swapped))}
     assert len(dealt_otherwise) == 2
 
@@ -304,7 +300,8 @@ def test_a_first_card_that_fails_for_good_ends_the_run(
     shared = layout(tiny, SEQUENCE)
     models, broken = load_all(shared), RuntimeError("CUDA error: an illegal memory access")
     run = prepared(shared.replicas[0], layout=shared)
-    worker = ParallelWorker(models, shared, run.schedule, run.padded_size, run.conditions)
+    arguments = run.schedule, run.padded_size, run.conditions
+    worker = ParallelWorker([LocalWorker(model, *arguments) for model in models], shared)
     seen = CardError(shared.replicas[0].device, broken)
     seen.__cause__ = broken
     with pytest.raises(RuntimeError, match="illegal memory access"):

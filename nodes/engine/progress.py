@@ -32,12 +32,18 @@ def before_each_block(
 ) -> Iterator[None]:
     """Inside this context, `call` before every block of the model. An exception it raises ends the forward.
 
-    The computation stays at most BLOCKS_AHEAD blocks behind, see Pace.
+    Without a wait, the program would queue a whole forward on the GPU, with all its calls, before the first
+    block is computed. So it waits until no more than BLOCKS_AHEAD blocks are queued.
     """
-    pace = Pace(device)
+    running: deque[torch.cuda.Event] = deque()
 
     def pause(module: torch.nn.Module, inputs: object) -> None:
-        pace.wait()
+        if device.type == "cuda":
+            if len(running) == BLOCKS_AHEAD:
+                running.popleft().synchronize()
+            event = torch.cuda.Event(blocking=True)
+            event.record(torch.cuda.current_stream(device))
+            running.append(event)
         call()
 
     hooks = [block.register_forward_pre_hook(pause) for block in blocks(model)]
@@ -46,28 +52,6 @@ def before_each_block(
     finally:
         for hook in hooks:
             hook.remove()
-
-
-class Pace:
-    """Lets a device fall no more than BLOCKS_AHEAD blocks behind the program.
-
-    Without a wait, the program would queue a whole forward on a GPU before the first block is computed, and
-    could not be stopped meanwhile.
-    """
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._running: deque[torch.cuda.Event] = deque()
-
-    def wait(self) -> None:
-        """To be called before each block."""
-        if self._device.type != "cuda":
-            return
-        if len(self._running) == BLOCKS_AHEAD:
-            self._running.popleft().synchronize()
-        event = torch.cuda.Event(blocking=True)
-        event.record(torch.cuda.current_stream(self._device))
-        self._running.append(event)
 
 
 def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:

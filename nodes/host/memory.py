@@ -88,7 +88,7 @@ class Handle:
 
     def alone(self, card: Card) -> Handle:
         """The same transformer whole on one card."""
-        whole = replace(self.replica, card=card, spec=replace(self.replica.spec, held=None))
+        whole = replace(self.replica, card=card).holding(None)
         return replace(handle_for(whole), options=self.options)
 
 

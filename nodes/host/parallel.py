@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import replace
 
 from ..engine.errors import InputError
 from ..engine.limits import require_text, shown
@@ -52,8 +51,7 @@ def share(handle: Handle, devices: str, mode: str) -> Handle:
 def share_among(handle: Handle, sharing: Sharing) -> Handle:
     """The transformer on these cards, told in the log."""
     log.info("the transformer is shared: %s", sharing)
-    whole = replace(handle.replica, spec=replace(handle.replica.spec, held=None))
-    return handle.shared_by(sharing.layout(whole))
+    return handle.shared_by(sharing.layout(handle.replica.holding(None)))
 
 
 def _labels(devices: str) -> list[str] | None:

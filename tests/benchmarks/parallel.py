@@ -123,11 +123,8 @@ def layouts(found: list[Replica]) -> Iterator[tuple[Layout, bool]]:
             hands = dealt(
                 [layers * (number + 1) // count - layers * number // count for number in range(count)]
             )
-            parts = [
-                replace(each, spec=replace(each.spec, held=hand))
-                for each, hand in zip(found[:count], hands, strict=True)
-            ]
-            yield Layout(LAYERS, tuple(parts)), True
+            parts = zip(found[:count], hands, strict=True)
+            yield Layout(LAYERS, tuple(replica.holding(hand) for replica, hand in parts)), True
 
 
 def only_positive(run: SamplingRun) -> SamplingRun:
@@ -167,10 +164,9 @@ def measure(folder: Path, way: str) -> None:
                 how = "copied" if source else "loaded"
                 print(f"{replica}: {how} in {time.perf_counter() - started:.1f} s", flush=True)
         one = run if guided else only_positive(run)
-        worker = ParallelWorker(
-            [models[replica] for replica in layout.replicas], layout, one.schedule, one.padded_size,
-            one.conditions,
-        )  # fmt: skip
+        arguments = one.schedule, one.padded_size, one.conditions
+        cards = [LocalWorker(models[replica], *arguments) for replica in layout.replicas]
+        worker = ParallelWorker(cards, layout)
         seconds, made = timed(worker, latents)
         peak = max(torch.cuda.max_memory_allocated(device) for device in CARDS) / GIB
         alone, expected = baselines[guided]

@@ -48,7 +48,9 @@ class Lane:
 
 
 class Forward(Protocol):
-    """A forward that goes on block by block."""
+    """A forward that goes on block by block. parts: the velocity, in the order of the tokens, at its end."""
+
+    parts: list[torch.Tensor]
 
     @property
     def devices(self) -> set[torch.device]:
@@ -82,7 +84,7 @@ class SplitForward:
     def __init__(self, lanes: Sequence[Lane]):
         self.lanes = [replace(lane) for lane in lanes]
         self._number = 0
-        self.parts: list[torch.Tensor] = []  # the velocities of the lanes
+        self.parts: list[torch.Tensor] = []
 
     @property
     def devices(self) -> set[torch.device]:
@@ -161,7 +163,7 @@ class LayeredForward:
         self._owners = {int(number): lane for lane in self.lanes for number in lane.model.transformer_blocks}
         self._number = 0
         self._arrived: Arrival = lambda: None
-        self.parts: list[torch.Tensor] = []  # the velocity
+        self.parts: list[torch.Tensor] = []
 
     @property
     def devices(self) -> set[torch.device]:

@@ -16,13 +16,7 @@ from ..files.checkpoint import Checkpoint
 from ..sampling.layout import CFG
 from ..units import GIB
 from ..weights.checks import require_beside, require_usable
-from ..weights.estimates import (
-    Edit,
-    Shape,
-    step_seconds,
-    weight_bytes,
-    workspace_bytes,
-)
+from ..weights.estimates import Edit, Shape, step_seconds, weight_bytes, workspace_bytes
 from ..weights.precision import ROLE_PRECISIONS, Precision, preferences, resolve
 from .machine import Device, Machine
 from .plan import Placement, Plan, names, take_turns

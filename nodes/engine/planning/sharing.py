@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -54,10 +55,8 @@ class Sharing:
         """The layout of this transformer's runs."""
         replicas = [replace(replica, card=device.card) for device in self.devices]
         if self.mode == LAYERS:
-            replicas = [
-                replace(each, spec=replace(each.spec, held=held))
-                for each, held in zip(replicas, dealt(self.counts), strict=True)
-            ]
+            hands = zip(replicas, dealt(self.counts), strict=True)
+            replicas = [replica.holding(held) for replica, held in hands]
         return Layout(self.mode, tuple(replicas))
 
 
@@ -154,7 +153,7 @@ class Sharer:
             received = shared_bytes(self.checkpoint, self.precision, self.edit.tokens, parts)
             copies = received / (self.copy_rate * 1e9)
         in_turn = FORWARDS * parts / len(devices)  # forwards that a card takes part in, one after the other
-        queued = FORWARDS * parts * Shape.of(self.checkpoint).layers * QUEUE_SECONDS
+        queued = FORWARDS * parts * self._shape.layers * QUEUE_SECONDS
         return reloads + max(in_turn * (max(known) / parts + copies), queued)
 
     def _of_named(self, devices: Sequence[Device], mode: str) -> Sharing:
@@ -167,7 +166,7 @@ class Sharer:
         for device in devices:
             if not self._fits_whole(device, parts):
                 raise DoesNotFitError(
-                    f"Mode {mode} takes {self._weights() / GIB:.1f} GiB for the transformer "
+                    f"Mode {mode} takes {self._weights / GIB:.1f} GiB for the transformer "
                     f"{self.precision.name} and {self._working(device, parts) / GIB:.1f} GiB to work with; "
                     f"{device.card} has {device.usable / GIB:.1f} GiB. Choose mode layers, or a precision "
                     "that takes less."
@@ -176,16 +175,16 @@ class Sharer:
 
     def _layers(self, devices: Sequence[Device]) -> Sharing | None:
         """Blocks by free memory; None where one card has room for nearly all. Raises DoesNotFitError."""
-        layers = Shape.of(self.checkpoint).layers
+        layers = self._shape.layers
         outer = weight_bytes("transformer", self.checkpoint, self.precision, ())
-        block = (self._weights() - outer) / layers
+        block = (self._weights - outer) / layers
         rooms = {
             device: int((device.usable - outer - self._working(device, 1)) / block) for device in devices
         }
         rooms = {device: room for device, room in rooms.items() if room > 0}
         if sum(rooms.values()) < layers:
             raise DoesNotFitError(
-                f"Mode layers takes {self._weights() / GIB:.1f} GiB for the transformer "
+                f"Mode layers takes {self._weights / GIB:.1f} GiB for the transformer "
                 f"{self.precision.name}, and {self._working(devices[0], 1) / GIB:.1f} GiB to work with on "
                 f"each card; the {len(devices)} cards have {sum(each.usable for each in devices) / GIB:.1f} "
                 "GiB in all. Choose a precision that takes less."
@@ -196,8 +195,13 @@ class Sharer:
         return Sharing(LAYERS, used, self.seconds(LAYERS, used, held), held) if len(used) > 1 else None
 
     def _forward(self, device: Device) -> float | None:
-        return forward_seconds(device.speeds, Shape.of(self.checkpoint), self.edit.tokens, self.precision)
+        return forward_seconds(device.speeds, self._shape, self.edit.tokens, self.precision)
 
+    @functools.cached_property
+    def _shape(self) -> Shape:
+        return Shape.of(self.checkpoint)
+
+    @functools.cached_property
     def _weights(self) -> int:
         return weight_bytes("transformer", self.checkpoint, self.precision)
 
@@ -207,7 +211,7 @@ class Sharer:
         return transformer_bytes(self.checkpoint, self.precision, self.edit.tokens, fused, parts)
 
     def _fits_whole(self, device: Device, parts: int) -> bool:
-        return fits(self._weights(), self._working(device, parts), device.usable)
+        return fits(self._weights, self._working(device, parts), device.usable)
 
 
 def _shared_out(total: int, rooms: Sequence[int]) -> tuple[int, ...]:

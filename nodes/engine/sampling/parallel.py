@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -13,15 +13,9 @@ from ..arithmetic import exact_fp32
 from ..cards.kernels import CardError, is_out_of_memory, on_card
 from ..cards.transfer import copy_to
 from ..errors import first_line
-from ..models.guard import STOP
-from ..models.together import LayeredForward, SplitForward, run_together
+from ..models.together import Forward, LayeredForward, SplitForward, run_together
 from ..models.trace import Culprit, find_culprit
-from ..models.transformer import Transformer
-from ..progress import OnProgress, ignore_progress
-from .conditioning import Condition
 from .layout import LAYERS, Layout
-from .options import DEFAULT_OPTIONS, SamplingOptions
-from .schedule import Schedule
 from .workers import WHOLE, LocalWorker, Part
 
 log = logging.getLogger("FireRed")
@@ -33,23 +27,9 @@ class ParallelWorker:
     A card that fails is left out: the others compute the step again, and the rest of the run.
     """
 
-    def __init__(
-        self,
-        transformers: Sequence[Transformer],
-        layout: Layout,
-        schedule: Schedule,
-        latent_size: tuple[int, int],
-        conditions: Mapping[str, Condition],
-        guard: str = STOP,
-        on_modulation: OnProgress = ignore_progress,
-        options: SamplingOptions = DEFAULT_OPTIONS,
-    ):
-        """transformers: those of the layout's replicas. The other arguments are as in LocalWorker."""
-        self._layout = layout
-        self._cards = [
-            LocalWorker(each, schedule, latent_size, conditions, guard, on_modulation, options)
-            for each in transformers
-        ]
+    def __init__(self, cards: Sequence[LocalWorker], layout: Layout):
+        """cards: a worker for each of the layout's replicas."""
+        self._cards, self._layout = list(cards), layout
 
     @torch.inference_mode()
     @exact_fp32()
@@ -79,9 +59,7 @@ class ParallelWorker:
                 for name, forward in forwards.items()
             }
 
-    def _forward(
-        self, name: str, latents: torch.Tensor, step: int, cards: Sequence[LocalWorker]
-    ) -> SplitForward | LayeredForward:
+    def _forward(self, name: str, latents: torch.Tensor, step: int, cards: Sequence[LocalWorker]) -> Forward:
         """The forward of a branch on these cards."""
         layered, lanes = self._layout.mode == LAYERS, []
         for number, card in enumerate(cards):
@@ -92,7 +70,7 @@ class ParallelWorker:
 
     def _checked(
         self,
-        forward: SplitForward | LayeredForward,
+        forward: Forward,
         cards: Sequence[LocalWorker],
         name: str,
         latents: torch.Tensor,

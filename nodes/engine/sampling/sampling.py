@@ -301,9 +301,8 @@ def _worker(
     transformers: Sequence[Transformer], run: SamplingRun, guard: str, on_modulation: OnProgress
 ) -> Worker:
     arguments = run.schedule, run.padded_size, run.conditions, guard, on_modulation, run.options
-    if run.layout is None:
-        return LocalWorker(transformers[0], *arguments)
-    return ParallelWorker(transformers, run.layout, *arguments)
+    cards = [LocalWorker(transformer, *arguments) for transformer in transformers]
+    return ParallelWorker(cards, run.layout) if run.layout else cards[0]
 
 
 def _sample_picture(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -87,6 +87,10 @@ class Replica:
     @property
     def device(self) -> torch.device:
         return self.card.device
+
+    def holding(self, held: tuple[int, ...] | None) -> Replica:
+        """The part of the transformer with these blocks, on the same card; None is the whole."""
+        return replace(self, spec=replace(self.spec, held=held))
 
     @property
     def fused(self) -> bool:
