@@ -150,7 +150,7 @@ def test_tokens_are_rounded_as_rounding_does() -> None:
     assert torch.equal(codes, (OURS.of(tokens) * (127 / (scale * 127))).round().to(torch.int8))
 
 
-@pytest.mark.parametrize("path", integer_paths(CPU), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", integer_paths(CPU, torch.float32, 64, OURS), ids=lambda path: path.name)
 @pytest.mark.parametrize("scale", [1.0, 1e6, 1e30])
 def test_integer_products_of_heavy_activations_stay_within_the_bound(path, scale: float) -> None:
     x, weight = torch.randn(48, 256), torch.randn(64, 256)
@@ -162,7 +162,7 @@ def test_integer_products_of_heavy_activations_stay_within_the_bound(path, scale
 
 
 def test_a_path_that_is_right_and_not_clearly_slower_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    (right,) = integer_paths(CPU)
+    (right,) = integer_paths(CPU, torch.float32, 64, OURS)
     monkeypatch.setattr(int8_paths, "_seconds", lambda run, device: run() is None or 1.0)
     assert fastest_path(CPU, torch.bfloat16, (64, 128), OURS, []) == right
 
@@ -171,11 +171,11 @@ def test_a_path_that_forgets_the_bias_is_wrong(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    (right,) = integer_paths(CPU)
+    (right,) = integer_paths(CPU, torch.float32, 64, OURS)
     forgetful = int8_paths.IntegerPath(
         "forgetful", right.quantize, lambda y, a, w, bias, dtype: right.rescale(y, a, w, None, dtype)
     )
-    monkeypatch.setattr(int8_paths, "integer_paths", lambda device: [forgetful])
+    monkeypatch.setattr(int8_paths, "integer_paths", lambda *shape: [forgetful])
     assert fastest_path(CPU, torch.float32, (64, 128), OURS, []) is None
     assert "int8-fast at 64x128: forgetful wrong by" in caplog.text
 
@@ -183,10 +183,10 @@ def test_a_path_that_forgets_the_bias_is_wrong(
 def test_a_wrong_path_is_not_taken(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """The reason is only logged: the choice is part of a run's identity, and its reason may vary."""
     caplog.set_level("INFO")
-    (right,) = integer_paths(CPU)
+    (right,) = integer_paths(CPU, torch.float32, 64, OURS)
     wrong = int8_paths.IntegerPath("wrong", lambda x, _: quantize_tokens(x * 1.1), right.rescale)
     broken = int8_paths.IntegerPath("broken", lambda x, _: 1 / 0, right.rescale)
-    monkeypatch.setattr(int8_paths, "integer_paths", lambda device: [wrong, broken])
+    monkeypatch.setattr(int8_paths, "integer_paths", lambda *shape: [wrong, broken])
     assert fastest_path(CPU, torch.float32, (64, 128), OURS, []) is None
     assert "int8-fast at 64x128: wrong wrong by" in caplog.text
     assert "broken failed: ZeroDivisionError: division by zero" in caplog.text
@@ -194,7 +194,7 @@ def test_a_wrong_path_is_not_taken(monkeypatch: pytest.MonkeyPatch, caplog: pyte
 
 def test_cards_of_one_kind_take_the_same_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the next card, busy with something else, measures other times."""
-    (path,) = integer_paths(CPU)
+    (path,) = integer_paths(CPU, torch.float32, 64, OURS)
     for expected, measured in ((path, [1.0, 0.1, 9.9]), (None, [0.1, 1.0])):
         times = iter(measured)
         monkeypatch.setattr(int8_paths, "_seconds", lambda run, device, times=times: next(times))
@@ -217,7 +217,9 @@ def test_every_format_multiplies_within_its_error(name: str) -> None:
     module.bias = torch.nn.Parameter(torch.randn(64), requires_grad=False)
     module.set_weight(weight)
     if name == "int8-fast":
-        (module.path,) = integer_paths(CPU)  # the CPU's self-test may find weight-only faster
+        (module.path,) = integer_paths(
+            CPU, torch.float32, 64, OURS
+        )  # the CPU's self-test may find weight-only faster
     expected = x @ weight.T + module.bias
     with torch.inference_mode():
         y = module(x)

@@ -17,7 +17,7 @@ import torch
 from ..cards.kernels import on_card
 from ..cards.transfer import Arrival, start_exchange, start_moving
 from .modulation import StepModulation
-from .transformer import Attending, Block, QwenImageTransformer, Rotary, attend
+from .transformer import Attend, Attending, Block, QwenImageTransformer, Rotary, attend
 
 
 @dataclass
@@ -36,11 +36,14 @@ class Lane:
     rotary: Rotary
     targets: int
     mask: torch.Tensor | None
+    attend: Attend = attend
 
     def predict(self) -> torch.Tensor:
         """The velocity, by this lane alone."""
         with self.here():
-            return self.model(self.image, self.text, self.modulation, self.rotary, self.targets, self.mask)
+            return self.model(
+                self.image, self.text, self.modulation, self.rotary, self.targets, self.mask, self.attend
+            )
 
     def here(self) -> AbstractContextManager[None]:
         """See on_card."""
@@ -144,7 +147,7 @@ class SplitForward:
             query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
         ) -> torch.Tensor:
             wait()
-            return attend(query, key, value, mask)
+            return lane.attend(query, key, value, mask)
 
         lane.image, lane.text = _block(lane, self._number).attention(
             lane.image, lane.text, own, _modulation(lane, self._number), lane.targets, lane.rotary,
@@ -199,5 +202,5 @@ def _modulation(lane: Lane, number: int) -> torch.Tensor:
 def _run_block(lane: Lane, number: int) -> None:
     """Replace the lane's tokens by those after a block."""
     lane.image, lane.text = _block(lane, number)(
-        lane.image, lane.text, _modulation(lane, number), lane.targets, lane.rotary, lane.mask
+        lane.image, lane.text, _modulation(lane, number), lane.targets, lane.rotary, lane.mask, lane.attend
     )

@@ -14,12 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch.nn import Linear, Module, ModuleDict, ModuleList
 
+from ..cuda.rows import EPS, Rows, gelu
+from ..cuda.rows import Modulation as RowModulation
 from ..latents import LATENT_CHANNELS, PATCH
 from ..weights.components import Replica
+from .between import (
+    Activations,
+    HeadsOf,
+    Result,
+    activated,
+    add_gated,
+    joined_heads,
+    normed_for,
+    prepared,
+    token_count,
+)
 from .config import TransformerConfig
 from .modulation import Modulation, StepModulation
 
-EPS = 1e-6  # of every norm
 ROTARY_BASE = 10_000
 TOKEN_CHANNELS = LATENT_CHANNELS * PATCH**2
 FP16_MAX = torch.finfo(torch.float16).max
@@ -96,40 +108,42 @@ class Attention(Module):
         self.head_size = size
 
     def keys_and_values(
-        self, image: torch.Tensor, text: torch.Tensor, rotary: Rotary
+        self, image: Activations, text: Activations, rotary: Rotary
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (1, T + I, heads, head size) of these tokens, as forward takes them."""
-        key = _join(
-            _rotate(self.norm_added_k(self._heads(self.add_k_proj(text))), rotary[TEXT]),
-            _rotate(self.norm_k(self._heads(self.to_k(image))), rotary[IMAGE]),
+        key = joined_heads(
+            HeadsOf(self.add_k_proj(text), self.norm_added_k, rotary[TEXT]),
+            HeadsOf(self.to_k(image), self.norm_k, rotary[IMAGE]),
+            self.head_size,
         )
-        return key, _join(self._heads(self.add_v_proj(text)), self._heads(self.to_v(image)))
+        value = joined_heads(HeadsOf(self.add_v_proj(text)), HeadsOf(self.to_v(image)), self.head_size)
+        return key, value
 
     def forward(
         self,
-        image: torch.Tensor,
-        text: torch.Tensor,
+        image: Activations,
+        text: Activations,
         key: torch.Tensor,
         value: torch.Tensor,
         rotary: Rotary,
         mask: torch.Tensor | None,
         attend: Attend,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Result, Result]:
         """The changes of image (1, I, width) and text (1, T, width), which are normed and modulated.
 
         key, value: of all tokens to attend to, (1, tokens, heads, head size).
         """
-        text_tokens = text.shape[1]
-        query = _join(
-            _rotate(self.norm_added_q(self._heads(self.add_q_proj(text))), rotary[TEXT]),
-            _rotate(self.norm_q(self._heads(self.to_q(image))), rotary[IMAGE]),
+        text_tokens = token_count(text)
+        query = joined_heads(
+            HeadsOf(self.add_q_proj(text), self.norm_added_q, rotary[TEXT]),
+            HeadsOf(self.to_q(image), self.norm_q, rotary[IMAGE]),
+            self.head_size,
         )
         attended = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask)
         attended = attended.transpose(1, 2).flatten(2)
-        return self.to_out[0](attended[:, text_tokens:]), self.to_add_out(attended[:, :text_tokens])
-
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (-1, self.head_size))
+        out, add_out = self.to_out[0], self.to_add_out
+        for_image, for_text = attended[:, text_tokens:], attended[:, :text_tokens]
+        return out(prepared(for_image, out)), add_out(prepared(for_text, add_out))
 
 
 class GELU(Module):
@@ -138,7 +152,7 @@ class GELU(Module):
         self.proj = Linear(width, hidden)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+        return gelu(self.proj(x))
 
 
 class FeedForward(Module):
@@ -147,15 +161,25 @@ class FeedForward(Module):
         # The middle module takes the number of diffusers' dropout, so that the names agree.
         self.net = ModuleList([GELU(width, 4 * width), Module(), Linear(4 * width, width)])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def first(self) -> Module:
+        """The layer that reads the input."""
+        layer = self.net[0].proj
+        assert isinstance(layer, Module)
+        return layer
+
+    def forward(self, x: Activations) -> Result:
+        """x and the result: (1, tokens, width)."""
+        if isinstance(x, Rows):
+            return self.net[2](activated(self.first(x), self.net[2]))
         return self.net[2](self.net[0](x))
 
 
 class Attending(NamedTuple):
     """A block's work before its attention: its normed and modulated streams, and their keys and values."""
 
-    image: torch.Tensor
-    text: torch.Tensor
+    image: Activations
+    text: Activations
     key: torch.Tensor
     value: torch.Tensor
 
@@ -192,9 +216,11 @@ class Block(Module):
         self, image: torch.Tensor, text: torch.Tensor, modulation: torch.Tensor, targets: int, rotary: Rotary
     ) -> Attending:
         """The first part of the forward. Cards that share the tokens exchange its keys and values."""
-        image = _modulate(image, _parts(modulation[:, IMAGE], targets), 0)
-        text = _modulate(text, _parts(modulation[:1, TEXT], text.shape[1]), 0)
-        return Attending(image, text, *self.attn.keys_and_values(image, text, rotary))
+        for_image, for_text = _modulations(modulation, targets)
+        attn = self.attn
+        image_in = normed_for([attn.to_q, attn.to_k, attn.to_v], image, for_image, 0)
+        text_in = normed_for([attn.add_q_proj, attn.add_k_proj, attn.add_v_proj], text, for_text, 0)
+        return Attending(image_in, text_in, *attn.keys_and_values(image_in, text_in, rotary))
 
     def attention(
         self,
@@ -208,18 +234,17 @@ class Block(Module):
         attend: Attend = attend,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The second part. begun: its keys and values may be those of more tokens."""
-        for_image, for_text = self.attn(*begun, rotary, mask, attend)
-        image = _add_gated(image, for_image, _parts(modulation[:, IMAGE], targets), 2)
-        return image, _add_gated(text, for_text, _parts(modulation[:1, TEXT], text.shape[1]), 2)
+        for_image, for_text = _modulations(modulation, targets)
+        image_change, text_change = self.attn(*begun, rotary, mask, attend)
+        return add_gated(image, image_change, for_image, 2), add_gated(text, text_change, for_text, 2)
 
     def feed_forward(
         self, image: torch.Tensor, text: torch.Tensor, modulation: torch.Tensor, targets: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The last part."""
-        for_image = _parts(modulation[:, IMAGE], targets)
-        for_text = _parts(modulation[:1, TEXT], text.shape[1])
-        image = _add_gated(image, self.img_mlp(_modulate(image, for_image, 3)), for_image, 5)
-        text = _add_gated(text, self.txt_mlp(_modulate(text, for_text, 3)), for_text, 5)
+        for_image, for_text = _modulations(modulation, targets)
+        image = _add_mlp(self.img_mlp, image, for_image)
+        text = _add_mlp(self.txt_mlp, text, for_text)
         if image.dtype == torch.float16:  # as diffusers does; the guard reports it
             image, text = image.clip(-FP16_MAX, FP16_MAX), text.clip(-FP16_MAX, FP16_MAX)
         return image, text
@@ -295,41 +320,10 @@ class Transformer:
     arithmetic: str
 
 
-# Rows of a modulation (6, width), each with the tokens that use it.
-_Parts = list[tuple[slice, torch.Tensor]]
+def _modulations(modulation: torch.Tensor, targets: int) -> tuple[RowModulation, RowModulation]:
+    """Of the image's and the text's stream: modulation (rows, 2, 6 * width) of one block."""
+    return RowModulation(modulation[:, IMAGE], targets), RowModulation(modulation[:1, TEXT], 0)
 
 
-def _parts(modulation: torch.Tensor, targets: int) -> _Parts:
-    """Split a modulation (1 or 2, 6 * width): a second row is for the tokens after `targets`."""
-    rows = modulation.unflatten(-1, (6, -1))
-    if len(rows) == 1:
-        return [(slice(None), rows[0])]
-    return [(slice(None, targets), rows[0]), (slice(targets, None), rows[1])]
-
-
-def _modulate(x: torch.Tensor, parts: _Parts, first: int) -> torch.Tensor:
-    """Layer norm, then shift and scale by rows `first` and `first + 1` of the modulation."""
-    normed = F.layer_norm(x, (x.shape[-1],), eps=EPS)
-    return _join_parts(
-        [torch.addcmul(rows[first], normed[:, tokens], 1 + rows[first + 1]) for tokens, rows in parts]
-    )
-
-
-def _add_gated(x: torch.Tensor, change: torch.Tensor, parts: _Parts, gate: int) -> torch.Tensor:
-    """x + gate * change. gate: a row of the modulation."""
-    return _join_parts([torch.addcmul(x[:, tokens], rows[gate], change[:, tokens]) for tokens, rows in parts])
-
-
-def _join(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-    """Both streams' tokens as those of one sequence, in the order of the attention."""
-    return torch.cat([text, image], dim=1)
-
-
-def _join_parts(parts: list[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _rotate(x: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
-    """x (1, tokens, heads, head size) times the rotations. Pairs of channels are complex numbers."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotations.unsqueeze(1)).flatten(-2).to(x.dtype)
+def _add_mlp(mlp: FeedForward, x: torch.Tensor, modulation: RowModulation) -> torch.Tensor:
+    return add_gated(x, mlp(normed_for([mlp.first], x, modulation, 3)), modulation, 5)

@@ -6,9 +6,11 @@ FP16 is not used, so no FP32 activation overflows. Rows are rotated before round
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from ...cuda.rows import Product, RowKernels, Rows
 from ...files.encodings import MATRIX, Encoded, Encoding, Int8
 from ...files.rotations import OURS, Rotation
 from ...files.tensors import TensorTypes
@@ -76,7 +78,17 @@ class Int8FastLinear(Int8Linear):
         self.path, report = choose_path(self.weight.device, self.compute, *shape, self.rotation)
         return report
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def row_kernels(self, tokens: int) -> RowKernels | None:
+        """The kernels that make rows which this layer takes for so many tokens, or None if it does not."""
+        return self.path.kernels if self.path is not None and tokens >= MIN_INT_MM_ROWS else None
+
+    def forward(self, x: Any) -> Any:
+        """x (..., in) to (..., out); or Rows to the Product of them, which is not finished."""
+        if isinstance(x, Rows):
+            path = self.path
+            assert path is not None and path.kernels is not None
+            sums = path.product(x.tokens, self.weight)
+            return Product(sums, x.scales, self.weight_scale, self.bias, path.kernels)
         rows = x.numel() // x.shape[-1]
         if self.path is None or rows < MIN_INT_MM_ROWS:
             return super().forward(x)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ...cuda.rows import row_kernels
 from ...files.rotations import OURS, Rotation, rotated
 
 LEVELS = 127  # symmetric: -127..127
@@ -32,6 +33,10 @@ def multiply_upcast(
     rotation: Rotation | None = OURS,
 ) -> torch.Tensor:
     """x (..., k) times the transpose of a rotated INT8 weight (n, k), computed in x's dtype: (..., n)."""
+    known = rotation == OURS and weight.shape[1] % OURS.block == 0
+    kernels = row_kernels(x.device, x.dtype) if known else None
+    if kernels is not None:
+        return F.linear(x, kernels.upcast(weight, scale, rotates=True), bias)
     upcast = dequantize(weight, scale, x.dtype)
     if x.numel() // x.shape[-1] < len(weight):  # rotate the smaller side
         return F.linear(rotated(x, rotation), upcast, bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from ...cards.timing import seconds_each
+from ...cuda.products import multiply_int8
+from ...cuda.rows import WIDEST, Product, RowKernels, row_kernels
 from ...files.rotations import OURS, Rotation, rotated
 from .int8_math import (
     dequantize,
@@ -37,13 +40,43 @@ Multiply = Callable[
 ]
 
 
+def int_mm(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """INT8 (m, k) times the transpose of INT8 (n, k): INT32 (m, n), by the library that torch calls.
+
+    The transpose stays a view: INT8 kernels of every card take row-major times column-major.
+    """
+    return torch._int_mm(tokens, weight.t())
+
+
 @dataclass(frozen=True)
 class IntegerPath:
-    """An implementation of the steps around torch._int_mm."""
+    """An implementation of INT8 products and of the steps around them.
+
+    kernels: those that can join these steps with what a block does before and after a product, or None.
+    """
 
     name: str
     quantize: Quantize
     rescale: Rescale
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = int_mm
+    kernels: RowKernels | None = None
+
+    @classmethod
+    def of_kernels(cls, name: str, kernels: RowKernels, product: Callable[..., torch.Tensor]) -> IntegerPath:
+        def quantize(x: torch.Tensor, rotation: Rotation | None) -> tuple[torch.Tensor, torch.Tensor]:
+            rows = kernels.quantize(x.contiguous())
+            return rows.tokens, rows.scales
+
+        def rescale(
+            sums: torch.Tensor,
+            scale: torch.Tensor,
+            weight_scale: torch.Tensor,
+            bias: torch.Tensor | None,
+            dtype: torch.dtype,
+        ) -> torch.Tensor:
+            return kernels.finished(Product(sums, scale, weight_scale, bias, kernels))
+
+        return cls(name, quantize, rescale, product, kernels)
 
     def multiply(
         self,
@@ -55,20 +88,26 @@ class IntegerPath:
     ) -> torch.Tensor:
         """x (m, k) times the INT8 weight's transpose (k, n): (m, n) in x's dtype."""
         tokens, scale = self.quantize(x, rotation)
-        # The transpose stays a view: INT8 kernels of every card take row-major times column-major.
-        return self.rescale(torch._int_mm(tokens, weight.t()), scale, weight_scale, bias, x.dtype)
+        return self.rescale(self.product(tokens, weight), scale, weight_scale, bias, x.dtype)
 
 
-def integer_paths(device: torch.device) -> list[IntegerPath]:
-    """The implementations that may run on the device. None is tested yet."""
-    paths = [IntegerPath("torch", quantize_tokens, rescale)]
+def integer_paths(
+    device: torch.device, dtype: torch.dtype, width: int, rotation: Rotation | None
+) -> list[IntegerPath]:
+    """The implementations that may run on the device for tokens of that width. No product is tested yet."""
+    paths = []
+    kernels = row_kernels(device, dtype) if rotation == OURS else None
+    if kernels is not None and width % OURS.block == 0 and width <= WIDEST:
+        paths += [
+            IntegerPath.of_kernels("cuda", kernels, int_mm),
+            IntegerPath.of_kernels("cuda dp4a", kernels, multiply_int8),
+        ]
     if device.type == "cuda":
-        try:
+        with contextlib.suppress(ImportError):
             from . import int8_triton
-        except ImportError:
-            return paths
-        paths.insert(0, IntegerPath("triton", int8_triton.quantize_tokens, int8_triton.rescale))
-    return paths
+
+            paths.append(IntegerPath("triton", int8_triton.quantize_tokens, int8_triton.rescale))
+    return [*paths, IntegerPath("torch", quantize_tokens, rescale)]
 
 
 @functools.cache
@@ -115,7 +154,7 @@ def fastest_path(
     product = _TestProduct.of(device, dtype, *shape, rotation)
     fastest: IntegerPath | None = None
     best, faults = float("inf") if taken else product.seconds(multiply_upcast) / CLEARLY_FASTER, []
-    for path in integer_paths(device):
+    for path in integer_paths(device, dtype, shape[1], rotation):
         if taken and (taken[0] is None or path.name != taken[0].name):
             continue
         try:

@@ -1,0 +1,145 @@
+"""Attention with queries, keys, values and probabilities rounded to INT8, multiplied by DP4A (attention.cu).
+
+Rounding: queries and keys by token, after Hadamard's rotation of their channels and without the keys' mean,
+which no probability depends on; values by channel, without their mean, which is added to the result;
+probabilities to 255 levels of the largest of 128 keys.
+(https://arxiv.org/abs/2410.02367, https://arxiv.org/abs/2404.00456)
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+
+import torch
+import torch.nn.functional as F
+
+from ..cards.kernels import as_current
+from .compiler import KernelError
+from .driver import Module
+
+log = logging.getLogger("FireRed")
+
+HEAD_SIZE = 128
+QUERIES, KEYS = 64, 128  # of a tile
+PARTS = 64  # in which the keys are measured
+PACKED_BYTES = 3  # of a token and channel: query, key and value
+# The largest relative error against FP64 in the test. 0.02 to 0.03 is what rounding costs.
+MAX_ERROR = 0.06
+TEST_HEADS, TEST_QUERIES, TEST_KEYS = 3, 150, 300
+
+
+class Int8Attention:
+    """The kernels on one card. Raises KernelError where they do not compile or load."""
+
+    def __init__(self, device: torch.device):
+        module = Module("attention.cu", device)
+        self._measure_parts, self._measure_all = module.kernel("measure_parts"), module.kernel("measure_all")
+        self._pack_queries, self._pack_keys = module.kernel("pack_queries"), module.kernel("pack_keys")
+        self._pack_values, self._attend = module.kernel("pack_values"), module.kernel("attend")
+
+    @staticmethod
+    def takes(query: torch.Tensor) -> bool:
+        """Whether it is of a form that the kernels know: (1, heads, tokens, 128) FP32."""
+        return len(query) == 1 and query.shape[-1] == HEAD_SIZE and query.dtype == torch.float32
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As scaled_dot_product_attention: (1, heads, tokens, 128), of FP32.
+
+        There may be more or fewer keys than queries. mask: (1, 1, 1, keys) bool, False for keys to ignore.
+        """
+        _, heads, queries, size = query.shape
+        keys, device = key.shape[2], query.device
+        query_tiles, key_tiles = -(-queries // QUERIES), -(-keys // KEYS)
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+
+        def floats(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=device)
+
+        def ints(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.int32, device=device)
+
+        counts = None if mask is None else mask.reshape(-1).contiguous()
+        count = None if counts is None else counts.sum(dtype=torch.int32)
+        means, scales = floats(2, heads, size), floats(2, heads, size)
+        parts = floats(2, heads, PARTS, 3, size)
+        steps = *key.stride()[1:3], *value.stride()[1:3]
+        self._measure_parts((PARTS, heads, 2), size, key, value, counts, parts, keys, *steps)
+        self._measure_all((heads, 2), size, parts, count, means, scales, PARTS, keys)
+        packed_queries, query_scales = (
+            ints(heads, query_tiles, 32, QUERIES),
+            floats(heads, query_tiles * QUERIES),
+        )
+        packed, key_scales = ints(heads, key_tiles, 2, 32, KEYS), floats(heads, key_tiles * KEYS)
+        offsets = torch.empty_like(key_scales)
+        # Powers of 2, and a rotation that is not normalised on either side.
+        factor = size**-0.5 * math.log2(math.e) / size
+        self._pack_queries(
+            (query_tiles, heads),
+            256,
+            query,
+            packed_queries,
+            query_scales,
+            queries,
+            *query.stride()[1:3],
+            factor,
+        )
+        self._pack_keys(
+            (2 * key_tiles, heads), 256, key, means[0], counts, packed, key_scales, offsets, keys, *steps[:2]
+        )
+        self._pack_values(
+            (16 * key_tiles, heads), 256, value, means[1], scales[1], counts, packed, keys, *steps[2:]
+        )
+        out = floats(queries, heads, size)
+        self._attend(
+            (query_tiles, heads), 128, packed_queries, query_scales, packed, key_scales, offsets, scales[1],
+            means[1], out, queries, query_tiles, key_tiles,
+        )  # fmt: skip
+        return out.transpose(0, 1).unsqueeze(0)
+
+
+@functools.cache
+def int8_attention(device: torch.device) -> Int8Attention | None:
+    """The kernels for a card, if they pass a test on that card; else None, logged."""
+    if device.type != "cuda" or torch.version.hip:
+        return None
+    try:
+        kernels = Int8Attention(device)
+        with as_current(device):
+            error = _test_error(kernels, device)
+        if not error <= MAX_ERROR:
+            raise KernelError(f"its results are wrong by {error:.1%}")
+    except KernelError as error:
+        log.info("%s: no INT8 attention (%s)", device, error)
+        return None
+    return kernels
+
+
+def _test_error(kernels: Int8Attention, device: torch.device) -> float:
+    """The largest relative error of a head against FP64; NaN where NaN in a value does not come through.
+
+    A head has values up to 1e6, another has a key that draws all attention. Some keys are masked.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(tokens: int) -> torch.Tensor:
+        return torch.randn((1, TEST_HEADS, tokens, HEAD_SIZE), generator=generator).to(device)
+
+    query, key, value = random(TEST_QUERIES), random(TEST_KEYS), random(TEST_KEYS)
+    value[:, 0] *= torch.logspace(0, 6, TEST_KEYS, device=device).unsqueeze(1)
+    key[:, 1, 200], query[:, 1] = 2.2, query[:, 1] + 0.25
+    mask = torch.ones(1, 1, 1, TEST_KEYS, dtype=torch.bool, device=device)
+    mask[..., 2:140] = False  # all of a tile's keys but two, and some of the next
+    key[:, :, 100] = torch.nan  # ignored
+    value[:, :, 100] = torch.inf
+    found = kernels(query, key, value, mask).double()
+    kept = mask.reshape(-1)
+    keys, values = key[:, :, kept].double(), value[:, :, kept].double()
+    exact = F.scaled_dot_product_attention(query.double(), keys, values)
+    error = float(((found - exact).flatten(2).norm(dim=2) / exact.flatten(2).norm(dim=2)).max())
+    value[:, :, 200, 5] = torch.nan
+    poisoned = kernels(query, key, value, mask)[..., 5]
+    return error if bool(poisoned.isnan().all()) else math.nan

@@ -1,0 +1,152 @@
+"""Compile CUDA C++ with NVRTC, the library that torch's CUDA builds bring along (https://docs.nvidia.com/cuda/nvrtc).
+
+Compiled kernels are kept in the cache of the process that loads a component, see keeping_kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+
+import torch
+
+from ..files.cache import DiskCache, digest
+
+SOURCES = Path(__file__).resolve().parent
+OPTIONS = ("-std=c++17", "-default-device")
+BINARY, CHECK = "binary", "check"  # the tensors of a kept file: the second is a digest of the first
+
+_cache: ContextVar[DiskCache | None] = ContextVar("compiled kernels", default=None)
+
+
+class KernelError(Exception):
+    """Why a kernel cannot be used here, for the log."""
+
+
+@contextmanager
+def keeping_kernels(cache: DiskCache | None) -> Iterator[None]:
+    """Keep what is compiled inside this context in the cache, and find it there."""
+    token = _cache.set(cache)
+    try:
+        yield
+    finally:
+        _cache.reset(token)
+
+
+def compiled(source: str, architecture: str, macros: Mapping[str, object], driver: object) -> Iterator[bytes]:
+    """A source file of this folder as a binary for one architecture, such as "sm_61".
+
+    The first is from the cache, if it is there; whoever cannot use it takes the next, which is compiled now.
+    macros: by name. driver: its version, as a binary is kept for one driver. Raises KernelError.
+    """
+    text, compiler = (SOURCES / source).read_text(encoding="utf-8"), nvrtc()
+    options = (*OPTIONS, f"--gpu-architecture={architecture}", *(f"-D{k}={v}" for k, v in macros.items()))
+    name, cache = f"kernels-{digest(text, options, compiler.version, driver)}", _cache.get()
+    kept = (cache.read(name) if cache else None) or {}
+    if BINARY in kept and CHECK in kept and bytes(kept[CHECK]).decode() == digest(kept[BINARY]):
+        yield bytes(kept[BINARY])
+    binary = compiler.compile(text, source, options).binary
+    if cache:
+        tensor = _bytes(binary)
+        with suppress(OSError, RuntimeError):  # without a file, it is compiled again the next time
+            cache.write(name, {BINARY: tensor, CHECK: _bytes(digest(tensor).encode())})
+    yield binary
+
+
+def _bytes(content: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+class Compilation:
+    """A compiled program. log: what the compiler said, such as each kernel's registers."""
+
+    def __init__(self, binary: bytes, log: str):
+        self.binary, self.log = binary, log
+
+
+class Nvrtc:
+    """The compiler's library. Raises KernelError when it cannot be used."""
+
+    def __init__(self, path: str):
+        try:
+            self._library = ctypes.CDLL(path)
+            self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
+            major, minor = ctypes.c_int(), ctypes.c_int()
+            self._check(self._library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+        except (OSError, AttributeError) as error:
+            raise KernelError(f"{path} cannot be used ({error})") from error
+        self.version = major.value, minor.value
+
+    def compile(self, text: str, name: str, options: tuple[str, ...]) -> Compilation:
+        """Raises KernelError with the compiler's first complaint."""
+        library, program = self._library, ctypes.c_void_p()
+        self._check(library.nvrtcCreateProgram(
+            ctypes.byref(program), text.encode(), name.encode(), 0, None, None
+        ))  # fmt: skip
+        try:
+            array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+            result = library.nvrtcCompileProgram(program, len(options), array)
+            log = self._text("ProgramLog", program).rstrip(b"\0").decode(errors="replace")
+            if result:
+                raise KernelError(f"NVRTC {self.version}: {_complaint(log) or self._error(result)}")
+            return Compilation(self._text("CUBIN", program), log)
+        finally:
+            library.nvrtcDestroyProgram(ctypes.byref(program))
+
+    def _text(self, what: str, program: ctypes.c_void_p) -> bytes:
+        size = ctypes.c_size_t()
+        self._check(getattr(self._library, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+        buffer = ctypes.create_string_buffer(size.value)
+        self._check(getattr(self._library, f"nvrtcGet{what}")(program, buffer))
+        return buffer.raw
+
+    def _error(self, result: int) -> str:
+        return str(self._library.nvrtcGetErrorString(result).decode())
+
+    def _check(self, result: int) -> None:
+        if result:
+            raise KernelError(f"NVRTC: {self._error(result)}")
+
+
+def _complaint(log: str) -> str:
+    """The first line with an error."""
+    return next((line.strip() for line in log.splitlines() if "error" in line), "")
+
+
+@functools.cache
+def nvrtc() -> Nvrtc:
+    """The compiler of this torch's CUDA. Raises KernelError where there is none of the same major version."""
+    version = torch.version.cuda
+    if version is None:
+        raise KernelError("this torch is not built for CUDA")
+    major = version.partition(".")[0]
+    tried = None
+    for path in _libraries(major):
+        try:
+            found = Nvrtc(path)
+        except KernelError as error:
+            tried = error
+            continue
+        if found.version[0] == int(major):
+            return found
+    raise tried or KernelError(f"there is no NVRTC {major}")
+
+
+def _libraries(major: str) -> Iterator[str]:
+    """Where NVRTC may be: in NVIDIA's wheels beside torch, in torch's folder, or where the system looks."""
+    site = Path(torch.__file__).resolve().parents[1]
+    if sys.platform == "win32":
+        folders, name = ("torch/lib", "nvidia/*/bin", "nvidia/*/bin/*"), f"nvrtc64_{major}*_0.dll"
+    else:
+        folders, name = ("nvidia/*/lib", "torch/lib"), f"libnvrtc*.so.{major}*"
+    for folder in folders:
+        for path in sorted(site.glob(f"{folder}/{name}")):
+            if not re.search(r"builtins|\.alt\.", path.name):
+                yield str(path)
+    yield f"nvrtc64_{major}0_0.dll" if sys.platform == "win32" else f"libnvrtc.so.{major}"
