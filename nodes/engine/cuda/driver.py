@@ -47,14 +47,17 @@ class Kernel:
 
     def __init__(self, function: ctypes.c_void_p, name: str, device: torch.device):
         self._function, self._name, self._device = function, name, device
+        self._launch = _driver().cuLaunchKernel
 
     def __call__(self, grid: tuple[int, ...], threads: int, *arguments: Argument) -> None:
         """Queue it on the card's current stream. The card is the current one. Raises RuntimeError."""
         values = [_parameter(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        sizes = (*grid, *(1,) * (3 - len(grid)))
-        result = _driver().cuLaunchKernel(self._function, *sizes, threads, 1, 1, 0, stream, pointers, None)
+        columns, *others = grid
+        rows = others[0] if others else 1
+        layers = others[1] if len(others) > 1 else 1
+        result = self._launch(self._function, columns, rows, layers, threads, 1, 1, 0, stream, pointers, None)
         if result:
             raise RuntimeError(f"CUDA error: {self._name} could not be launched ({result})")
 

@@ -25,7 +25,8 @@ log = logging.getLogger("FireRed")
 EPS = 1e-6  # of every norm
 HEAD_SIZE = 128  # channels; a warp holds a head
 VECTORS = 6  # of four channels, that a thread of quantize_rows holds
-WIDEST = 1024 * 4 * VECTORS  # channels
+WIDEST = 1024 * 4 * VECTORS  # channels of a row
+WIDEST_HEADS = 1024 * 4  # of a row of heads
 MACROS: dict[torch.dtype, dict[str, object]] = {torch.float32: {}, torch.bfloat16: {"BF16": 1}}
 # Largest relative errors of a row against FP64; rounding to INT8 causes 0.9 %.
 MAX_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
@@ -119,7 +120,7 @@ def rotate_pairs(heads: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
 class RowKernels:
     """The kernels on one card for one arithmetic. Raises KernelError where they do not compile or load.
 
-    Rows are contiguous; their width is a multiple of 64, and at most WIDEST.
+    Rows are contiguous.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
@@ -129,6 +130,10 @@ class RowKernels:
         self.dtype = dtype
         self._quantize, self._heads = module.kernel("quantize_rows"), module.kernel("finish_heads")
         self._finish, self._upcast = module.kernel("finish_rows"), module.kernel("upcast_rows")
+
+    def take(self, width: int) -> bool:
+        """Whether rows may be so wide."""
+        return width % OURS.block == 0 and width <= WIDEST
 
     def quantize(
         self,
@@ -141,7 +146,7 @@ class RowKernels:
 
         NaN or infinity goes into the row's scale.
         """
-        (rows, width), device = _shape(source), _numbers(source).device
+        (rows, width), device = shape(source), numbers(source).device
         tokens = torch.empty((rows, width), dtype=torch.int8, device=device)
         scales = torch.empty((rows, 1), dtype=torch.float32, device=device)
         self._run(source, modulation, first, activate, None, tokens, scales)
@@ -169,7 +174,7 @@ class RowKernels:
         tokens: torch.Tensor | None,
         scales: torch.Tensor | None,
     ) -> None:
-        rows, width = _shape(source)
+        rows, width = shape(source)
         threads = -(-width // (VECTORS * 4 * 32)) * 32
         shift, scale = (_part(modulation, first + number, width) for number in (0, 1))
         self._quantize(
@@ -189,7 +194,7 @@ class RowKernels:
         weight: (size) of the norm, or None for none. rotations: complex64 (m, size / 2), or None. out: of the
         source's shape. There are at most 32 heads.
         """
-        rows, width = _shape(source)
+        rows, width = shape(source)
         pairs = None if rotations is None else torch.view_as_real(rotations)
         self._heads((rows,), width // 4, *_source(source), weight, pairs, out)
 
@@ -220,15 +225,16 @@ class RowKernels:
         return out
 
     def _empty(self, source: Source) -> torch.Tensor:
-        return torch.empty(_shape(source), dtype=self.dtype, device=_numbers(source).device)
+        return torch.empty(shape(source), dtype=self.dtype, device=numbers(source).device)
 
 
-def _numbers(source: Source) -> torch.Tensor:
+def numbers(source: Source) -> torch.Tensor:
     return source.sums if isinstance(source, Product) else source
 
 
-def _shape(source: Source) -> tuple[int, int]:
-    rows, width = _numbers(source).shape
+def shape(source: Source) -> tuple[int, int]:
+    """Tokens and width."""
+    rows, width = numbers(source).shape
     return rows, width
 
 

@@ -1,7 +1,7 @@
-"""What a block computes between its products: by our own kernels where its layers take rows, else in torch.
+"""What a block computes between its products: by our own kernels where they run, else in plain torch.
 
-A layer takes rows if it multiplies INT8 matrices, our kernels run on its card, and no hook sees what goes in
-and out, such as that of a LoRA.
+A layer that multiplies INT8 matrices takes rows, and leaves its result unfinished, unless a hook sees what goes
+in and out, such as that of a LoRA.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch.nn import Module
 
 from ..cuda import rows
-from ..cuda.rows import Modulation, Product, RowKernels, Rows
+from ..cuda.rows import Modulation, Product, RowKernels, Rows, Source, row_kernels
 from ..weights.formats import Int8FastLinear
 
 Activations = torch.Tensor | Rows  # of a layer: (1, tokens, width), or its rows
@@ -24,36 +24,46 @@ def token_count(x: Activations) -> int:
     return len(x.tokens) if isinstance(x, Rows) else x.shape[-2]
 
 
-def _kernels(layers: Sequence[Module], x: torch.Tensor) -> RowKernels | None:
-    """The kernels that make rows for these layers; None if one of them does not take rows."""
-    found = None
-    for layer in layers:
-        if not isinstance(layer, Int8FastLinear) or layer._forward_hooks or layer._forward_pre_hooks:
-            return None
-        found = layer.row_kernels(x.shape[-2])
-        if found is None:
-            return None
-    return found
+def _kernels(x: torch.Tensor) -> RowKernels | None:
+    """What computes on rows of this width and arithmetic on this card; None is plain torch."""
+    kernels = row_kernels(x.device, x.dtype)
+    return kernels if kernels is not None and kernels.take(x.shape[-1]) else None
+
+
+def _take_rows(layers: Sequence[Module], tokens: int) -> bool:
+    return all(
+        isinstance(layer, Int8FastLinear) and layer.takes_rows(tokens) and not _is_watched(layer)
+        for layer in layers
+    )
+
+
+def _is_watched(module: Module | None) -> bool:
+    return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def normed_for(layers: Sequence[Module], x: torch.Tensor, modulation: Modulation, first: int) -> Activations:
     """The input of these layers: x (1, tokens, width), normed and modulated as rows.normed does."""
-    kernels = _kernels(layers, x)
+    kernels = _kernels(x)
     if kernels is None:
         return rows.normed(x, modulation, first)
-    return kernels.quantize(x[0].contiguous(), modulation, first)
+    if _take_rows(layers, x.shape[1]):
+        return kernels.quantize(x[0].contiguous(), modulation, first)
+    return kernels.normed(x[0].contiguous(), modulation, first).unsqueeze(0)
 
 
 def prepared(x: torch.Tensor, layer: Module) -> Activations:
     """x (1, tokens, width) as the layer takes it."""
-    kernels = _kernels([layer], x)
-    return x if kernels is None else kernels.quantize(x[0].contiguous())
+    kernels = _kernels(x)
+    if kernels is None or not _take_rows([layer], x.shape[1]):
+        return x
+    return kernels.quantize(x[0].contiguous())
 
 
 def activated(y: Product, layer: Module) -> Activations:
     """The layer's input: gelu of the result of another one."""
-    kernels, watched = y.kernels, _kernels([layer], y.sums) is None
-    return kernels.gelu(y).unsqueeze(0) if watched else kernels.quantize(y, activate=True)
+    if _take_rows([layer], len(y.sums)):
+        return y.kernels.quantize(y, activate=True)
+    return y.kernels.gelu(y).unsqueeze(0)
 
 
 def add_gated(x: torch.Tensor, change: Result, modulation: Modulation, gate: int) -> torch.Tensor:
@@ -71,11 +81,19 @@ class HeadsOf(NamedTuple):
     rotations: torch.Tensor | None = None
 
     @property
-    def tokens(self) -> int:
-        return len(self.result.sums) if isinstance(self.result, Product) else self.result.shape[1]
+    def source(self) -> Source:
+        """As the kernels take it."""
+        return self.result if isinstance(self.result, Product) else self.result[0].contiguous()
+
+    @property
+    def kernels(self) -> RowKernels | None:
+        """Those that can do it, for heads of rows.HEAD_SIZE."""
+        if _is_watched(self.norm):
+            return None
+        return self.result.kernels if isinstance(self.result, Product) else _kernels(self.result)
 
     def plain(self, size: int) -> torch.Tensor:
-        """(1, tokens, heads, size)."""
+        """(1, tokens, heads, size), in plain torch."""
         y = self.result
         finished = y.kernels.finished(y).unsqueeze(0) if isinstance(y, Product) else y
         heads = finished.unflatten(-1, (-1, size))
@@ -83,26 +101,18 @@ class HeadsOf(NamedTuple):
             heads = self.norm(heads)
         return heads if self.rotations is None else rows.rotate_pairs(heads, self.rotations)
 
-    def write(self, out: torch.Tensor) -> None:
-        """The same into out (tokens, heads, size)."""
-        y = self.result
-        watched = self.norm is not None and self.norm._forward_hooks
-        if isinstance(y, Product) and out.shape[-1] == rows.HEAD_SIZE and not watched:
-            weight: Any = None if self.norm is None else self.norm.weight
-            y.kernels.heads(y, weight, self.rotations, out.flatten(1))
-        else:
-            out.copy_(self.plain(out.shape[-1])[0])
-
 
 def joined_heads(text: HeadsOf, image: HeadsOf, size: int) -> torch.Tensor:
     """Both streams' heads as those of one sequence, in the attention's order: (1, T + I, heads, size)."""
-    streams = text, image
-    if not any(isinstance(stream.result, Product) for stream in streams):
-        return torch.cat([stream.plain(size) for stream in streams], dim=1)
-    product = next(stream.result for stream in streams if isinstance(stream.result, Product))
-    counts, width = [stream.tokens for stream in streams], product.sums.shape[1]
-    dtype, device = product.kernels.dtype, product.sums.device
-    out = torch.empty((sum(counts), width // size, size), dtype=dtype, device=device)
-    for stream, part in zip(streams, out.split(counts), strict=True):
-        stream.write(part)
-    return out.unsqueeze(0)
+    streams, kernels = (text, image), text.kernels
+    sources = [each.source for each in streams]
+    (text_tokens, width), (image_tokens, _) = map(rows.shape, sources)
+    known = size == rows.HEAD_SIZE and width <= rows.WIDEST_HEADS
+    if kernels is None or image.kernels is None or not known:
+        return torch.cat([each.plain(size) for each in streams], dim=1)
+    tokens, device = text_tokens + image_tokens, rows.numbers(sources[0]).device
+    out = torch.empty((tokens, width), dtype=kernels.dtype, device=device)
+    for each, source, part in zip(streams, sources, out.split([text_tokens, image_tokens]), strict=True):
+        weight: Any = None if each.norm is None else each.norm.weight
+        kernels.heads(source, weight, each.rotations, part)
+    return out.unflatten(1, (-1, size)).unsqueeze(0)

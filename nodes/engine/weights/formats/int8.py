@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...cuda.rows import Product, RowKernels, Rows
+from ...cuda.rows import Product, Rows
 from ...files.encodings import MATRIX, Encoded, Encoding, Int8
 from ...files.rotations import OURS, Rotation
 from ...files.tensors import TensorTypes
@@ -78,9 +78,9 @@ class Int8FastLinear(Int8Linear):
         self.path, report = choose_path(self.weight.device, self.compute, *shape, self.rotation)
         return report
 
-    def row_kernels(self, tokens: int) -> RowKernels | None:
-        """The kernels that make rows which this layer takes for so many tokens, or None if it does not."""
-        return self.path.kernels if self.path is not None and tokens >= MIN_INT_MM_ROWS else None
+    def takes_rows(self, tokens: int) -> bool:
+        """Whether forward takes so many tokens as Rows."""
+        return self.path is not None and self.path.kernels is not None and tokens >= MIN_INT_MM_ROWS
 
     def forward(self, x: Any) -> Any:
         """x (..., in) to (..., out); or Rows to the Product of them, which is not finished."""

@@ -33,9 +33,8 @@ def multiply_upcast(
     rotation: Rotation | None = OURS,
 ) -> torch.Tensor:
     """x (..., k) times the transpose of a rotated INT8 weight (n, k), computed in x's dtype: (..., n)."""
-    known = rotation == OURS and weight.shape[1] % OURS.block == 0
-    kernels = row_kernels(x.device, x.dtype) if known else None
-    if kernels is not None:
+    kernels = row_kernels(x.device, x.dtype) if rotation == OURS else None
+    if kernels is not None and kernels.take(weight.shape[1]):
         return F.linear(x, kernels.upcast(weight, scale, rotates=True), bias)
     upcast = dequantize(weight, scale, x.dtype)
     if x.numel() // x.shape[-1] < len(weight):  # rotate the smaller side

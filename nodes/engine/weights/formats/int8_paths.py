@@ -12,7 +12,7 @@ import torch
 
 from ...cards.timing import seconds_each
 from ...cuda.products import multiply_int8
-from ...cuda.rows import WIDEST, Product, RowKernels, row_kernels
+from ...cuda.rows import Product, RowKernels, row_kernels
 from ...files.rotations import OURS, Rotation, rotated
 from .int8_math import (
     dequantize,
@@ -97,7 +97,7 @@ def integer_paths(
     """The implementations that may run on the device for tokens of that width. No product is tested yet."""
     paths = []
     kernels = row_kernels(device, dtype) if rotation == OURS else None
-    if kernels is not None and width % OURS.block == 0 and width <= WIDEST:
+    if kernels is not None and kernels.take(width):
         paths += [
             IntegerPath.of_kernels("cuda", kernels, int_mm),
             IntegerPath.of_kernels("cuda dp4a", kernels, multiply_int8),
