@@ -12,6 +12,7 @@ from . import host
 from .engine.images import require_image, to_image, to_pil
 from .engine.latents import TOKEN_PIXELS, WIDTH, LatentInput, read_latent
 from .engine.limits import SEED, STEPS, require_text
+from .engine.numerics.attention import AttentionVerdict, can_compare
 from .engine.numerics.charts import draw_ranges
 from .engine.numerics.ranges import Ranges, report
 from .engine.weights.components import Replica
@@ -92,11 +93,16 @@ class FireRedNumerics(io.ComfyNode):
         if text_encoder is not None:
             host.require_handle(text_encoder, "text_encoder")
         size = width, height
-        measured = [_measure_transformer(transformer, positive, given, steps, look_at, size, seed)]
+        replica, ranges, attention = _measure_transformer(
+            transformer, positive, given, steps, look_at, size, seed
+        )
+        measured = [(replica, ranges)]
         if text_encoder is not None:
             measured.append(_measure_text_encoder(text_encoder, prompt, pictures))
         charts = [draw_ranges(f"Activation ranges: {replica}", ranges) for replica, ranges in measured]
-        text = "\n\n".join(report(replica, ranges) for replica, ranges in measured)
+        texts = [report(replica, ranges) for replica, ranges in measured]
+        texts[0] += f"\n{attention}" if attention else ""
+        text = "\n\n".join(texts)
         return io.NodeOutput(to_image(charts), text, ui=ui.PreviewText(text))
 
 
@@ -108,8 +114,8 @@ def _measure_transformer(
     look_at: str,
     size: tuple[int, int],
     seed: int,
-) -> tuple[Replica, Ranges]:
-    from .engine.numerics.measure import measure_transformer, parse_steps
+) -> tuple[Replica, Ranges, AttentionVerdict | None]:
+    from .engine.numerics.measure import compare_attention, inputs_of, measure_transformer, parse_steps
     from .engine.sampling.conditioning import POSITIVE
     from .engine.sampling.sampling import prepare_run, read_conditions
 
@@ -131,7 +137,12 @@ def _measure_transformer(
     )
     run.require_room(host.room(replica))
     with host.borrow(transformer, run.working_bytes()) as model:
-        return replica, measure_transformer(model, run, looked_at, samples, host.progress_reporter())
+        ranges = measure_transformer(model, run, looked_at, samples, host.progress_reporter())
+        if not can_compare(replica):
+            return replica, ranges, None
+        verdict = compare_attention(model, run, inputs_of(run, looked_at, samples))
+    host.keep_attention_verdict(replica, verdict)
+    return replica, ranges, verdict
 
 
 def _measure_text_encoder(

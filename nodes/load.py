@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import host
+from .engine.limits import ATTENTION, AUTO
 from .engine.models.guard import GUARDS, STOP
 from .engine.weights.precision import MATH, ROLE_PRECISIONS
 
@@ -88,15 +89,34 @@ class FireRedLoadTransformer(_Loader):
                     tooltip="Force the arithmetic; the weights are stored as before. fp32 on a modern card "
                     "computes what a P40 would.",
                 ),
+                io.Combo.Input(
+                    "attention",
+                    options=list(ATTENTION.options),
+                    default=AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip="int8: faster on cards without tensor cores, and rounds. auto: exact, until "
+                    "FireRed Numerics found that int8 costs no more than int8-fast does.",
+                ),
             ],
             outputs=[Transformer.Output("transformer", display_name="transformer")],
         )
 
     @classmethod
     def execute(
-        cls, checkpoint: str, precision: str = "auto", device: str = "auto", math: str = "auto"
+        cls,
+        checkpoint: str,
+        precision: str = "auto",
+        device: str = "auto",
+        math: str = "auto",
+        attention: str = AUTO,
     ) -> io.NodeOutput:
-        return io.NodeOutput(host.open_component(cls.ROLE, checkpoint, precision, device, math))
+        return io.NodeOutput(host.open_component(cls.ROLE, checkpoint, precision, device, math, attention))
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: Any = None, attention: Any = AUTO, **_: Any) -> str:
+        files = host.checkpoint_fingerprint(checkpoint, cls.ROLE)
+        return f"{files} {host.attention_fingerprint(checkpoint, attention)}"
 
 
 class FireRedLoadTextEncoder(_Loader):

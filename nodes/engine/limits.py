@@ -69,6 +69,8 @@ REFERENCE_MEGAPIXELS = Real("reference_megapixels", 0.01, 4.0)
 MAX_PICTURES = 10  # in one edit
 REFERENCES = Whole("references", 0, MAX_PICTURES)
 RESUME = Choice("resume", ("on", "off"))
+AUTO, EXACT, INT8 = "auto", "exact", "int8"  # of attention: torch's, or one that rounds to INT8
+ATTENTION = Choice("attention", (AUTO, EXACT, INT8))
 TILING = Choice("tiling", ("auto", "whole", "tiled"))
 
 

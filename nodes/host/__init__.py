@@ -6,6 +6,7 @@ themselves, because its import touches the accelerator.
 
 from __future__ import annotations
 
+from .attention import attention_fingerprint, keep_attention_verdict
 from .checkpoints import (
     FILE_FOLDERS,
     checkpoint_fingerprint,
@@ -32,6 +33,7 @@ __all__ = [
     "FILE_FOLDERS",
     "RUN_KEY",
     "Handle",
+    "attention_fingerprint",
     "borrow",
     "borrow_all",
     "check_cancelled",
@@ -45,6 +47,7 @@ __all__ = [
     "get_checkpoint",
     "get_lora",
     "hardware_plan",
+    "keep_attention_verdict",
     "lora_fingerprint",
     "lora_names",
     "open_component",

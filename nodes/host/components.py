@@ -13,7 +13,7 @@ from ..engine.cards.libraries import require_libraries
 from ..engine.cards.preflight import preflight
 from ..engine.errors import FireRedError, InputError
 from ..engine.files.checkpoint import Checkpoint
-from ..engine.limits import shown
+from ..engine.limits import ATTENTION, EXACT, shown
 from ..engine.planning.plan import Plan
 from ..engine.planning.planner import Choice, make_plan
 from ..engine.planning.sharing import Sharing
@@ -22,6 +22,7 @@ from ..engine.weights.components import ComponentSpec, Replica
 from ..engine.weights.estimates import Edit
 from ..engine.weights.precision import MATH, ROLE_PRECISIONS, require_library, runs_on
 from ..engine.weights.room import DoesNotFitError, require_fit, working_bytes
+from .attention import choose_attention
 from .checkpoints import get_checkpoint
 from .devices import DeviceLabels, device_labels, machine
 from .memory import Handle, handle_for
@@ -36,12 +37,21 @@ PRECISION_FLAGS = {
 }  # ComfyUI's --bf16-unet and so on
 
 
-def open_component(role: str, checkpoint: str, precision: str, device: str, math: str = "auto") -> Handle:
+def open_component(
+    role: str,
+    checkpoint: str,
+    precision: str,
+    device: str,
+    math: str = "auto",
+    attention: str = EXACT,
+) -> Handle:
     """Decide where and how a component runs here, and log it in one line. Loads nothing.
 
+    attention: of a transformer.
     Raises FireRedError when it cannot run, when it does not fit, or when a library is missing.
     """
     require_libraries()
+    attention = ATTENTION.require(attention)
     replica, reason, sharing = _decide(role, checkpoint, precision, device, math)
     why, size = f" ({reason})" if reason else "", replica.spec.nbytes() / GIB
     log.info("%s, about %.1f GiB%s%s", replica, size, why, _attention_note(replica))
@@ -53,6 +63,9 @@ def open_component(role: str, checkpoint: str, precision: str, device: str, math
             "fp16 arithmetic overflows in this transformer; the sampler will stop at the step where it does."
         )
     handle = handle_for(replica)
+    if role == "transformer":
+        here = machine().device(replica.card.label)
+        handle = handle.with_options(attention=choose_attention(attention, replica, here))
     return handle if sharing is None else share_among(handle, sharing)
 
 

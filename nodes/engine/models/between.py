@@ -1,7 +1,7 @@
 """What a block computes between its products: by our own kernels where they run, else in plain torch.
 
-A layer that multiplies INT8 matrices takes rows, and leaves its result unfinished, unless a hook sees what goes
-in and out, such as that of a LoRA.
+A layer that multiplies INT8 matrices takes rows and leaves its result unfinished, unless a hook sees what
+goes in and out, such as that of a LoRA.
 """
 
 from __future__ import annotations

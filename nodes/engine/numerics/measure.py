@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from PIL import Image
 
 from ..errors import InputError
 from ..latents import LatentStatistics, draw_noise, pack, pad_to_patches, require_latents
-from ..limits import STEPS, require_text
+from ..limits import EXACT, INT8, STEPS, require_text
 from ..models.guard import OFF, require_finite_input
 from ..models.text import TextEncoder
 from ..models.trace import FP16_MAX, tensors_in, watch_outputs
@@ -21,6 +22,8 @@ from ..progress import OnProgress, ignore_progress
 from ..sampling.conditioning import POSITIVE
 from ..sampling.sampling import SamplingRun
 from ..sampling.workers import LocalWorker
+from ..weights.formats import weights_only
+from .attention import AttentionVerdict
 from .ranges import OUTLIER, BlockRange
 
 BLOCKS = re.compile(r"(transformer_blocks|visual\.blocks|language_model\.layers)\.(\d+)(\..*)?")
@@ -56,18 +59,53 @@ def measure_transformer(
     """
     looked_at = {POSITIVE: run.conditions[POSITIVE]}
     worker = LocalWorker(transformer, run.schedule, run.padded_size, looked_at, OFF, options=run.options)
-    noise = pack(next(draw_noise(run.padded_size, run.seed, run.draws)))
-    picture = torch.zeros_like(noise)
-    if samples is not None and bool(samples.any()):
-        picture = _packed(run.conditions[POSITIVE].statistics, samples)
     ranges = {}
-    for done, step in enumerate(steps, start=1):
-        sigma = run.schedule.sigmas[step - 1]
-        latents = ((1 - sigma) * picture + sigma * noise).to(run.replica.device)
+    for done, (step, latents) in enumerate(inputs_of(run, steps, samples), start=1):
         forward = functools.partial(worker.predict, latents, step - 1)
         ranges[f"step {step}"] = measure(transformer.model, forward)
         on_progress(done, len(steps))
     return ranges
+
+
+def inputs_of(
+    run: SamplingRun, steps: Sequence[int], samples: torch.Tensor | None
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each of the steps (from 1) with its packed latents on the run's card; as measure_transformer."""
+    noise = pack(next(draw_noise(run.padded_size, run.seed, run.draws)))
+    picture = torch.zeros_like(noise)
+    if samples is not None and bool(samples.any()):
+        picture = _packed(run.conditions[POSITIVE].statistics, samples)
+    for step in steps:
+        sigma = run.schedule.sigmas[step - 1]
+        yield step, ((1 - sigma) * picture + sigma * noise).to(run.replica.device)
+
+
+def compare_attention(
+    transformer: Transformer, run: SamplingRun, inputs: Iterable[tuple[int, torch.Tensor]]
+) -> AttentionVerdict:
+    """Three forwards of the positive branch for each of the inputs: a step (from 1), and the packed latents.
+
+    The reference computes exact attention, and products in FP32 with the same INT8 weights.
+    """
+    changes = []
+    for step, latents in inputs:
+        with weights_only(transformer.model):
+            reference = _prediction(transformer, run, EXACT, latents, step)
+            by_attention = _prediction(transformer, run, INT8, latents, step)
+        by_products = _prediction(transformer, run, EXACT, latents, step)
+        changes.append(
+            [float((found - reference).norm() / reference.norm()) for found in (by_attention, by_products)]
+        )
+    attention, products = (max(column) for column in zip(*changes, strict=True))
+    return AttentionVerdict(attention, products)
+
+
+def _prediction(
+    transformer: Transformer, run: SamplingRun, attention: str, latents: torch.Tensor, step: int
+) -> torch.Tensor:
+    looked_at, options = {POSITIVE: run.conditions[POSITIVE]}, replace(run.options, attention=attention)
+    worker = LocalWorker(transformer, run.schedule, run.padded_size, looked_at, OFF, options=options)
+    return worker.predict(latents, step - 1)[POSITIVE]
 
 
 def measure_text_encoder(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import InputError
-from ..limits import Real
+from ..limits import EXACT, Real
 from ..weights.adapters import Adapter
 
 STRENGTH = Real("strength", -100.0, 100.0)
@@ -41,6 +41,7 @@ class SamplingOptions:
     """adapters: LoRAs, in the order of the graph. shift: of the schedule; 0 keeps the checkpoint's own.
 
     guidance_from, guidance_to: the part of the steps, 0 to 1, that computes both branches of guidance.
+    attention: EXACT or INT8.
     Raises InputError for a start after the end.
     """
 
@@ -49,6 +50,7 @@ class SamplingOptions:
     guidance_from: float = 0.0
     guidance_to: float = 1.0
     step_cache: StepCacheOptions = StepCacheOptions()
+    attention: str = EXACT
 
     def __post_init__(self) -> None:
         _require_order(GUIDANCE_FROM, self.guidance_from, GUIDANCE_TO, self.guidance_to)
@@ -63,10 +65,12 @@ class SamplingOptions:
 
     def identity(self, guided: bool) -> list[object]:
         """What a run's result depends on beside its schedule. guided: whether there are two branches."""
-        adapters = [(each.lora.identity, each.strength) for each in self.adapters if each.strength]
-        interval = (self.guidance_from, self.guidance_to)
-        cache = self.step_cache
-        parts: list[object] = [*adapters, *([interval] if guided and interval != (0.0, 1.0) else [])]
+        parts: list[object] = [(each.lora.identity, each.strength) for each in self.adapters if each.strength]
+        interval, cache = (self.guidance_from, self.guidance_to), self.step_cache
+        if guided and interval != (0.0, 1.0):
+            parts.append(interval)
+        if self.attention != EXACT:
+            parts.append(("attention", self.attention))
         return [*parts, *([cache.threshold, cache.start, cache.end] if cache.threshold else [])]
 
 

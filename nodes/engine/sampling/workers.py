@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from ..arithmetic import exact_fp32
 from ..cards.transfer import copy_to
 from ..latents import PATCH, pack, pad_to_patches
+from ..models.attention import attention_on
 from ..models.config import TransformerConfig
 from ..models.guard import STOP, Guard
 from ..models.modulation import StepModulation
@@ -79,6 +81,7 @@ class LocalWorker:
         self.guard = Guard(self.replica, guard, options.adapters)
         self.adapters = Adapters(options.adapters, self.replica.device, self.replica.spec.held)
         self._steps, self._options = schedule.steps, options
+        self._attend = attention_on(self.replica.device, options.attention)
         self._conditions, self._latent_size = conditions, latent_size
         self._modulation = transformer.modulation.of(schedule.timesteps, self.adapters, on_modulation)
         self._branches: dict[tuple[str, Part], _Branch] = {}
@@ -111,7 +114,8 @@ class LocalWorker:
                 self._conditions[name], self._latent_size, self.model.config, self.replica, part
             )
         latents = copy_to(latents, self.replica.device).to(self.replica.spec.math)
-        return self._branches[name, part].lane(self.model, latents, self._modulation.at(step))
+        lane = self._branches[name, part].lane(self.model, latents, self._modulation.at(step))
+        return replace(lane, attend=self._attend)
 
 
 class _Branch:

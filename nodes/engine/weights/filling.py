@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 
 from ..cards.transfer import moved
+from ..cuda.rows import row_kernels
 from ..errors import AGAIN, CheckpointError
 from ..files.cache import DiskCache
 from ..files.encodings import Encoded, Encoding, Stored
@@ -276,6 +277,8 @@ def _finish(model: torch.nn.Module, replica: Replica) -> str:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     reports = [layer.prepare() for _, layer in _quantized_layers(model)]
+    if replica.spec.role == "transformer" and row_kernels(replica.device, replica.spec.math) is not None:
+        reports.append("own kernels between products")
     arithmetic = ", ".join(sorted({report for report in reports if report}))
     if arithmetic:
         log.info("%s: %s", replica, arithmetic)

@@ -6,7 +6,7 @@ Each format is a QuantizedLinear. Casting a plain tensor to another dtype needs 
 from __future__ import annotations
 
 from .bitsandbytes import Int8BnbLinear, Nf4Linear
-from .int8 import Int8FastLinear, Int8Linear
+from .int8 import Int8FastLinear, Int8Linear, weights_only
 from .linear import QuantizedLinear
 
-__all__ = ["Int8BnbLinear", "Int8FastLinear", "Int8Linear", "Nf4Linear", "QuantizedLinear"]
+__all__ = ["Int8BnbLinear", "Int8FastLinear", "Int8Linear", "Nf4Linear", "QuantizedLinear", "weights_only"]

@@ -5,7 +5,8 @@ FP16 is not used, so no FP32 activation overflows. Rows are rotated before round
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +62,20 @@ class Int8Linear(QuantizedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return multiply_upcast(x, self.weight, self.weight_scale, self.bias, self.rotation)
+
+
+@contextmanager
+def weights_only(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, layers at `int8-fast` compute as those at `int8`: no activation is rounded."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Int8FastLinear)]
+    paths = [layer.path for layer in layers]
+    for layer in layers:
+        layer.path = None
+    try:
+        yield
+    finally:
+        for layer, path in zip(layers, paths, strict=True):
+            layer.path = path
 
 
 class Int8FastLinear(Int8Linear):

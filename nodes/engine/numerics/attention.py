@@ -1,0 +1,58 @@
+"""Whether INT8 attention changes a picture less than INT8 products do already. measure.py finds it out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..cuda.attention import int8_attention
+from ..files.cache import DiskCache, digest
+from ..limits import EXACT, INT8
+from ..weights.components import Replica
+
+CHANGES = "changes"  # the tensor of a kept verdict
+
+
+@dataclass(frozen=True)
+class AttentionVerdict:
+    """The largest relative changes of a prediction, over the steps looked at.
+
+    attention: by INT8 attention alone. products: by rounding activations for INT8 products alone.
+    """
+
+    attention: float
+    products: float
+
+    @property
+    def safe(self) -> bool:
+        """Whether `auto` may choose INT8 attention: it costs no more than the products do."""
+        return self.attention <= self.products
+
+    def __str__(self) -> str:
+        return (
+            f"INT8 attention changes a prediction by {self.attention:.2g}, INT8 products by "
+            f"{self.products:.2g}: attention auto is {INT8 if self.safe else EXACT} from now on"
+        )
+
+
+def can_compare(replica: Replica) -> bool:
+    """Whether there is something to compare: INT8 products, and INT8 attention on this card."""
+    precision = replica.spec.precision
+    products = precision.integer_products and not precision.fp16_inside and precision.math == torch.float32
+    return products and int8_attention(replica.device) is not None
+
+
+def keep_verdict(cache: DiskCache, identity: str, verdict: AttentionVerdict) -> None:
+    """Keep it for a transformer's files. Raises OSError."""
+    cache.write(_name(identity), {CHANGES: torch.tensor([verdict.attention, verdict.products])})
+
+
+def kept_verdict(cache: DiskCache, identity: str) -> AttentionVerdict | None:
+    """What was measured last for a transformer's files, if anything."""
+    found = (cache.read(_name(identity)) or {}).get(CHANGES)
+    return None if found is None or found.shape != (2,) else AttentionVerdict(*found.tolist())
+
+
+def _name(identity: str) -> str:
+    return f"attention-{digest(identity)}"
