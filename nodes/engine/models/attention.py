@@ -10,7 +10,7 @@ from .transformer import Attend, attend
 
 
 def attention_on(device: torch.device, kind: str) -> Attend:
-    """kind: EXACT, or INT8, which is exact too where its kernels do not run or do not know the query's form."""
+    """Attention of that kind. INT8 is exact where its kernels do not run or do not know the query's form."""
     kernels = int8_attention(device) if kind == INT8 else None
     if kernels is None:
         return attend
