@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import psutil
 import torch
@@ -19,7 +20,9 @@ from engine.cards.kernels import device_label
 from engine.cards.preflight import CardReport, Rate, preflight
 from engine.cards.speeds import Speeds
 from engine.cards.transfer import links
+from engine.cuda.speeds import kernel_rates, with_kernels
 from engine.errors import FireRedError
+from engine.limits import EXACT, INT8
 from engine.units import GIB
 from engine.weights.estimates import Edit, Shape, step_seconds
 from engine.weights.precision import PRECISIONS, resolve
@@ -34,7 +37,7 @@ def main() -> int:
     reports = []
     for device in find_devices():
         try:
-            reports.append(preflight(device))
+            reports.append(with_our_kernels(preflight(device)))
         except FireRedError as error:
             print(f"{device_label(device)} is left out. {error}\n")
     print(
@@ -56,6 +59,11 @@ def main() -> int:
     columns = [name for cards, name in LAYOUTS.items() if cards <= len(reports)]
     print_table("Projected s/step (not measured)", columns, projection_rows(slowest, len(reports)))
     return 0
+
+
+def with_our_kernels(report: CardReport) -> CardReport:
+    rates = kernel_rates(report.device)
+    return replace(report, speeds=with_kernels(report.speeds, rates), rates=(*report.rates, *rates))
 
 
 def find_devices() -> list[torch.device]:
@@ -131,11 +139,12 @@ def projection_rows(speeds: Speeds, cards: int) -> list[list[str]]:
     """Seconds a step takes at 1024x1024 with one 1 MP reference and true CFG, a column a layout."""
     card = Card("gpu:0", "", torch.device("cpu"), native_bf16=speeds.bf16 is not None, memory=0)
     rows = []
-    for name in PRECISIONS_SHOWN:
+    for name, attention in (*((name, EXACT) for name in PRECISIONS_SHOWN), ("int8-fast", INT8)):
         row = resolve(PRECISIONS[name], card)
-        alone = step_seconds(speeds, SHAPE, Edit(), row)
+        alone = step_seconds(speeds, SHAPE, Edit(), row, attention)
         if alone:
-            rows.append([name, *(f"{alone / count:.3g}" for count in LAYOUTS if count <= cards)])
+            shown = f"{name}, attention int8" if attention == INT8 else name
+            rows.append([shown, *(f"{alone / count:.3g}" for count in LAYOUTS if count <= cards)])
     return rows
 
 

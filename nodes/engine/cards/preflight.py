@@ -124,7 +124,7 @@ def _fuses(
 
 def _measure_product(dtype: torch.dtype, device: torch.device) -> Rate:
     def prepare(rows: int) -> Work:
-        tokens, weight = _random((rows, WIDTH), dtype, device), _random((WIDTH, WIDTH), dtype, device)
+        tokens, weight = random_on((rows, WIDTH), dtype, device), random_on((WIDTH, WIDTH), dtype, device)
         multiply = torch._int_mm if dtype == torch.int8 else torch.matmul
         return lambda: multiply(tokens, weight.t())  # not contiguous, as in our layers
 
@@ -133,7 +133,7 @@ def _measure_product(dtype: torch.dtype, device: torch.device) -> Rate:
 
 def _measure_attention(dtype: torch.dtype, backend: SDPBackend, device: torch.device) -> Rate:
     def prepare(tokens: int) -> Work:
-        query, key, value = (_random((1, HEADS, tokens, HEAD_SIZE), dtype, device) for _ in range(3))
+        query, key, value = (random_on((1, HEADS, tokens, HEAD_SIZE), dtype, device) for _ in range(3))
         return lambda: F.scaled_dot_product_attention(query, key, value)
 
     def operations(tokens: int) -> float:
@@ -204,7 +204,7 @@ def _fastest(rates: Sequence[Rate], kind: str) -> Rate | None:
     return max(ran, key=lambda rate: rate.tflops or 0.0, default=None)
 
 
-def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def random_on(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Random numbers that leave everybody else's generator as it is."""
     generator = torch.Generator(device).manual_seed(0)
     if dtype == torch.int8:

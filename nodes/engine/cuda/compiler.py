@@ -25,7 +25,7 @@ BINARY, CHECK = "binary", "check"  # the tensors of a kept file: the second is a
 _cache: ContextVar[DiskCache | None] = ContextVar("compiled kernels", default=None)
 
 
-class KernelError(Exception):
+class KernelError(RuntimeError):
     """Why a kernel cannot be used here, for the log."""
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from ..cards.card import Card
 from ..errors import CheckpointError
 from ..files.checkpoint import Checkpoint
+from ..limits import EXACT, INT8
 from ..sampling.layout import CFG
 from ..units import GIB
 from ..weights.checks import require_beside, require_usable
@@ -142,10 +143,10 @@ class _Planner:
                 against.append(f"{way}: {times}" + (f" instead of {alone:.3g}" if alone else ""))
         return chosen, against
 
-    def step_seconds(self, transformer: Placement) -> float | None:
+    def step_seconds(self, transformer: Placement, attention: str = EXACT) -> float | None:
         """Seconds a step takes on its card alone."""
         speeds = transformer.device.speeds
-        return step_seconds(speeds, Shape.of(self.checkpoint), self.edit, transformer.precision)
+        return step_seconds(speeds, Shape.of(self.checkpoint), self.edit, transformer.precision, attention)
 
     def _best(self, role: str, device: Device, choice: Choice) -> Placement:
         """The first precision that runs and fits the device alone; failing that, the smallest that runs."""
@@ -219,3 +220,6 @@ class _Planner:
             rounds_more = row.integer_products and not row.fp16_inside
             if rounds_more and seconds and usual and seconds < CLEARLY_FASTER * usual:
                 yield f"{option}: {seconds:.3g} s a step instead of {usual:.3g}, but rounds activations too"
+            faster = self.step_seconds(option, INT8) if rounds_more else None
+            if faster and usual and faster < CLEARLY_FASTER * (seconds or usual):
+                yield f"{option} with attention int8: {faster:.3g} s a step, but rounds attention too"

@@ -14,6 +14,7 @@ import torch
 from ..cards.speeds import Speeds
 from ..files.checkpoint import Checkpoint
 from ..latents import MEGAPIXEL, TOKEN_PIXELS, VAE_SCALE
+from ..limits import EXACT, INT8
 from ..units import GIB
 from .names import EMBEDDING, by_model_name, is_big_matrix, is_held
 from .precision import Precision
@@ -45,6 +46,9 @@ SMALLEST_TILE = 40  # latents a side; see vae.py
 # FP32 arithmetic; in BF16 it is 10 % above for bf16, 6 % below for int8 and 12 % below for int8-fast. It is
 # 17 % below for int8-fast without Triton and 30 % below for int8-bnb, which move more.
 MOVED_NUMBERS = 120
+# The same in bytes where our kernels run between products, by whether products are of INT8, and by the size of a
+# number: read off rows.cu.
+MOVED_BYTES = {True: {4: 83, 2: 63}, False: {4: 96, 2: 48}}
 FORWARDS = 2  # of a step: true CFG
 
 PROMPT_TOKENS = 54  # of a sentence; with one picture that makes the 250 text tokens of the measurements
@@ -216,29 +220,38 @@ def _vae_channels(checkpoint: Checkpoint) -> int:
     return checkpoint.component("vae").config()["base_dim"]
 
 
-def forward_seconds(speeds: Speeds | None, shape: Shape, tokens: int, precision: Precision) -> float | None:
+def forward_seconds(
+    speeds: Speeds | None, shape: Shape, tokens: int, precision: Precision, attention: str = EXACT
+) -> float | None:
     """Seconds one forward of the transformer takes, or None where the card's speed at it is not known.
 
     It is the sum of matrix products, attention, and what only moves numbers through memory.
-    precision: resolved for the card.
+    precision: resolved for the card. attention: EXACT or INT8.
     """
     if speeds is None:
         return None
-    products, attention = {
+    products, attention_rate = {
         torch.float32: (speeds.fp32, speeds.fp32_attention),
         torch.bfloat16: (speeds.bf16, speeds.bf16_attention),
         torch.float16: (speeds.fp16, speeds.bf16_attention or speeds.fp32_attention),
     }[precision.math]
     if precision.integer_products:
         products = speeds.int8 or products
-    if not (products and attention and speeds.bandwidth):
+    if attention == INT8:
+        attention_rate = speeds.int8_attention
+    if not (products and attention_rate and speeds.bandwidth):
         return None
-    moved_bytes = MOVED_NUMBERS * precision.math.itemsize * tokens * shape.width * shape.layers
-    computing = shape.linear_flops(tokens) / products + shape.attention_flops(tokens) / attention
+    moved = MOVED_BYTES[precision.integer_products][precision.math.itemsize]
+    if not speeds.row_kernels:
+        moved = MOVED_NUMBERS * precision.math.itemsize
+    moved_bytes = moved * tokens * shape.width * shape.layers
+    computing = shape.linear_flops(tokens) / products + shape.attention_flops(tokens) / attention_rate
     return computing / 1e12 + moved_bytes / (speeds.bandwidth * 1e9)
 
 
-def step_seconds(speeds: Speeds | None, shape: Shape, edit: Edit, precision: Precision) -> float | None:
+def step_seconds(
+    speeds: Speeds | None, shape: Shape, edit: Edit, precision: Precision, attention: str = EXACT
+) -> float | None:
     """Seconds a step with guidance takes on one card: two forwards. As forward_seconds."""
-    seconds = forward_seconds(speeds, shape, edit.tokens, precision)
+    seconds = forward_seconds(speeds, shape, edit.tokens, precision, attention)
     return None if seconds is None else FORWARDS * seconds
