@@ -24,8 +24,10 @@ import torch
 from engine.cards.card import Card
 from engine.files.cache import DiskCache
 from engine.files.checkpoint import Checkpoint, open_checkpoint
+from engine.limits import EXACT, INT8
 from engine.models import loading
 from engine.sampling.conditioning import NEGATIVE, POSITIVE, Condition
+from engine.sampling.options import SamplingOptions
 from engine.sampling.sampling import prepare_run
 from engine.sampling.workers import LocalWorker
 from engine.weights.components import ComponentSpec, Replica
@@ -78,7 +80,9 @@ def inputs(folder: Path, replica: Replica) -> tuple[Any, torch.Tensor]:
     return run, torch.randn(1, SIZE * SIZE // 4, 64, generator=generator).to(DEVICE)
 
 
-def step(folder: Path, cache: DiskCache, precision: str, math: str, capped: bool) -> dict[str, Any]:
+def step(
+    folder: Path, cache: DiskCache, precision: str, math: str, capped: bool, attention: str = EXACT
+) -> dict[str, Any]:
     """Memory and time of a step (two forwards) with our worker."""
     if capped:
         cap()
@@ -86,7 +90,8 @@ def step(folder: Path, cache: DiskCache, precision: str, math: str, capped: bool
     transformer = loading.load(replica, cache=cache)
     run, latents = inputs(folder, replica)
     started = time.perf_counter()
-    worker = LocalWorker(transformer, run.schedule, run.padded_size, run.conditions)
+    options = SamplingOptions(attention=attention)
+    worker = LocalWorker(transformer, run.schedule, run.padded_size, run.conditions, options=options)
     folded = time.perf_counter() - started
     torch.cuda.synchronize()
     weights = torch.cuda.memory_allocated()
@@ -276,8 +281,8 @@ def in_process(*arguments: str) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[..., dict[str, Any]]] = {
-    "step": lambda folder, cache, precision, math, capped: step(
-        folder, cache, precision, math, capped == "capped"
+    "step": lambda folder, cache, precision, math, capped, *attention: step(
+        folder, cache, precision, math, capped == "capped", *attention
     ),
     "diffusers": diffusers_step,
     "load": load,
@@ -288,6 +293,7 @@ RUNS = {
         ("step", "fp32", "fp32", "free"),
         ("step", "int8", "fp32", "capped"),
         ("step", "int8-fast", "fp32", "capped"),
+        ("step", "int8-fast", "fp32", "capped", INT8),
         ("diffusers", "bnb8"),
         ("step", "int8-bnb", "fp32", "capped"),
         ("step", "nf4", "fp32", "capped"),

@@ -11,7 +11,8 @@ class Speeds:
 
     fp32, bf16, fp16: TFLOPS of big matrix products in that dtype, TF32 off. int8: TOPS of torch._int_mm.
     fp32_attention, bf16_attention: TFLOPS of scaled_dot_product_attention with its fastest backend.
-    int8_attention: TFLOPS of our kernels that round it to INT8. row_kernels: whether ours run between products.
+    int8_attention: TFLOPS of our kernels that round it to INT8. row_kernels: whether ours run between the
+    products.
     bandwidth: GB/s that a copy within its memory reads and writes.
     None where the card or this torch cannot do it, where it is not native, and where it was not measured.
     """

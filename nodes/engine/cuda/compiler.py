@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ import torch
 from ..files.cache import DiskCache, digest
 
 SOURCES = Path(__file__).resolve().parent
+SWITCH = "FIRERED_KERNELS"  # an environment variable: off
 OPTIONS = ("-std=c++17", "-default-device")
 BINARY, CHECK = "binary", "check"  # the tensors of a kept file: the second is a digest of the first
 
@@ -45,6 +47,8 @@ def compiled(source: str, architecture: str, macros: Mapping[str, object], drive
     The first is from the cache, if it is there; whoever cannot use it takes the next, which is compiled now.
     macros: by name. driver: its version, as a binary is kept for one driver. Raises KernelError.
     """
+    if os.environ.get(SWITCH) == "off":
+        raise KernelError(f"{SWITCH} is off")
     text, compiler = (SOURCES / source).read_text(encoding="utf-8"), nvrtc()
     options = (*OPTIONS, f"--gpu-architecture={architecture}", *(f"-D{k}={v}" for k, v in macros.items()))
     name, cache = f"kernels-{digest(text, options, compiler.version, driver)}", _cache.get()

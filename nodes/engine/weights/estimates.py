@@ -46,9 +46,9 @@ SMALLEST_TILE = 40  # latents a side; see vae.py
 # FP32 arithmetic; in BF16 it is 10 % above for bf16, 6 % below for int8 and 12 % below for int8-fast. It is
 # 17 % below for int8-fast without Triton and 30 % below for int8-bnb, which move more.
 MOVED_NUMBERS = 120
-# The same in bytes where our kernels run between products, by whether products are of INT8, and by the size of a
-# number: read off rows.cu.
-MOVED_BYTES = {True: {4: 83, 2: 63}, False: {4: 96, 2: 48}}
+# The same in bytes where our kernels run between products: by whether products are of INT8, and by the size
+# of a number. Fitted to an H100; rows.cu reads and writes 83, 63, 96 and 48, at 65 to 94 % of a copy's rate.
+MOVED_BYTES = {True: {4: 104, 2: 79}, False: {4: 102, 2: 74}}
 FORWARDS = 2  # of a step: true CFG
 
 PROMPT_TOKENS = 54  # of a sentence; with one picture that makes the 250 text tokens of the measurements

@@ -27,7 +27,7 @@ log = logging.getLogger("FireRed")
 INT_MM_MULTIPLE = 8  # torch._int_mm takes only multiples of it
 # The largest relative error of a correct product against FP64. Rounding both sides causes 1.2 to 1.8 %.
 MAX_ERROR = 0.03
-TEST_ROWS, TIMING_ROWS = 64, 2048
+TEST_ROWS, TIMING_ROWS, TIMING_CALLS = 64, 2048, 8
 # Weight-only is chosen only if it is clearly faster. At a tie, each start could choose another path.
 CLEARLY_FASTER = 0.9
 
@@ -223,6 +223,7 @@ class _TestProduct:
 
 
 def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
-    """The shortest of a few runs, after one run to warm up."""
+    """Of a run, the shortest of a few times, after one run to warm up."""
     run()
-    return min(seconds_each(run, device) for _ in range(repeats))
+    calls = TIMING_CALLS if device.type == "cuda" else 1  # on a fast card, starting one takes as long
+    return min(seconds_each(run, device, calls) for _ in range(repeats))
