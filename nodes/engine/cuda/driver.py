@@ -13,8 +13,13 @@ import torch
 from ..cards.kernels import as_current
 from .compiler import KernelError, compiled
 
-# A kernel's parameter: a tensor's memory, a null pointer, a 32-bit integer or an FP32 number.
-Argument = torch.Tensor | None | int | float
+
+class Pointer(int):
+    """An address in a card's memory."""
+
+
+# A kernel's parameter: a tensor's memory, an address, a null pointer, a 32-bit integer or an FP32 number.
+Argument = torch.Tensor | Pointer | None | int | float
 
 
 @functools.cache
@@ -67,6 +72,8 @@ def _parameter(argument: Argument) -> Any:
         return ctypes.c_void_p(None)
     if isinstance(argument, torch.Tensor):
         return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, Pointer):
+        return ctypes.c_void_p(argument)
     return ctypes.c_int(argument) if isinstance(argument, int) else ctypes.c_float(argument)
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from ..cards.kernels import as_current
 from ..files.rotations import OURS
 from .compiler import KernelError
-from .driver import Argument, Module
+from .driver import Argument, Module, Pointer
 
 log = logging.getLogger("FireRed")
 
@@ -245,9 +245,12 @@ def _source(source: Source) -> tuple[Argument, ...]:
     return source, None, None, None
 
 
-def _part(modulation: Modulation | None, number: int, width: int) -> torch.Tensor | None:
+def _part(modulation: Modulation | None, number: int, width: int) -> Pointer | None:
     """Where a part of the modulation starts."""
-    return None if modulation is None else modulation.rows[0, number * width :]
+    if modulation is None:
+        return None
+    rows = modulation.rows
+    return Pointer(rows.data_ptr() + number * width * rows.element_size())
 
 
 def _switch(modulation: Modulation | None) -> tuple[int, int]:
