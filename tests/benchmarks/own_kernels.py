@@ -2,7 +2,7 @@
 
 The real-size transformer with random weights, 1024x1024, one 1 MP reference, 250 text tokens, TF32 off. Each
 way is measured in a process of its own, on the card's own choice of kernels; `torch` is without ours.
-Usage: python kernels.py CHECKPOINT [WAY ...]    (full_checkpoint.py makes CHECKPOINT; WAY: int8-fast-fp32)
+Usage: python own_kernels.py CHECKPOINT [WAY ...]  (full_checkpoint.py makes CHECKPOINT; WAY: int8-fast-fp32)
 """
 
 from __future__ import annotations
