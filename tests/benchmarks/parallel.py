@@ -3,7 +3,8 @@
 The real-size transformer with random weights, 1024x1024, one 1 MP reference, 250 text tokens, TF32 off. All
 ratios are to one card in the same run. A card that holds all of a model may use all its memory; the others
 are capped to 24 GiB.
-Usage: python parallel.py CHECKPOINT [WAY ...]    (full_checkpoint.py makes CHECKPOINT; a WAY is int8-fp32)
+Usage: python parallel.py CHECKPOINT [WAY ...]
+(full_checkpoint.py makes CHECKPOINT; a WAY is int8-fp32, or int8-fast-fp32:int8 for attention in INT8)
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from engine.cards.card import Card
 from engine.cards.kernels import device_label
 from engine.cards.transfer import links
 from engine.files.checkpoint import open_checkpoint
+from engine.limits import EXACT
 from engine.models import loading
 from engine.models.transformer import Transformer
 from engine.sampling.conditioning import POSITIVE
 from engine.sampling.layout import BOTH, CFG, LAYERS, SEQUENCE, Layout, dealt
+from engine.sampling.options import SamplingOptions
 from engine.sampling.parallel import ParallelWorker
 from engine.sampling.sampling import SamplingRun
 from engine.sampling.workers import LocalWorker
@@ -132,8 +135,9 @@ def only_positive(run: SamplingRun) -> SamplingRun:
 
 
 def measure(folder: Path, way: str) -> None:
-    found = replicas(folder, way)
+    found = replicas(folder, way.partition(":")[0])
     run, latents = inputs(folder, found[0])
+    options = SamplingOptions(attention=way.partition(":")[2] or EXACT)
     cap(None)
     started = time.perf_counter()
     models = {found[0]: loading.load(found[0])}
@@ -142,7 +146,8 @@ def measure(folder: Path, way: str) -> None:
     baselines = {}
     for guided in (True, False):
         one = run if guided else only_positive(run)
-        worker = LocalWorker(models[found[0]], one.schedule, one.padded_size, one.conditions)
+        arguments = one.schedule, one.padded_size, one.conditions
+        worker = LocalWorker(models[found[0]], *arguments, options=options)
         baselines[guided] = timed(worker, latents)
         peak = torch.cuda.max_memory_allocated(CARDS[0]) / GIB
         what = "one card" if guided else "one card, cfg 1"
@@ -165,7 +170,7 @@ def measure(folder: Path, way: str) -> None:
                 print(f"{replica}: {how} in {time.perf_counter() - started:.1f} s", flush=True)
         one = run if guided else only_positive(run)
         arguments = one.schedule, one.padded_size, one.conditions
-        cards = [LocalWorker(models[replica], *arguments) for replica in layout.replicas]
+        cards = [LocalWorker(models[replica], *arguments, options=options) for replica in layout.replicas]
         worker = ParallelWorker(cards, layout)
         seconds, made = timed(worker, latents)
         peak = max(torch.cuda.max_memory_allocated(device) for device in CARDS) / GIB
