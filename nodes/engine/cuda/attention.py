@@ -100,7 +100,7 @@ class Int8Attention:
         parts = floats(2, heads, PARTS, 3, size)
         steps = *key.stride()[1:3], *value.stride()[1:3]
         self._measure_parts((PARTS, heads, 2), size, key, value, counts, parts, keys, *steps)
-        self._measure_all((heads, 2), size, parts, count, means, scales, PARTS, keys)
+        self._measure_all((heads, 2, 1), size, parts, count, means, scales, PARTS, keys)
         packed_queries, query_scales = (
             ints(heads, query_tiles, 32, QUERIES),
             floats(heads, query_tiles * QUERIES),
@@ -110,7 +110,7 @@ class Int8Attention:
         # Powers of 2, and a rotation that is not normalised on either side.
         factor = size**-0.5 * math.log2(math.e) / size
         self._pack_queries(
-            (query_tiles, heads),
+            (query_tiles, heads, 1),
             256,
             query,
             packed_queries,
@@ -120,14 +120,23 @@ class Int8Attention:
             factor,
         )
         self._pack_keys(
-            (2 * key_tiles, heads), 256, key, means[0], counts, packed, key_scales, offsets, keys, *steps[:2]
+            (2 * key_tiles, heads, 1),
+            256,
+            key,
+            means[0],
+            counts,
+            packed,
+            key_scales,
+            offsets,
+            keys,
+            *steps[:2],
         )
         self._pack_values(
-            (16 * key_tiles, heads), 256, value, means[1], scales[1], counts, packed, keys, *steps[2:]
+            (16 * key_tiles, heads, 1), 256, value, means[1], scales[1], counts, packed, keys, *steps[2:]
         )
         out = floats(queries, heads, size)
         self._attend(
-            (query_tiles, heads), 128, packed_queries, query_scales, packed, key_scales, offsets, scales[1],
+            (query_tiles, heads, 1), 128, packed_queries, query_scales, packed, key_scales, offsets, scales[1],
             means[1], out, queries, query_tiles, key_tiles,
         )  # fmt: skip
         return out.transpose(0, 1).unsqueeze(0)
