@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..cuda import rows
-from ..cuda.rows import Rows
 from ..errors import AGAIN, CheckpointError
 from ..files.checkpoint import Checkpoint
 from ..files.lora import LoRA
@@ -107,7 +106,7 @@ class LayerAddition:
     layer: str
 
     def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        x = args[0].plain if isinstance(args[0], Rows) else args[0]
+        x: Any = args[0].plain if isinstance(args[0], rows.Rows) else args[0]
         inner, up = self.shared.inner(x, self.layer), self.shared.ups[self.layer].to(x.dtype)
         if isinstance(output, rows.Product):
             output.added = inner @ up
