@@ -110,9 +110,10 @@ class Int8Attention:
         self._measure_parts(grid, size, key, value, counts, parts, tokens, *of_key, *of_value)
         self._measure_all((heads, 2, 1), size, parts, count, means, scales, PARTS, tokens)
         packed = _ints(device, heads, tiles, 2, 32, KEYS)
-        found = _Keys(packed, *(_floats(device, heads, tiles * KEYS) for _ in range(2)), scales[1], means[1])
-        grid, kept = (2 * tiles, heads, 1), (packed, found.scales, found.offsets)
-        self._pack_keys(grid, 256, key, means[0], counts, *kept, tokens, *of_key)
+        key_scales, offsets = (_floats(device, heads, tiles * KEYS) for _ in range(2))
+        found = _Keys(packed, key_scales, offsets, scales[1], means[1])
+        grid = 2 * tiles, heads, 1
+        self._pack_keys(grid, 256, key, means[0], counts, packed, key_scales, offsets, tokens, *of_key)
         grid = 16 * tiles, heads, 1
         self._pack_values(grid, 256, value, means[1], scales[1], counts, packed, tokens, *of_value)
         return found
