@@ -18,8 +18,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import QwenImageEditPlusPipeline
 from engine.cards.card import Card
+from engine.cuda.attention import rounded_attention
 from engine.files.checkpoint import open_checkpoint
+from engine.limits import INT8
 from engine.models import loading, vae
+from engine.models.transformer import Attend, attend
+from engine.sampling import workers
 from engine.sampling.conditioning import NEGATIVE, POSITIVE, to_conditioning
 from engine.sampling.options import DEFAULT_OPTIONS, SamplingOptions, StepCacheOptions
 from engine.sampling.sampling import prepare_run, read_conditions, sample
@@ -60,6 +64,17 @@ def _roles(name: str, *roles: str) -> tuple[str, Way]:
     )
 
 
+ROUNDED = SamplingOptions(attention=INT8)
+
+
+def _attention_on(device: torch.device, kind: str) -> Attend:
+    """On a CPU there are no kernels for INT8 attention: this is what they compute."""
+    return rounded_attention if kind == INT8 else attend
+
+
+workers.attention_on = _attention_on
+
+
 def _cached(threshold: float) -> SamplingOptions:
     return SamplingOptions(step_cache=StepCacheOptions(threshold, start=0.1))
 
@@ -70,6 +85,8 @@ ROWS = dict(
         *(_roles(name, "transformer") for name in ROLE_PRECISIONS["transformer"] if name != "fp32"),
         *(_roles(name, "text_encoder") for name in ROLE_PRECISIONS["text_encoder"] if name != "fp32"),
         *(_roles(name, "vae") for name in ROLE_PRECISIONS["vae"] if name != "fp32"),
+        ("attention int8", Way(options=ROUNDED)),
+        ("int8-fast and attention int8", Way(transformer="int8-fast", options=ROUNDED)),
         ("decoded in tiles", Way(tiling="tiled")),
         *(
             (f"step cache, threshold {threshold}", Way(options=_cached(threshold)))
