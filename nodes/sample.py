@@ -110,7 +110,7 @@ class FireRedSampler(io.ComfyNode):
         branches = {POSITIVE: positive} if negative is None else {POSITIVE: positive, NEGATIVE: negative}
         given, options = None if latent is None else read_latent(latent), transformer.options
         if given is not None and given.is_kept(options.denoise):
-            log.info("the latent stays as it is: denoise is 0, or its noise mask is empty")
+            log.warning("the latent stays as it is: denoise is 0, or its noise mask is empty (black)")
             samples = require_latents(given.samples, "The latent")
             return io.NodeOutput(kept_keys(latent or {}) | {"samples": samples})
         run = prepare_run(

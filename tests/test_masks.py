@@ -101,6 +101,11 @@ def test_denoise_takes_the_last_steps_of_a_longer_schedule(
     assert torch.allclose(part.timesteps, whole.timesteps[-steps:], atol=1e-6)
 
 
+def test_a_denoise_of_nearly_nothing_is_no_error(tiny: Checkpoint) -> None:
+    config = tiny.component("scheduler").config()
+    assert make_schedule(config, 3, 64, denoise=1e-320).sigmas.isfinite().all()
+
+
 def test_a_denoise_of_nearly_one_is_one_as_in_core(tiny: Checkpoint) -> None:
     config = tiny.component("scheduler").config()
     assert torch.equal(

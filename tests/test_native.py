@@ -14,6 +14,8 @@ from engine.files.checkpoint import Checkpoint
 from engine.images import mirrored, pasted
 from engine.latents import grid_size
 from engine.models import loading, vae
+from engine.sampling.conditioning import NEGATIVE, POSITIVE, to_conditioning
+from engine.sampling.sampling import prepare_run, read_conditions, sample
 from PIL import Image
 from prompts import (
     DECODE,
@@ -28,6 +30,7 @@ from prompts import (
     succeed,
     with_node,
 )
+from test_demo_model import DEMO, PHOTOS, models
 
 from launcher.client import Client, Prompt
 
@@ -144,6 +147,18 @@ def test_only_a_part_of_a_picture_of_odd_size_is_changed(client: Client, work: P
     assert not torch.equal(edited[:, :, :44], original[:, :, :44])
 
 
+def test_a_transparent_picture_stays_transparent(client: Client, work: Path) -> None:
+    """Core's Load Image gives alpha as a mask, and JoinImageWithAlpha puts it into the picture."""
+    prompt = with_node(native_prompt(65, 50), "64", "SolidMask", value=1.0, width=65, height=50)
+    prompt = with_node(prompt, "65", "JoinImageWithAlpha", image=[CROPPED, 0], alpha=["64", 0])
+    prompt = changed(prompt, ENCODE, **{"images.image0": ["65", 0]})
+    prompt = with_node(prompt, EDITED, "FireRedPasteBack", edited=[DECODE, 0], original=["65", 0])
+    succeed(client, keep_tensor(prompt, [EDITED, 0], "edited"))
+    edited = kept_tensor(work, "edited")
+    assert edited.shape == (1, 50, 65, 4) and edited[..., 3].eq(0).all()
+    assert torch.equal(edited[..., :3], kept_tensor(work, "decoded"))
+
+
 def test_crop_and_stitch_with_cores_nodes_alone(client: Client, work: Path) -> None:
     """A part of the photo is cut out, edited at its native size, and laid back in its place."""
     prompt = with_node(native_prompt(61, 45), "59", "ImageScale", **scaled(160, 120))
@@ -156,6 +171,32 @@ def test_crop_and_stitch_with_cores_nodes_alone(client: Client, work: Path) -> N
     inside[22:67, 37:98] = True
     assert torch.equal(edited[0, ~inside], original[0, ~inside])
     assert torch.equal(edited[:, 22:67, 37:98], kept_tensor(work, "decoded"))
+
+
+@pytest.mark.parametrize("name", ["taxis", "chelsea"])
+def test_the_built_in_model_moves_nothing_at_an_odd_size(name: str) -> None:
+    """An edit that it does not know gives what the VAE gives back, in the same place and colours."""
+    encoder, autoencoder, transformer = models().values()
+    photo = Image.open(PHOTOS / f"{name}.jpg").convert("RGB").resize((413, 307)).crop((11, 7, 384, 290))
+    assert photo.size == (373, 283)
+    references = [vae.encode_reference(autoencoder, photo, None)]
+    embeds = {POSITIVE: encoder.encode("Remove the chair", [photo]), NEGATIVE: encoder.encode(" ", [photo])}
+    statistics = DEMO.latent_statistics()
+    given = {
+        branch: to_conditioning(each, references, photo.size, statistics, native=True)
+        for branch, each in embeds.items()
+    }
+    conditions = read_conditions(transformer.replica, given)
+    arguments = dict(steps=8, true_cfg_scale=4.0, width=0, height=0, seed=0)
+    run = prepare_run(transformer.replica, conditions, **arguments)
+    assert run.native_size == photo.size
+    whole = [vae.decode(autoencoder, latents)[0] for latents in (sample(transformer, run), references[0])]
+    edited, alone = (pixels[:283, :373] for pixels in whole)
+    spectra = [torch.fft.fft2(pixels.mean(-1) - pixels.mean()) for pixels in (edited, alone)]
+    cross = spectra[0] * spectra[1].conj()
+    correlation = torch.fft.ifft2(cross / cross.abs().clamp_min(1e-12)).real
+    assert int(correlation.argmax()) == 0 and correlation.max() > 0.5
+    assert (edited - alone).mean((0, 1)).abs().max() * 255 < 1
 
 
 # Bad pictures

@@ -30,6 +30,7 @@ class Schedule:
 
 
 FULL_DENOISE = 0.9999  # above it, denoise counts as 1; core's KSampler.set_steps
+LONGEST = 1e9  # steps of the schedule whose last ones are taken; all of them have no noise left
 
 
 def make_schedule(
@@ -45,7 +46,7 @@ def make_schedule(
     steps = STEPS.require(steps)
     if shift:
         config = config | {"use_dynamic_shifting": False, "shift": shift, "shift_terminal": None}
-    total = steps if denoise > FULL_DENOISE else int(steps / denoise)
+    total = steps if denoise > FULL_DENOISE else int(min(steps / denoise, LONGEST))
     if total == 1:  # shift_terminal stretches a schedule to its last level: 0 / 0 with one step
         config = config | {"shift_terminal": None}
     try:
