@@ -30,7 +30,7 @@ class Schedule:
 
 
 FULL_DENOISE = 0.9999  # above it, denoise counts as 1; core's KSampler.set_steps
-LONGEST = 1e9  # steps of the schedule whose last ones are taken; all of them have no noise left
+LONGEST = 1e9  # steps of a whole schedule; of a longer one, the last steps have no noise
 
 
 def make_schedule(
