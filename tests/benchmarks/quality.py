@@ -226,8 +226,9 @@ cfg {cfg:g}. "No edit" is an instruction that the built-in model does not know; 
 {place}
 
 `native` (the input `size` of FireRed Encode Prompt) leaves the picture where the VAE alone puts it. An output
-whose size is only near the reference's lies half of the difference away, because the model puts the middles
-of both on each other, and it is stretched when it is resized back. The default keeps the place too, since
+whose size is only near the reference's (here by 16 pixels on one side) lies 8 to 10 pixels away: the model
+counts positions from the middle of each picture. It is also stretched when it is resized back. The photo
+whose two sizes happen to be equal stays in its place. The default keeps the place too, since
 reference and output are then of one size. But it resizes the picture twice, and computes about 1 megapixel
 whatever the picture has.
 
