@@ -226,7 +226,7 @@ cfg {cfg:g}. "No edit" is an instruction that the built-in model does not know; 
 {place}
 
 `native` (the input `size` of FireRed Encode Prompt) leaves the picture where the VAE alone puts it. An output
-whose size is only near the reference's (here by 16 pixels on one side) lies 8 to 10 pixels away: the model
+whose size is only near the reference's (here by 16 pixels on one side) lies 9 to 11 pixels away: the model
 counts positions from the middle of each picture. It is also stretched when it is resized back. The photo
 whose two sizes happen to be equal stays in its place. The default keeps the place too, since
 reference and output are then of one size. But it resizes the picture twice, and computes about 1 megapixel
