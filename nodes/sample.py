@@ -9,7 +9,15 @@ import torch
 from comfy_api.latest import io
 
 from . import host
-from .engine.latents import TOKEN_PIXELS, WIDTH, LatentInput, kept_keys, read_latent
+from .engine.latents import (
+    NATIVE_SIZE,
+    TOKEN_PIXELS,
+    WIDTH,
+    LatentInput,
+    kept_keys,
+    read_latent,
+    require_latents,
+)
 from .engine.limits import RESUME, SEED, STEPS, TRUE_CFG_SCALE
 from .engine.models.guard import GUARD, STOP
 from .engine.notices import first_time
@@ -20,6 +28,8 @@ if TYPE_CHECKING:
     from .engine.sampling.sampling import SamplingRun
 
 log = logging.getLogger("FireRed")
+
+WIDTH_TIP = "Pixels; 0 follows the first image at about 1 megapixel, or FireRed Encode Prompt's native size."
 
 
 class FireRedSampler(io.ComfyNode):
@@ -39,7 +49,8 @@ class FireRedSampler(io.ComfyNode):
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="Gives the size and how many pictures to sample; starts from noise.",
+                    tooltip="Gives the size and how many pictures to sample. What it shows counts with a "
+                    "noise mask, and with denoise below 1 on FireRed Schedule.",
                 ),
                 io.Int.Input("steps", default=40, min=STEPS.low, max=STEPS.high, optional=True),
                 io.Float.Input(
@@ -51,12 +62,8 @@ class FireRedSampler(io.ComfyNode):
                     optional=True,
                     tooltip="True CFG scale. 1 or less samples without guidance, in half the time.",
                 ),
-                io.Int.Input(
-                    "width", **size, tooltip="Pixels; 0 follows the first image at about 1 megapixel."
-                ),
-                io.Int.Input(
-                    "height", **size, tooltip="Pixels; 0 follows the first image at about 1 megapixel."
-                ),
+                io.Int.Input("width", **size, tooltip=WIDTH_TIP),
+                io.Int.Input("height", **size, tooltip=WIDTH_TIP),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -101,7 +108,11 @@ class FireRedSampler(io.ComfyNode):
         guard, resume = GUARD.require(guard), RESUME.require(resume)
         replica = host.require_handle(transformer, "transformer").replica
         branches = {POSITIVE: positive} if negative is None else {POSITIVE: positive, NEGATIVE: negative}
-        given = None if latent is None else read_latent(latent)
+        given, options = None if latent is None else read_latent(latent), transformer.options
+        if given is not None and given.is_kept(options.denoise):
+            log.warning("the latent stays as it is: denoise is 0, or its noise mask is empty (black)")
+            samples = require_latents(given.samples, "The latent")
+            return io.NodeOutput(kept_keys(latent or {}) | {"samples": samples})
         run = prepare_run(
             replica,
             read_conditions(replica, branches),
@@ -112,23 +123,30 @@ class FireRedSampler(io.ComfyNode):
             seed=seed,
             samples=None if given is None else given.samples,
             draws=None if given is None else given.draws,
-            options=transformer.options,
+            mask=None if given is None else given.mask,
+            options=options,
             layout=transformer.layout,
         )
-        _log_unused_inputs(negative is not None, cfg, given)
+        _log_unused_inputs(negative is not None, cfg, given, run)
         saved = host.saved_run(run.name(guard)) if resume == "on" else None
         samples = _sample(transformer, run, saved, guard)
         sampled = kept_keys(latent or {}) | {"samples": samples, host.RUN_KEY: saved.name if saved else None}
+        if run.native_size:
+            sampled[NATIVE_SIZE] = run.native_size
         return io.NodeOutput({key: value for key, value in sampled.items() if value is not None})
 
 
-def _log_unused_inputs(has_negative: bool, cfg: float, given: LatentInput | None) -> None:
-    """Log what the user set and this run does not use."""
+def _log_unused_inputs(has_negative: bool, cfg: float, given: LatentInput | None, run: SamplingRun) -> None:
+    """Log what the user set and this run does not use, and how much of the picture it may change."""
     if cfg > 1 and not has_negative:
         log.warning("cfg is %s but no negative conditioning is connected: sampling without guidance.", cfg)
-    if given is not None and bool(given.samples.any()) and first_time("content of a latent"):
+    if run.mask is not None:
+        log.info("the noise mask lets %.1f %% of the picture change", 100 * run.mask.mean().item())
+    unused = given is not None and run.pictures is None and bool(given.samples.any())
+    if unused and first_time("content of a latent"):
         log.info(
-            "only the size and the batch of a latent count, not what it shows: sampling starts from noise"
+            "only the size and the batch of a latent count, not what it shows: sampling starts from noise. "
+            "To start from the latent, set denoise below 1 on FireRed Schedule"
         )
 
 
