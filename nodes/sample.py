@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from . import host
 from .engine.latents import (
     NATIVE_SIZE,
+    REPORT,
     TOKEN_PIXELS,
     WIDTH,
     LatentInput,
@@ -24,6 +25,7 @@ from .engine.notices import first_time
 from .load import CATEGORY, Transformer, guard_input
 
 if TYPE_CHECKING:
+    from .engine.sampling.record import RunRecord
     from .engine.sampling.resume import SavedRun
     from .engine.sampling.sampling import SamplingRun
 
@@ -84,7 +86,15 @@ class FireRedSampler(io.ComfyNode):
                 ),
                 guard_input(),
             ],
-            outputs=[io.Latent.Output("latent", display_name="latent")],
+            outputs=[
+                io.Latent.Output("latent", display_name="latent"),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="What happened: precision, kernels, cards, seconds a step, peak memory.",
+                ),
+            ],
+            hidden=[io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -103,6 +113,7 @@ class FireRedSampler(io.ComfyNode):
         guard: str = STOP,
     ) -> io.NodeOutput:
         from .engine.sampling.conditioning import NEGATIVE, POSITIVE
+        from .engine.sampling.record import RunRecord
         from .engine.sampling.sampling import prepare_run, read_conditions
 
         guard, resume = GUARD.require(guard), RESUME.require(resume)
@@ -112,7 +123,7 @@ class FireRedSampler(io.ComfyNode):
         if given is not None and given.is_kept(options.denoise):
             log.warning("the latent stays as it is: denoise is 0, or its noise mask is empty (black)")
             samples = require_latents(given.samples, "The latent")
-            return io.NodeOutput(kept_keys(latent or {}) | {"samples": samples})
+            return io.NodeOutput(kept_keys(latent or {}) | {"samples": samples}, "nothing was sampled")
         run = prepare_run(
             replica,
             read_conditions(replica, branches),
@@ -129,11 +140,15 @@ class FireRedSampler(io.ComfyNode):
         )
         _log_unused_inputs(negative is not None, cfg, given, run)
         saved = host.saved_run(run.name(guard)) if resume == "on" else None
-        samples = _sample(transformer, run, saved, guard)
-        sampled = kept_keys(latent or {}) | {"samples": samples, host.RUN_KEY: saved.name if saved else None}
+        record = RunRecord()
+        samples = _sample(transformer, run, saved, guard, record)
+        report = record.describe(run)
+        host.write_into_png(cls.hidden.extra_pnginfo, report)
+        sampled = kept_keys(latent or {}) | {"samples": samples, REPORT: report}
+        sampled[host.RUN_KEY] = saved.name if saved else None
         if run.native_size:
             sampled[NATIVE_SIZE] = run.native_size
-        return io.NodeOutput({key: value for key, value in sampled.items() if value is not None})
+        return io.NodeOutput({key: value for key, value in sampled.items() if value is not None}, report)
 
 
 def _log_unused_inputs(has_negative: bool, cfg: float, given: LatentInput | None, run: SamplingRun) -> None:
@@ -150,7 +165,9 @@ def _log_unused_inputs(has_negative: bool, cfg: float, given: LatentInput | None
         )
 
 
-def _sample(transformer: host.Handle, run: SamplingRun, saved: SavedRun | None, guard: str) -> torch.Tensor:
+def _sample(
+    transformer: host.Handle, run: SamplingRun, saved: SavedRun | None, guard: str, record: RunRecord
+) -> torch.Tensor:
     """The run's raw latents: from disk if an earlier prompt finished them, else sampled."""
     from .engine.sampling.sampling import sample
 
@@ -161,7 +178,7 @@ def _sample(transformer: host.Handle, run: SamplingRun, saved: SavedRun | None, 
             card.require_room(host.room(card.replica))
         with host.borrow_all({card.replica: card.working_bytes() for card in cards}) as models:
             reporters = host.sampling_reporter(run.replica.device), host.progress_reporter()
-            samples = sample(models, run, *reporters, saved, guard)
+            samples = sample(models, run, *reporters, saved, guard, record)
     if saved is not None:
         host.forget_run_after_prompt(saved)
     return samples

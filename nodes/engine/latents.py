@@ -36,7 +36,8 @@ MAX_SIDE = 1e6  # pixels of a picture; what is beyond is no size
 # output shall have exactly that size. The latents are grid_size of it; the decode cuts off what is too much.
 NATIVE_SIZE = "native_size"
 # Keys that describe a given LATENT, but not the latents that are sampled from it.
-NOT_KEPT = ("samples", "downscale_ratio_spacial", "downscale_ratio_temporal")
+REPORT = "firered_report"  # what happened in the run that made it
+NOT_KEPT = ("samples", "downscale_ratio_spacial", "downscale_ratio_temporal", REPORT)
 
 
 def dimensions_for_area(area: float, ratio: float) -> tuple[int, int]:

@@ -43,6 +43,7 @@ from .denoise import Kept, StepState, add_noise, denoise
 from .layout import Layout
 from .options import DEFAULT_OPTIONS, SamplingOptions
 from .parallel import ParallelWorker
+from .record import RunRecord
 from .resume import RunState, SavedRun, run_name
 from .schedule import FULL_DENOISE, Schedule, make_schedule
 from .step_cache import StepCache
@@ -137,12 +138,13 @@ class SamplingRun:
         require_room(self.replica, self.working_bytes(), room, f"Sampling {self._task}", remedy)
 
     @property
-    def _references(self) -> int:
+    def references(self) -> int:
+        """How many reference pictures there are."""
         return max(len(condition.reference_latents) for condition in self.conditions.values())
 
     @property
     def _task(self) -> str:
-        return f"{self.width * VAE_SCALE}x{self.height * VAE_SCALE} with {_pictures(self._references)}"
+        return f"{self.width * VAE_SCALE}x{self.height * VAE_SCALE} with {_pictures(self.references)}"
 
     def _smaller(self) -> Iterator[tuple[str, SamplingRun]]:
         """This run at smaller sizes of the same shape, the largest first, each with a name."""
@@ -154,7 +156,7 @@ class SamplingRun:
 
     def _with_fewer_references(self) -> Iterator[tuple[str, SamplingRun]]:
         """This run with fewer references, the most first, each with a name."""
-        for count in reversed(range(self._references)):
+        for count in reversed(range(self.references)):
             conditions = {
                 branch: replace(condition, reference_latents=condition.reference_latents[:count])
                 for branch, condition in self.conditions.items()
@@ -328,20 +330,26 @@ def sample(
     on_modulation: OnProgress = ignore_progress,
     saved: SavedRun | None = None,
     guard: str = STOP,
+    record: RunRecord | None = None,
 ) -> torch.Tensor:
     """Do the run. Returns raw latents (B, 16, 1, h, w), FP32 on the CPU.
 
     transformer: on the run's card, or on each card of its layout.
     on_modulation: the progress of the schedule's modulation, before the first step. An exception in a
     callback stops the run. saved: the run's file; an interrupted run goes on at its last saved step, with the
-    same bits. guard: what to do about NaN and infinity, one of guard.GUARDS. Raises NonFiniteError.
+    same bits. guard: what to do about NaN and infinity, one of guard.GUARDS. record: to be filled. Raises
+    NonFiniteError.
     """
-    size = run.padded_size
+    size, record = run.padded_size, record or RunRecord()
     transformers = [transformer] if isinstance(transformer, Transformer) else list(transformer)
+    record.arithmetic = "; ".join(filter(None, dict.fromkeys(each.arithmetic for each in transformers)))
     resumed = _resume(run, transformers, saved)
     finished = list(resumed.finished) if resumed else []
     if len(finished) == run.batch:
         return torch.cat(finished)
+    devices = [each.replica.device for each in transformers]
+    record.start(devices)
+    record.first_step = len(finished) * run.schedule.steps + (resumed.step if resumed else 0)
     worker = _worker(transformers, run, guard, on_modulation)
     draws = map(pack, draw_noise(size, run.seed, run.draws[len(finished) :]))
     noise = next(draws)
@@ -349,13 +357,14 @@ def sample(
     statistics = run.conditions[POSITIVE].statistics
     while len(finished) < run.batch:
         kept = run.kept(len(finished), noise)
-        latents = _sample_picture(run, worker, state, kept, on_step, saved)
+        latents = _sample_picture(run, worker, state, kept, on_step, saved, record)
         raw = statistics.denormalize(copy_to(unpack(latents, *size), torch.device("cpu")))
         finished.append(raw[..., : run.height, : run.width])
         noise = next(draws, noise[:0])
         state = RunState(0, run.start(len(finished), noise), tuple(finished))
         if saved is not None:
             saved.update(state, now=len(finished) == run.batch)
+    record.finish(devices)
     return torch.cat(finished)
 
 
@@ -374,6 +383,7 @@ def _sample_picture(
     kept: Kept | None,
     on_step: OnStep,
     saved: SavedRun | None,
+    record: RunRecord,
 ) -> torch.Tensor:
     """The packed latents (1, tokens, 64) of the next picture, on the run's device."""
     steps, done_before = run.schedule.steps, len(start.finished) * run.schedule.steps
@@ -381,6 +391,7 @@ def _sample_picture(
     cache = StepCache(worker.predict, run.schedule, run.options.step_cache, run.guided_steps, cached)
 
     def report(step: StepState) -> None:
+        record.step()
         if saved is not None:
             saved.update(RunState(step.step, step.latents, start.finished, cache.state()))
         on_step(done_before + step.step, run.batch * steps, unpack(step.denoised, *run.padded_size))
@@ -392,6 +403,7 @@ def _sample_picture(
         if saved is not None:
             saved.flush()
         raise
+    record.skipped += cache.skipped
     if cache.skipped:
         log.info("the step cache computed %d of %d steps", steps - cache.skipped, steps)
     return final
