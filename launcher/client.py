@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 import uuid
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import Any
 import aiohttp
 
 Prompt = dict[str, dict[str, Any]]
+TEXT_EVENT = 3  # of ComfyUI's binary events, others are previews
 OnEvent = Callable[[str, dict[str, Any]], None]
 
 
@@ -38,11 +40,15 @@ class PromptRejected(Exception):
 
 @dataclass
 class Run:
-    """A prompt that ran: its (type, data) events, its number of previews, its outputs."""
+    """A prompt that ran: its (type, data) events, its number of previews, its outputs.
+
+    texts: what was written on nodes, each with the node's id.
+    """
 
     prompt_id: str
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     previews: int = 0
+    texts: list[tuple[str, str]] = field(default_factory=list)
     outputs: dict[str, Any] = field(default_factory=dict)
     status: str = ""
 
@@ -138,7 +144,12 @@ async def follow(socket: aiohttp.ClientWebSocketResponse, run: Run, on_event: On
     """Collect the run's events until it has ended. Raises ServerError when the connection ends first."""
     async for message in socket:
         if message.type == aiohttp.WSMsgType.BINARY:
-            run.previews += 1
+            kind, length = struct.unpack_from(">II", message.data)
+            if kind == TEXT_EVENT:
+                node, text = message.data[8 : 8 + length], message.data[8 + length :]
+                run.texts.append((node.decode(), text.decode()))
+            else:
+                run.previews += 1
             continue
         event = message.json()
         name, data = event["type"], event["data"]

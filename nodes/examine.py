@@ -138,7 +138,7 @@ def _measure_transformer(
     )
     run.require_room(host.room(replica))
     with host.borrow(transformer, run.working_bytes()) as model:
-        ranges = measure_transformer(model, run, looked_at, samples, host.progress_reporter())
+        ranges = measure_transformer(model, run, looked_at, samples, host.progress_reporter("measuring"))
         if not can_compare(replica):
             return replica, ranges, None
         verdict = compare_attention(model, run, inputs_of(run, looked_at, samples))

@@ -177,7 +177,8 @@ def _sample(
         for card in cards:
             card.require_room(host.room(card.replica))
         with host.borrow_all({card.replica: card.working_bytes() for card in cards}) as models:
-            reporters = host.sampling_reporter(run.replica.device), host.progress_reporter()
+            modulation = host.progress_reporter(f"computing the modulation of {run.schedule.steps} steps")
+            reporters = host.sampling_reporter(run.replica.device), modulation
             samples = sample(models, run, *reporters, saved, guard, record)
     if saved is not None:
         host.forget_run_after_prompt(saved)

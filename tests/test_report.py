@@ -14,7 +14,7 @@ from engine.sampling.options import SamplingOptions, StepCacheOptions
 from engine.sampling.record import FROM_DISK, RunRecord
 from engine.sampling.sampling import sample
 from PIL import Image
-from prompts import DECODE, SAMPLE, SAVE, changed, edit_prompt, with_node
+from prompts import DECODE, SAMPLE, SAVE, changed, edit_prompt, wait_until_empty, with_node
 from test_sampling import plan
 
 from launcher.client import Client, Prompt, Run
@@ -85,3 +85,15 @@ def test_what_is_there_already_stays(client: Client, work: Path, before: list[st
     prompt = with_report(edit_prompt(), seed=420 + len(before))
     run = client.run(prompt, metadata={"firered": [*before]})
     assert in_the_png(run, work) == [*before, shown(run)]
+
+
+def test_the_node_says_what_it_does(client: Client, work: Path) -> None:
+    """Loading, then the modulation of a schedule that is new, then the steps."""
+    client.post("/free", json={"unload_models": True, "free_memory": True})
+    wait_until_empty(client, work)
+    run = client.run(changed(edit_prompt(), SAMPLE, steps=7, seed=430))
+    assert run.status == "success", run.error
+    said = [text for node, text in run.texts if node == SAMPLE]
+    assert said[0] == "loading the transformer fp32 on cpu"
+    assert said[1] == "computing the modulation of 7 steps"
+    assert said[2] == "step 1/7" and said[-1].startswith("step 7/7, ")

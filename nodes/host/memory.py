@@ -50,7 +50,10 @@ class Resident(torch.nn.Module):
 
         started = time.monotonic()
         source = _same_elsewhere(self.replica)
-        self.component = loading.load(self.replica, progress_reporter(), disk_cache(), source)
+        doing = "loading" if source is None else "copying"
+        self.component = loading.load(
+            self.replica, progress_reporter(f"{doing} the {self.replica}"), disk_cache(), source
+        )
         how = "loaded" if source is None else f"copied from {source.replica.card.label}"
         log.info("%s %s in %.1f s", self.replica, how, time.monotonic() - started)
         self.device, self.model_loaded_weight_memory = self.replica.device, nbytes

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import comfy.latent_formats
 import comfy.utils
 import torch
+from comfy_execution.utils import get_executing_context
 
 from ..engine.progress import StepTimer
 
@@ -21,11 +22,27 @@ def check_cancelled() -> None:
     mm.throw_exception_if_processing_interrupted()
 
 
-def progress_reporter() -> Callable[[int, int], None]:
-    """A callback (done, total) that moves the node's progress bar and raises when the user cancelled."""
-    bar = comfy.utils.ProgressBar(1)
+def show_text(text: str) -> None:
+    """Write on the node that runs what it does, where this ComfyUI can."""
+    from server import PromptServer
+
+    context, server = get_executing_context(), getattr(PromptServer, "instance", None)
+    if context is not None and hasattr(server, "send_progress_text"):
+        server.send_progress_text(text, context.node_id)  # type: ignore[union-attr]
+
+
+def progress_reporter(what: str) -> Callable[[int, int], None]:
+    """A callback (done, total) that moves the node's progress bar and raises when the user cancelled.
+
+    what: is done meanwhile, to be written on the node.
+    """
+    bar, told = comfy.utils.ProgressBar(1), False
 
     def report(done: int, total: int) -> None:
+        nonlocal told
+        if not told:
+            show_text(what)
+            told = True
         check_cancelled()
         bar.update_absolute(done, total)
 
@@ -45,6 +62,7 @@ def sampling_reporter(device: torch.device) -> Callable[[int, int, torch.Tensor]
     def report(done: int, total: int, denoised: torch.Tensor) -> None:
         if line := timer.line(done, total):
             log.info(line)
+        show_text(line or f"step {done}/{total}")
         check_cancelled()
         preview = previewer.decode_latent_to_preview_image("JPEG", denoised) if previewer else None
         bar.update_absolute(done, total, preview)
