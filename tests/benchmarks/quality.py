@@ -26,6 +26,8 @@ from engine.sampling import workers
 from engine.sampling.conditioning import NEGATIVE, POSITIVE, to_conditioning
 from engine.sampling.options import DEFAULT_OPTIONS, SamplingOptions, StepCacheOptions
 from engine.sampling.sampling import prepare_run, read_conditions, sample
+from engine.weights.formats import Int8FastLinear
+from engine.weights.formats.int8_paths import integer_paths
 from engine.weights.precision import ROLE_PRECISIONS
 from PIL import Image, ImageDraw, ImageFont
 from place import CFG, CHECKPOINT, SEED, replica
@@ -101,6 +103,10 @@ def edit(way: Way) -> list[torch.Tensor]:
     autoencoder = loading.load(replica("vae", way.vae))
     where = replica("transformer", way.transformer)
     transformer = loading.load(where)
+    for layer in transformer.model.modules():
+        if isinstance(layer, Int8FastLinear):  # a CPU that finds FP32 products faster would take them
+            shape = layer.in_features, layer.rotation
+            layer.path = integer_paths(CPU, layer.compute, *shape)[-1]
     references = [vae.encode_reference(autoencoder, picture, MEGAPIXELS)]
     negative = encoder.encode(" ", [picture])
     edited = []
