@@ -33,8 +33,8 @@ class Warp:
 
 
 class Multiprocessor:
-    """trace: what each warp goes through, again and again. read_cycles: that a read of 16 bytes by each thread
-    keeps shared memory busy, 2 where threads read the same and 4 at most.
+    """trace: what each warp goes through, again and again. warps: of a block. read_cycles: that a read of 16
+    bytes by each thread keeps shared memory busy, 2 where threads read the same and 4 at most.
     """
 
     def __init__(self, trace: Sequence[Instruction], warps: int, read_cycles: int):

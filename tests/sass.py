@@ -1,11 +1,12 @@
-"""Machine code of Pascal's cards, as cuobjdump prints it: instructions, what they cost, and the paths of a loop.
+"""Machine code of Pascal's cards, as cuobjdump prints it: instructions, their cost, the paths of a loop.
 
-Each three instructions follow a word that says for each how many cycles to wait after it and which of six
-barriers it waits for, or ends (https://github.com/NervanaSystems/maxas/wiki/Control-Codes).
+Every three instructions follow a word. It says for each how many cycles to wait after it, which of six
+barriers it waits for, and which it ends (https://github.com/NervanaSystems/maxas/wiki/Control-Codes).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import tempfile
@@ -25,9 +26,9 @@ HALF_RATE = {
 
 @dataclass(frozen=True)
 class Instruction:
-    """stall: cycles before the warp's next one; 0 where both may be issued at once. waits: for these barriers.
-    written, read: the barrier that ends when its result is written, or its registers are read.
-    conflicts: cycles more, as its registers share banks.
+    """stall: cycles until the warp's next one; 0 where both may be issued at once. written, read: the barrier
+    that ends when its result is written, or its registers are read. waits: for these barriers. conflicts:
+    cycles more, as its registers share banks.
     """
 
     address: int
@@ -61,6 +62,14 @@ class Instruction:
     def issue_cycles(self) -> int:
         """Of a scheduler, if it is not issued together with another."""
         return 1 + (self.operation in HALF_RATE) + self.conflicts
+
+
+def find_cuobjdump() -> Path | None:
+    """Triton's, if it is installed."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    return Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 def disassemble(cuobjdump: Path, binary: bytes) -> dict[str, list[Instruction]]:
@@ -141,3 +150,8 @@ def paths(instructions: Sequence[Instruction], inner_turns: int) -> list[list[In
             index = indices[instruction.target]
         found.append([*path, instructions[last]])
     return found
+
+
+def issue_cycles(trace: Sequence[Instruction]) -> int:
+    """That a scheduler takes to issue them, if nothing is waited for."""
+    return sum(one.issue_cycles - (one.stall == 0) for one in trace)

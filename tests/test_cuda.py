@@ -35,6 +35,7 @@ from engine.models import loading
 from engine.models.attention import attention_on
 from engine.models.transformer import attend
 from engine.weights.formats import Int8FastLinear
+from sass import disassemble, find_cuobjdump, issue_cycles, paths
 
 from launcher.folders import ROOT
 
@@ -89,6 +90,19 @@ def test_an_error_in_a_source_is_told_by_its_first_line() -> None:
     text = 'extern "C" __global__ void f() {\n  missing();\n  also_missing();\n}'
     with pytest.raises(KernelError, match=r'broken\.cu\(2\): error: identifier "missing" is undefined$'):
         old_nvrtc().compile(text, "broken.cu", (*OPTIONS, "--gpu-architecture=sm_61"))
+
+
+@pytest.mark.skipif(find_cuobjdump() is None, reason="Triton brings what reads machine code")
+@pytest.mark.parametrize(
+    ("source", "kernel", "turns", "least"),
+    [("attention.cu", "attend", 7, 0.7), ("product.cu", "multiply_int8", 1, 0.8)],
+)
+def test_pascal_spends_the_main_loops_on_products(source: str, kernel: str, turns: int, least: float) -> None:
+    """Bank conflicts included, which the order of a store once doubled."""
+    code = disassemble(find_cuobjdump(), compile_for("sm_61", source, {}).binary)[kernel]
+    trace = [instruction for path in paths(code, turns) for instruction in path]
+    products = sum(instruction.operation == "IDP" for instruction in trace)
+    assert products / issue_cycles(trace) > least
 
 
 # The compiler's library
