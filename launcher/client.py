@@ -84,15 +84,19 @@ class Client:
         return wait_for(self._bytes("/view", described))
 
     def run(
-        self, prompt: Prompt, on_event: OnEvent = lambda name, data: None, only: tuple[str, ...] = ()
+        self,
+        prompt: Prompt,
+        on_event: OnEvent = lambda name, data: None,
+        only: tuple[str, ...] = (),
+        metadata: dict[str, Any] | None = None,
     ) -> Run:
         """Queue a prompt and wait for its end.
 
         on_event: called with the type and the data of each websocket event of the prompt.
-        only: the output nodes to run; empty runs all of them.
+        only: the output nodes to run; empty runs all of them. metadata: for the PNGs that it saves.
         Raises PromptRejected when the server refuses the prompt, ServerError when the server ends.
         """
-        return wait_for(self._run(prompt, on_event, only))
+        return wait_for(self._run(prompt, on_event, only, metadata))
 
     async def _request(self, method: str, path: str, **arguments: Any) -> Any:
         async with (
@@ -107,7 +111,9 @@ class Client:
             answer.raise_for_status()
             return await answer.read()
 
-    async def _run(self, prompt: Prompt, on_event: OnEvent, only: tuple[str, ...]) -> Run:
+    async def _run(
+        self, prompt: Prompt, on_event: OnEvent, only: tuple[str, ...], metadata: dict[str, Any] | None
+    ) -> Run:
         client_id = uuid.uuid4().hex
         async with (
             aiohttp.ClientSession(self.address) as session,
@@ -115,6 +121,7 @@ class Client:
         ):
             queued: dict[str, Any] = {"prompt": prompt, "client_id": client_id}
             queued |= {"partial_execution_targets": only} if only else {}
+            queued |= {} if metadata is None else {"extra_data": {"extra_pnginfo": metadata}}
             async with session.post("/prompt", json=queued) as answer:
                 body = await answer.json()
                 if answer.status != 200:

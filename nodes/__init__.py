@@ -18,6 +18,7 @@ from .examine import FireRedNumerics
 from .load import FireRedLoadTextEncoder, FireRedLoadTransformer, FireRedLoadVAE
 from .lora import FireRedLoadLoRA
 from .parallel import FireRedParallel
+from .paste_back import FireRedPasteBack
 from .plan import FireRedHardwarePlan
 from .sample import FireRedSampler
 from .schedule import FireRedSchedule
@@ -36,6 +37,7 @@ NODE_CLASS_MAPPINGS = {
     "FireRedSchedule": FireRedSchedule,
     "FireRedStepCache": FireRedStepCache,
     "FireRedParallel": FireRedParallel,
+    "FireRedPasteBack": FireRedPasteBack,
 }
 
 

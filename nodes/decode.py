@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import host
-from .engine.latents import latent_samples, require_latents
+from .engine.latents import REPORT, latent_samples, native_size, require_latents
 from .engine.limits import TILING
 from .engine.models.guard import GUARD, STOP
 from .load import CATEGORY, VAE, guard_input
@@ -20,7 +20,7 @@ class FireRedDecode(io.ComfyNode):
             node_id="FireRedDecode",
             display_name="FireRed Decode",
             category=CATEGORY,
-            description="Decode a latent on the VAE's own device.",
+            description="Decode a latent on the VAE's own device. A native size is restored.",
             inputs=[
                 VAE.Input("vae"),
                 io.Latent.Input("latent"),
@@ -34,6 +34,7 @@ class FireRedDecode(io.ComfyNode):
                 guard_input(),
             ],
             outputs=[io.Image.Output("image", display_name="image")],
+            hidden=[io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -52,4 +53,8 @@ class FireRedDecode(io.ComfyNode):
             free = host.free_memory(vae.replica.device)
             image = decode(loaded, samples, tiling, free, guard)
         host.forget_run(latent)
+        if isinstance(report := latent.get(REPORT), str):  # of a sampler that ran in an earlier prompt
+            host.write_into_png(cls.hidden.extra_pnginfo, report)
+        if size := native_size(latent, height, width):
+            image = image[:, : size[1], : size[0]].contiguous()
         return io.NodeOutput(image)

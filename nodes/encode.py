@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,15 +15,20 @@ from . import host
 from .engine.cards.transfer import copy_to
 from .engine.errors import InputError
 from .engine.images import require_image, to_pil, warn_of_many_pictures
-from .engine.limits import MAX_PICTURES, REFERENCE_MEGAPIXELS, require_text
+from .engine.latents import MEGAPIXEL, NATIVE_SIZE, empty_latents, grid_size, require_size
+from .engine.limits import MAX_PICTURES, MEGAPIXELS, NATIVE, REFERENCE_MEGAPIXELS, SIZE, require_text
 from .engine.models.guard import GUARD, STOP
+from .engine.notices import first_time
 from .engine.sampling.conditioning import to_conditioning
 from .engine.sampling.encoded_cache import embedding_name, load_or_encode, reference_name
 from .engine.weights.estimates import Edit
 from .engine.weights.room import working_bytes
 from .load import CATEGORY, VAE, TextEncoder, guard_input
 
+log = logging.getLogger("FireRed")
+
 CPU = torch.device("cpu")
+TRAINED_AREA = 2 * MEGAPIXEL  # pixels; well above what the model was trained on
 PROMPT_NAMES = ("The prompt", "The negative prompt")  # in errors
 
 
@@ -69,10 +76,24 @@ class FireRedEncodePrompt(io.ComfyNode):
                     "batch counts as several.",
                 ),
                 guard_input(),
+                io.Combo.Input(
+                    "size",
+                    options=list(SIZE.options),
+                    default=MEGAPIXELS,
+                    optional=True,
+                    tooltip="megapixels: pictures are resized to reference_megapixels, the output is about 1 "
+                    "megapixel. native: the first picture keeps its size, and the output has exactly its "
+                    "size and place.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output("positive", display_name="positive"),
                 io.Conditioning.Output("negative", display_name="negative"),
+                io.Latent.Output(
+                    "latent",
+                    display_name="latent",
+                    tooltip="The first picture, for the sampler: to start from, or to change in a part.",
+                ),
             ],
         )
 
@@ -86,6 +107,7 @@ class FireRedEncodePrompt(io.ComfyNode):
         negative_prompt: str = " ",
         reference_megapixels: float = 1.0,
         guard: str = STOP,
+        size: str = MEGAPIXELS,
         **unknown: Any,
     ) -> io.NodeOutput:
         _require_known(unknown)
@@ -95,16 +117,23 @@ class FireRedEncodePrompt(io.ComfyNode):
             raise InputError("The prompt is empty. Write what to change in the picture.")
         prompts = prompt, require_text(negative_prompt, PROMPT_NAMES[1])
         pictures = _pictures(images)
-        guard = GUARD.require(guard)
+        guard, native = GUARD.require(guard), SIZE.require(size) == NATIVE
+        first = pictures[0].size
+        if native:
+            _require_native_size(first)
         if vae is not None:
             host.require_handle(vae, "vae")
         embeds = _encode_prompts(text_encoder, prompts, pictures, guard)  # first: it may refuse a prompt
         references, statistics = [], None
         if vae is not None:
-            references = _encode_references(vae, pictures, megapixels, guard)
+            sizes = [None if native and picture.size == first else megapixels for picture in pictures]
+            references = _encode_references(vae, pictures, sizes, guard)
             statistics = vae.replica.spec.checkpoint.latent_statistics()
-        size = pictures[0].size
-        return io.NodeOutput(*(to_conditioning(each, references, size, statistics) for each in embeds))
+        latent: dict[str, Any] = {NATIVE_SIZE: first} if native else {}
+        latent["samples"] = references[0] if references else empty_latents(first, native)
+        return io.NodeOutput(
+            *(to_conditioning(each, references, first, statistics, native) for each in embeds), latent
+        )
 
 
 def _require_known(unknown: dict[str, Any]) -> None:
@@ -129,17 +158,36 @@ def _pictures(images: Any) -> list[Image.Image]:
     return pictures
 
 
-def _encode_references(vae: host.Handle, pictures: list, megapixels: float, guard: str) -> list[torch.Tensor]:
+def _require_native_size(size: tuple[int, int]) -> None:
+    """Raise InputError for a first picture that is too large to keep its size. Log where it is a risk."""
+    width, height = grid_size(*size)
+    require_size(
+        width, height, "Scale the picture down with ImageScaleToTotalPixels, or set size to megapixels."
+    )
+    if width * height > TRAINED_AREA and first_time("native size", size):
+        log.warning(
+            "the picture is edited at its native size, %dx%d; the model was trained at about 1 megapixel, "
+            "and may repeat things in larger ones",
+            *size,
+        )
+
+
+def _encode_references(
+    vae: host.Handle, pictures: list, sizes: list[float | None], guard: str
+) -> list[torch.Tensor]:
+    """The reference latent of each picture. sizes: for each, the megapixels of vae.encode_reference."""
+    pairs = list(zip(pictures, sizes, strict=True))
+    areas = [size or math.prod(grid_size(*picture.size)) / MEGAPIXEL for picture, size in pairs]
 
     def encode(missing: list[int]) -> Iterator[torch.Tensor]:
         from .engine.models.vae import encode_reference
 
-        working = working_bytes(vae.replica, Edit(reference_megapixels=megapixels))
+        working = max(working_bytes(vae.replica, Edit(reference_megapixels=area)) for area in areas)
         with host.borrow(vae, working) as loaded:
             for index in missing:
-                yield copy_to(encode_reference(loaded, pictures[index], megapixels, guard), CPU)
+                yield copy_to(encode_reference(loaded, *pairs[index], guard), CPU)
 
-    names = [reference_name(vae.replica, picture, megapixels) for picture in pictures]
+    names = [reference_name(vae.replica, *pair) for pair in pairs]
     return load_or_encode(host.disk_cache(), names, encode)
 
 

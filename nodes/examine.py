@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -133,7 +134,7 @@ def _measure_transformer(
         seed=seed,
         samples=samples,
         draws=None if given is None else given.draws,
-        options=transformer.options,
+        options=replace(transformer.options, denoise=1.0),
     )
     run.require_room(host.room(replica))
     with host.borrow(transformer, run.working_bytes()) as model:

@@ -9,17 +9,29 @@ import torch
 from comfy_api.latest import io
 
 from . import host
-from .engine.latents import TOKEN_PIXELS, WIDTH, LatentInput, kept_keys, read_latent
+from .engine.latents import (
+    NATIVE_SIZE,
+    REPORT,
+    TOKEN_PIXELS,
+    WIDTH,
+    LatentInput,
+    kept_keys,
+    read_latent,
+    require_latents,
+)
 from .engine.limits import RESUME, SEED, STEPS, TRUE_CFG_SCALE
 from .engine.models.guard import GUARD, STOP
 from .engine.notices import first_time
 from .load import CATEGORY, Transformer, guard_input
 
 if TYPE_CHECKING:
+    from .engine.sampling.record import RunRecord
     from .engine.sampling.resume import SavedRun
     from .engine.sampling.sampling import SamplingRun
 
 log = logging.getLogger("FireRed")
+
+WIDTH_TIP = "Pixels; 0 follows the first image at about 1 megapixel, or FireRed Encode Prompt's native size."
 
 
 class FireRedSampler(io.ComfyNode):
@@ -39,7 +51,8 @@ class FireRedSampler(io.ComfyNode):
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="Gives the size and how many pictures to sample; starts from noise.",
+                    tooltip="Gives the size and how many pictures to sample. What it shows counts with a "
+                    "noise mask, and with denoise below 1 on FireRed Schedule.",
                 ),
                 io.Int.Input("steps", default=40, min=STEPS.low, max=STEPS.high, optional=True),
                 io.Float.Input(
@@ -51,12 +64,8 @@ class FireRedSampler(io.ComfyNode):
                     optional=True,
                     tooltip="True CFG scale. 1 or less samples without guidance, in half the time.",
                 ),
-                io.Int.Input(
-                    "width", **size, tooltip="Pixels; 0 follows the first image at about 1 megapixel."
-                ),
-                io.Int.Input(
-                    "height", **size, tooltip="Pixels; 0 follows the first image at about 1 megapixel."
-                ),
+                io.Int.Input("width", **size, tooltip=WIDTH_TIP),
+                io.Int.Input("height", **size, tooltip=WIDTH_TIP),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -77,7 +86,15 @@ class FireRedSampler(io.ComfyNode):
                 ),
                 guard_input(),
             ],
-            outputs=[io.Latent.Output("latent", display_name="latent")],
+            outputs=[
+                io.Latent.Output("latent", display_name="latent"),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="What happened: precision, kernels, cards, seconds a step, peak memory.",
+                ),
+            ],
+            hidden=[io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -96,12 +113,17 @@ class FireRedSampler(io.ComfyNode):
         guard: str = STOP,
     ) -> io.NodeOutput:
         from .engine.sampling.conditioning import NEGATIVE, POSITIVE
+        from .engine.sampling.record import RunRecord
         from .engine.sampling.sampling import prepare_run, read_conditions
 
         guard, resume = GUARD.require(guard), RESUME.require(resume)
         replica = host.require_handle(transformer, "transformer").replica
         branches = {POSITIVE: positive} if negative is None else {POSITIVE: positive, NEGATIVE: negative}
-        given = None if latent is None else read_latent(latent)
+        given, options = None if latent is None else read_latent(latent), transformer.options
+        if given is not None and given.is_kept(options.denoise):
+            log.warning("the latent stays as it is: denoise is 0, or its noise mask is empty (black)")
+            samples = require_latents(given.samples, "The latent")
+            return io.NodeOutput(kept_keys(latent or {}) | {"samples": samples}, "nothing was sampled")
         run = prepare_run(
             replica,
             read_conditions(replica, branches),
@@ -112,27 +134,40 @@ class FireRedSampler(io.ComfyNode):
             seed=seed,
             samples=None if given is None else given.samples,
             draws=None if given is None else given.draws,
-            options=transformer.options,
+            mask=None if given is None else given.mask,
+            options=options,
             layout=transformer.layout,
         )
-        _log_unused_inputs(negative is not None, cfg, given)
+        _log_unused_inputs(negative is not None, cfg, given, run)
         saved = host.saved_run(run.name(guard)) if resume == "on" else None
-        samples = _sample(transformer, run, saved, guard)
-        sampled = kept_keys(latent or {}) | {"samples": samples, host.RUN_KEY: saved.name if saved else None}
-        return io.NodeOutput({key: value for key, value in sampled.items() if value is not None})
+        record = RunRecord()
+        samples = _sample(transformer, run, saved, guard, record)
+        report = record.describe(run)
+        host.write_into_png(cls.hidden.extra_pnginfo, report)
+        sampled = kept_keys(latent or {}) | {"samples": samples, REPORT: report}
+        sampled[host.RUN_KEY] = saved.name if saved else None
+        if run.native_size:
+            sampled[NATIVE_SIZE] = run.native_size
+        return io.NodeOutput({key: value for key, value in sampled.items() if value is not None}, report)
 
 
-def _log_unused_inputs(has_negative: bool, cfg: float, given: LatentInput | None) -> None:
-    """Log what the user set and this run does not use."""
+def _log_unused_inputs(has_negative: bool, cfg: float, given: LatentInput | None, run: SamplingRun) -> None:
+    """Log what the user set and this run does not use, and how much of the picture it may change."""
     if cfg > 1 and not has_negative:
         log.warning("cfg is %s but no negative conditioning is connected: sampling without guidance.", cfg)
-    if given is not None and bool(given.samples.any()) and first_time("content of a latent"):
+    if run.mask is not None:
+        log.info("the noise mask lets %.1f %% of the picture change", 100 * run.mask.mean().item())
+    unused = given is not None and run.pictures is None and bool(given.samples.any())
+    if unused and first_time("content of a latent"):
         log.info(
-            "only the size and the batch of a latent count, not what it shows: sampling starts from noise"
+            "only the size and the batch of a latent count, not what it shows: sampling starts from noise. "
+            "To start from the latent, set denoise below 1 on FireRed Schedule"
         )
 
 
-def _sample(transformer: host.Handle, run: SamplingRun, saved: SavedRun | None, guard: str) -> torch.Tensor:
+def _sample(
+    transformer: host.Handle, run: SamplingRun, saved: SavedRun | None, guard: str, record: RunRecord
+) -> torch.Tensor:
     """The run's raw latents: from disk if an earlier prompt finished them, else sampled."""
     from .engine.sampling.sampling import sample
 
@@ -143,7 +178,7 @@ def _sample(transformer: host.Handle, run: SamplingRun, saved: SavedRun | None, 
             card.require_room(host.room(card.replica))
         with host.borrow_all({card.replica: card.working_bytes() for card in cards}) as models:
             reporters = host.sampling_reporter(run.replica.device), host.progress_reporter()
-            samples = sample(models, run, *reporters, saved, guard)
+            samples = sample(models, run, *reporters, saved, guard, record)
     if saved is not None:
         host.forget_run_after_prompt(saved)
     return samples

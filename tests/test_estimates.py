@@ -10,6 +10,7 @@ import torch
 from conftest import replica_for
 from engine.cards.card import Card
 from engine.files.checkpoint import Checkpoint
+from engine.limits import EXACT, INT8
 from engine.models import loading
 from engine.planning.planner import Choice, make_plan
 from engine.units import GIB
@@ -134,6 +135,27 @@ def test_a_step_is_estimated_within_what_the_documents_say(
     row = resolve(PRECISIONS[precision], BF16_CARD, math)
     seconds = step_seconds(H100, Shape.of(real_size), Edit(), row)
     assert seconds / measured - 1 == pytest.approx(off, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("precision", "math", "attention", "measured", "off"),
+    [
+        ("fp32", "fp32", EXACT, 6.95, -0.02),
+        ("int8", "fp32", EXACT, 6.96, -0.02),
+        ("int8-fast", "fp32", EXACT, 2.75, -0.01),
+        ("int8-fast", "fp32", INT8, 1.40, 0.02),
+        ("bf16", "bf16", EXACT, 0.615, -0.06),
+        ("int8-fast", "bf16", EXACT, 0.63, -0.11),
+    ],
+)
+def test_a_step_with_our_kernels_is_estimated_as_well(
+    real_size: Checkpoint, precision: str, math: str, attention: str, measured: float, off: float
+) -> None:
+    row = resolve(PRECISIONS[precision], BF16_CARD, math)
+    speeds = replace(H100, row_kernels=True, int8_attention=103.0)
+    seconds = step_seconds(speeds, Shape.of(real_size), Edit(), row, attention)
+    assert seconds == pytest.approx(measured * (1 + off), rel=0.01)
+    assert step_seconds(replace(speeds, int8_attention=None), Shape.of(real_size), Edit(), row, INT8) is None
 
 
 def test_no_time_is_told_where_a_speed_that_it_needs_is_unknown(real_size: Checkpoint) -> None:

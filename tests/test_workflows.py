@@ -113,3 +113,17 @@ def test_a_workflow_runs_from_the_page(page: Page, client: Client) -> None:
     (queued,) = [client.get(f"/history/{prompt_id}")[prompt_id] for prompt_id in new]
     assert queued["status"]["status_str"] == "success"
     assert queued["outputs"]["7"]["images"]
+
+
+def test_a_workflow_from_before_an_input_and_an_output_gets_them(page: Page, tmp_path: Path) -> None:
+    """FireRed Encode Prompt without `size` and `latent`, as it was saved first."""
+    workflow = json.loads((ROOT / "workflows" / "firered_demo.json").read_text(encoding="utf-8"))
+    (encode,) = [node for node in workflow["nodes"] if node["type"] == "FireRedEncodePrompt"]
+    assert encode["inputs"].pop()["name"] == "size" and encode["outputs"].pop()["name"] == "latent"
+    assert encode["widgets_values"].pop() == "megapixels"
+    older = tmp_path / "older.json"
+    older.write_text(json.dumps(workflow), encoding="utf-8")
+    (opened,) = [node for node in open_workflow(page, older)["nodes"] if node["id"] == encode["id"]]
+    assert opened["widgets_values"] == [*encode["widgets_values"], "megapixels"]
+    assert [slot["name"] for slot in opened["outputs"]] == ["positive", "negative", "latent"]
+    assert [slot["links"] for slot in opened["outputs"]][:2] == [slot["links"] for slot in encode["outputs"]]

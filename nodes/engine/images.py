@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from .errors import InputError
 from .limits import MAX_PICTURES, shown
+from .masks import for_batch, resized, softened
 from .notices import first_time
 
 log = logging.getLogger("FireRed")
@@ -79,6 +81,45 @@ def _picture(image: torch.Tensor, number: int) -> Image.Image:
     rgb = image[..., :3] if image.shape[-1] >= 3 else image.expand(height, width, 3)
     pixels = rgb.float().clamp(0, 1).mul(255).round().to(device="cpu", dtype=torch.uint8)
     return Image.fromarray(np.ascontiguousarray(pixels.numpy()))
+
+
+def mirrored(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """The picture on a larger canvas, in the upper left corner. The rest is its mirror image."""
+    right, below = width - picture.width, height - picture.height
+    return Image.fromarray(np.pad(np.asarray(picture), ((0, below), (0, right), (0, 0)), mode="reflect"))
+
+
+def pasted(
+    edited: torch.Tensor, original: torch.Tensor, masks: torch.Tensor | None, grow: int, feather: int
+) -> torch.Tensor:
+    """The edit laid over the original inside of a mask: an IMAGE of the original's size, with its alpha.
+
+    edited, original: IMAGEs (B, H, W, 1, 3 or 4 channels). masks: (B, 1, H, W), 1 for the edit; None for
+    everywhere. grow, feather: as in masks.softened. Of edited, original and masks, what there are fewer of is
+    repeated. Where the mask is 0, the pixels are exactly the original's. Raises InputError for other shapes.
+    """
+    edited, below = _channels_first(edited, "edited"), _channels_first(original, "original")
+    height, width = below.shape[-2:]
+    batch = max(len(edited), len(below), 1 if masks is None else len(masks))
+    if edited.shape[-2:] != below.shape[-2:]:
+        edited = F.interpolate(edited, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+    edited, below = for_batch(edited[:, :3], batch), for_batch(below, batch)
+    color = below[:, :3].expand_as(edited)
+    if masks is not None:
+        weights = for_batch(softened(resized(masks, height, width), grow, feather), batch)
+        edited = torch.where(weights > 0, torch.lerp(color, edited, weights), color)
+    return torch.cat([edited, below[:, 3:]], dim=1).movedim(1, -1).contiguous()
+
+
+def _channels_first(image: torch.Tensor, name: str) -> torch.Tensor:
+    """An IMAGE as (B, 3 or 4, H, W) FP32 on the CPU. Raises InputError for anything else."""
+    image = image if image.ndim != 3 else image[None]
+    if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or 0 in image.shape:
+        raise InputError(
+            f"{name} has shape {tuple(image.shape)}; an image is (batch, height, width, 1, 3 or 4 channels)."
+        )
+    channels = image.to("cpu", torch.float32).movedim(-1, 1)
+    return channels if channels.shape[1] > 1 else channels.expand(-1, 3, -1, -1)
 
 
 def from_pixels(pixels: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from .errors import InputError
-from .limits import Real, Whole, shown
+from .limits import Real, Whole, as_number, shown
+from .masks import for_batch, is_all_ones, read_mask, resized
 
 VAE_SCALE = 8  # pixels per latent
 PATCH = 2  # latents on each side of a token
@@ -30,8 +31,13 @@ WIDTH, HEIGHT = (Whole(side, 0, MAX_SIZE) for side in ("width", "height"))  # 0 
 DRAW = Whole("A number in the latent's batch_index", 0, 16_383)
 DOWNSCALE = Real("The latent's downscale_ratio_spacial", 1.0, 128.0)
 EMPTY_LATENT_CHANNELS = 4
+MAX_SIDE = 1e6  # pixels of a picture; what is beyond is no size
+# The key of a LATENT and of a CONDITIONING for the first picture's width and height in pixels, where the
+# output shall have exactly that size. The latents are grid_size of it; the decode cuts off what is too much.
+NATIVE_SIZE = "native_size"
 # Keys that describe a given LATENT, but not the latents that are sampled from it.
-NOT_KEPT = ("samples", "downscale_ratio_spacial", "downscale_ratio_temporal")
+REPORT = "firered_report"  # what happened in the run that made it
+NOT_KEPT = ("samples", "downscale_ratio_spacial", "downscale_ratio_temporal", REPORT)
 
 
 def dimensions_for_area(area: float, ratio: float) -> tuple[int, int]:
@@ -62,6 +68,36 @@ def output_size(width: int, height: int, first_image: tuple[int, int] | None) ->
     return size[0] // TOKEN_PIXELS * TOKEN_PIXELS, size[1] // TOKEN_PIXELS * TOKEN_PIXELS
 
 
+def grid_size(width: int, height: int) -> tuple[int, int]:
+    """The width and height in pixels of the smallest grid of whole tokens that a picture fits into."""
+    columns, rows = (max(MIN_SIZE, -(-side // TOKEN_PIXELS) * TOKEN_PIXELS) for side in (width, height))
+    return columns, rows
+
+
+def empty_latents(first_image: tuple[int, int], native: bool) -> torch.Tensor:
+    """Zeros (1, 16, 1, h, w) of the size that an edit of this picture (width, height in pixels) has."""
+    width, height = grid_size(*first_image) if native else output_size(0, 0, first_image)
+    return torch.zeros(1, LATENT_CHANNELS, 1, height // VAE_SCALE, width // VAE_SCALE)
+
+
+def read_size(size: Any) -> tuple[int, int] | None:
+    """A width and height in pixels, or None if another pack uses this key differently."""
+    if isinstance(size, list | tuple) and len(size) == 2:
+        sides = [as_number(side) for side in size]
+        if all(side is not None and 1 <= side <= MAX_SIDE for side in sides):
+            return int(size[0]), int(size[1])
+    return None
+
+
+def native_size(latent: Mapping[str, Any], height: int, width: int) -> tuple[int, int] | None:
+    """The native size of a LATENT with latents of that size, or None if there is none.
+
+    Also None for latents that were resized or cut since: their native size is not known.
+    """
+    size = read_size(latent.get(NATIVE_SIZE))
+    return size if size and grid_size(*size) == (width * VAE_SCALE, height * VAE_SCALE) else None
+
+
 def require_size(width: int, height: int, remedy: str) -> None:
     """Raise InputError for a size in pixels outside MIN_SIZE..MAX_SIZE a side."""
     if min(width, height) < MIN_SIZE or max(width, height) > MAX_SIZE:
@@ -77,28 +113,45 @@ class LatentInput:
 
     samples: raw latents (B, 16, 1, h, w) or (B, 16, h, w); they set the size and the batch.
     draws: for each picture, the number of the seed's draw that is its noise, from 0.
+    mask: (B, 1, 1, h, w) FP32, 1 where the pictures may change; None for everywhere.
     """
 
     samples: torch.Tensor
     draws: tuple[int, ...]
+    mask: torch.Tensor | None = None
+
+    def is_kept(self, denoise: float) -> bool:
+        """Whether sampling would give back the pictures as they are."""
+        changes = denoise > 0 and (self.mask is None or bool(self.mask.any()))
+        return not changes and bool(self.samples.any())
 
 
 def read_latent(latent: Any) -> LatentInput:
-    """Read a LATENT as core's KSampler does at denoise 1.
+    """Read a LATENT as core's KSampler does.
 
-    It obeys batch_index, and takes the size of an empty latent of another model. Raises InputError for what
-    it cannot obey, such as a noise_mask.
+    It obeys batch_index and noise_mask, and takes the size of an empty latent of another model. Raises
+    InputError for what it cannot obey.
     """
-    samples = latent_samples(latent, "The latent")
+    given = latent_samples(latent, "The latent")
+    samples = empty_as_qwen(given, latent.get("downscale_ratio_spacial"))
     mask = latent.get("noise_mask")
     if mask is not None and not is_all_ones(mask):
-        raise InputError(
-            "The latent has a noise_mask, which Set Latent Noise Mask, VAE Encode (for Inpainting) and "
-            "InpaintModelConditioning set. These nodes change the whole picture and do not obey masks. "
-            "Take that node out, and lay the edited part over the picture afterwards, with "
-            "ImageCompositeMasked."
-        )
-    return LatentInput(empty_as_qwen(samples, latent.get("downscale_ratio_spacial")), _draws(latent, samples))
+        mask = _noise_mask(latent, require_latents(samples, "The latent").shape)
+    return LatentInput(samples, _draws(latent, given), mask if not is_all_ones(mask) else None)
+
+
+def _noise_mask(latent: Mapping[str, Any], shape: Sequence[int]) -> torch.Tensor:
+    """The LATENT's noise_mask for latents of that shape, one mask a picture: (B, 1, 1, h, w).
+
+    Core stretches a mask over the latents. Where those are larger than the picture (its native size), the
+    mask is first made larger by as much, so that it stays in its place.
+    """
+    batch, _, _, height, width = shape
+    mask = read_mask(latent["noise_mask"], "The latent's noise_mask")
+    if size := native_size(latent, height, width):
+        right, below = width * VAE_SCALE - size[0], height * VAE_SCALE - size[1]
+        mask = F.pad(resized(mask, size[1], size[0]), (0, right, 0, below), mode="replicate")
+    return for_batch(resized(mask, height, width), batch).unsqueeze(2)
 
 
 def latent_samples(latent: Any, what: str) -> torch.Tensor:
@@ -115,11 +168,6 @@ def require_tensor(value: Any, what: str) -> torch.Tensor:
     if value.is_nested or value.layout is not torch.strided or value.is_complex():
         raise InputError(f"{what} is a nested, sparse or complex tensor; these nodes take plain ones.")
     return value
-
-
-def is_all_ones(mask: Any) -> bool:
-    """Whether a mask is 1 everywhere. Such a mask changes nothing in core."""
-    return isinstance(mask, torch.Tensor) and not mask.is_nested and bool((mask == 1).all())
 
 
 def kept_keys(latent: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,6 +244,11 @@ def pad_to_patches(latents: torch.Tensor) -> torch.Tensor:
     if height % PATCH == 0 and width % PATCH == 0:
         return latents
     return F.pad(latents, (0, width % PATCH, 0, height % PATCH, 0, 0), mode="circular")
+
+
+def pack_raw(raw: torch.Tensor, statistics: LatentStatistics) -> torch.Tensor:
+    """Raw latents (B, 16, 1, h, w) as the transformer takes them: (B, tokens, 64)."""
+    return pack(statistics.normalize(pad_to_patches(raw)))
 
 
 class LatentStatistics(NamedTuple):

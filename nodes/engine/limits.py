@@ -68,6 +68,8 @@ TRUE_CFG_SCALE = Real("cfg", 0.0, 100.0)
 REFERENCE_MEGAPIXELS = Real("reference_megapixels", 0.01, 4.0)
 MAX_PICTURES = 10  # in one edit
 REFERENCES = Whole("references", 0, MAX_PICTURES)
+MEGAPIXELS, NATIVE = SIZES = ("megapixels", "native")
+SIZE = Choice("size", SIZES)
 RESUME = Choice("resume", ("on", "off"))
 AUTO, EXACT, INT8 = "auto", "exact", "int8"  # of attention: torch's, or one that rounds to INT8
 ATTENTION = Choice("attention", (AUTO, EXACT, INT8))

@@ -27,6 +27,7 @@ from .storage import (
     forget_run_after_prompt,
     provide_example_photo,
     saved_run,
+    write_into_png,
 )
 
 __all__ = [
@@ -59,4 +60,5 @@ __all__ = [
     "saved_run",
     "share",
     "validate_checkpoint",
+    "write_into_png",
 ]

@@ -19,6 +19,7 @@ from ..engine.sampling.resume import SavedRun, is_run_name
 
 DEFAULT_CACHE_GB = 100
 RUN_KEY = "firered_run"  # in a LATENT: the name of the run that made it
+PNG_KEY = "firered"  # in a PNG's metadata: a JSON list of what happened in each run
 QUEUE_SECONDS = 0.1  # between two looks at ComfyUI's queue
 EXAMPLE_PHOTO = Path(__file__).resolve().parents[2] / "workflows" / "input" / "firered_cat.jpg"
 RUNS_GB = 1  # of unfinished runs; one picture of 1 megapixel takes 1 to 8 MB
@@ -39,6 +40,15 @@ def disk_cache() -> DiskCache:
 def saved_run(name: str) -> SavedRun:
     """The unfinished run of that name. Its file need not exist yet."""
     return SavedRun(DiskCache(_cache_folder() / "runs", int(RUNS_GB * 1e9)), name)
+
+
+def write_into_png(metadata: Any, report: str) -> None:
+    """Add what happened in a run to the metadata of the files that this prompt saves.
+
+    metadata: ComfyUI's `extra_pnginfo`; None in a prompt without it.
+    """
+    if isinstance(metadata, dict) and report not in metadata.setdefault(PNG_KEY, []):
+        metadata[PNG_KEY].append(report)
 
 
 def forget_run(latent: dict[str, Any]) -> None:

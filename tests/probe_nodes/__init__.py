@@ -7,15 +7,21 @@ import sys
 from dataclasses import replace
 from json import loads
 from pathlib import Path
+from types import SimpleNamespace
 
+import comfy.model_base
 import comfy.model_management as mm
+import comfy.model_sampling
 import comfy.sample
+import comfy.sampler_helpers
+import comfy.samplers
 import comfy.sd
 import comfy.text_encoders.qwen_image as qwen_image
 import comfy.text_encoders.qwen_vl as qwen_vl
 import folder_paths
 import psutil
 import torch
+from comfy_extras import nodes_differential_diffusion
 
 
 def pack_host(part):
@@ -351,6 +357,51 @@ class ProbeCLIP(Probe):
         return (clip,)
 
 
+class ProbeKSampler(Probe):
+    """What core's Euler sampler makes of a LATENT with a noise_mask, with a smooth field as the model.
+
+    Writes the noise levels, the latents and the mask to output/NAME.pt. The latents count as normalised.
+    differential below 0: without DifferentialDiffusion.
+    """
+
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        numbers = dict(steps="INT", seed="INT", denoise="FLOAT", differential="FLOAT")
+        inputs = {"latent": ("LATENT", {}), "name": ("STRING", {})}
+        return {"required": inputs | {name: (kind, {"min": -1}) for name, kind in numbers.items()}}
+
+    def execute(self, latent, name, steps, seed, denoise, differential):
+        class Levels(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+            pass
+
+        levels = Levels()
+        model = SimpleNamespace(model_sampling=levels, get_model_object=lambda _: levels, model_options={})
+        model.scale_latent_inpaint = functools.partial(comfy.model_base.BaseModel.scale_latent_inpaint, model)
+
+        class Field:
+            inner_model, model_patcher, cfg = model, SimpleNamespace(model=model), 1.0
+
+            def __call__(self, x, sigma, **_):
+                return x - sigma.item() * (1 + 0.3 * torch.sin(x))
+
+        sampler = comfy.samplers.KSampler(model, steps, "cpu", "euler", "simple", denoise)
+        pictures, patched = latent["samples"], {}
+        mask = comfy.sampler_helpers.prepare_mask(latent["noise_mask"], pictures.shape, "cpu")
+        if differential >= 0:
+            forward = nodes_differential_diffusion.DifferentialDiffusion.forward
+            patched = {"denoise_mask_function": functools.partial(forward, strength=differential)}
+        noise = comfy.sample.prepare_noise(pictures, seed)
+        arguments = {"model_options": patched, "seed": seed}
+        euler = comfy.samplers.sampler_object("euler")
+        made = euler.sample(Field(), sampler.sigmas, arguments, None, noise, pictures, mask, True)
+        found = {"sigmas": sampler.sigmas, "samples": made, "mask": mask, "noise": noise}
+        torch.save(found, Path(folder_paths.get_output_directory()) / f"{name}.pt")
+        return {}
+
+
 PROBES = (
     ProbeImage,
     ProbeLatent,
@@ -366,5 +417,6 @@ PROBES = (
     ProbeBrokenCard,
     ProbeCards,
     ProbeCLIP,
+    ProbeKSampler,
 )
 NODE_CLASS_MAPPINGS = {probe.__name__: probe for probe in PROBES}

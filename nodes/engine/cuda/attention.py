@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -84,53 +85,65 @@ class Int8Attention:
         There may be more or fewer keys than queries. mask: (1, 1, 1, keys) bool, False for keys to ignore.
         """
         _, heads, queries, size = query.shape
-        keys, device = key.shape[2], query.device
-        query_tiles, key_tiles = -(-queries // QUERIES), -(-keys // KEYS)
-        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-
-        def floats(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=torch.float32, device=device)
-
-        def ints(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=torch.int32, device=device)
-
-        counts = None if mask is None else mask.reshape(-1).contiguous()
-        count = None if counts is None else counts.sum(dtype=torch.int32)
-        means, scales = floats(2, heads, size), floats(2, heads, size)
-        parts = floats(2, heads, PARTS, 3, size)
-        steps = *key.stride()[1:3], *value.stride()[1:3]
-        self._measure_parts((PARTS, heads, 2), size, key, value, counts, parts, keys, *steps)
-        self._measure_all((heads, 2), size, parts, count, means, scales, PARTS, keys)
-        packed_queries, query_scales = (
-            ints(heads, query_tiles, 32, QUERIES),
-            floats(heads, query_tiles * QUERIES),
-        )
-        packed, key_scales = ints(heads, key_tiles, 2, 32, KEYS), floats(heads, key_tiles * KEYS)
-        offsets = torch.empty_like(key_scales)
+        keys = self._packed_keys(key, value, mask)
+        tiles = -(-queries // QUERIES)
+        packed = _ints(query.device, heads, tiles, 32, QUERIES)
+        scales = _floats(query.device, heads, tiles * QUERIES)
+        query = _rows(query)
         # Powers of 2, and a rotation that is not normalised on either side.
         factor = size**-0.5 * math.log2(math.e) / size
-        self._pack_queries(
-            (query_tiles, heads),
-            256,
-            query,
-            packed_queries,
-            query_scales,
-            queries,
-            *query.stride()[1:3],
-            factor,
-        )
-        self._pack_keys(
-            (2 * key_tiles, heads), 256, key, means[0], counts, packed, key_scales, offsets, keys, *steps[:2]
-        )
-        self._pack_values(
-            (16 * key_tiles, heads), 256, value, means[1], scales[1], counts, packed, keys, *steps[2:]
-        )
-        out = floats(queries, heads, size)
-        self._attend(
-            (query_tiles, heads), 128, packed_queries, query_scales, packed, key_scales, offsets, scales[1],
-            means[1], out, queries, query_tiles, key_tiles,
-        )  # fmt: skip
+        steps = query.stride()[1:3]
+        self._pack_queries((tiles, heads, 1), 256, query, packed, scales, queries, *steps, factor)
+        out = _floats(query.device, queries, heads, size)
+        self._attend((tiles, heads, 1), 128, packed, scales, *keys, out, queries, tiles, keys.tiles)
         return out.transpose(0, 1).unsqueeze(0)
+
+    def _packed_keys(self, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> _Keys:
+        _, heads, tokens, size = key.shape
+        key, value, device, tiles = _rows(key), _rows(value), key.device, -(-tokens // KEYS)
+        counts = None if mask is None else mask.reshape(-1).contiguous()
+        count = None if counts is None else counts.sum(dtype=torch.int32)
+        parts = _floats(device, 2, heads, PARTS, 3, size)
+        means, scales = _floats(device, 2, heads, size), _floats(device, 2, heads, size)
+        of_key, of_value = key.stride()[1:3], value.stride()[1:3]
+        grid = PARTS, heads, 2
+        self._measure_parts(grid, size, key, value, counts, parts, tokens, *of_key, *of_value)
+        self._measure_all((heads, 2, 1), size, parts, count, means, scales, PARTS, tokens)
+        packed = _ints(device, heads, tiles, 2, 32, KEYS)
+        key_scales, offsets = (_floats(device, heads, tiles * KEYS) for _ in range(2))
+        found = _Keys(packed, key_scales, offsets, scales[1], means[1])
+        grid = 2 * tiles, heads, 1
+        self._pack_keys(grid, 256, key, means[0], counts, packed, key_scales, offsets, tokens, *of_key)
+        grid = 16 * tiles, heads, 1
+        self._pack_values(grid, 256, value, means[1], scales[1], counts, packed, tokens, *of_value)
+        return found
+
+
+class _Keys(NamedTuple):
+    """Packed keys and values, as attention.cu describes them."""
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+    offsets: torch.Tensor
+    value_scales: torch.Tensor
+    value_means: torch.Tensor
+
+    @property
+    def tiles(self) -> int:
+        return self.packed.shape[1]
+
+
+def _floats(device: torch.device, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def _ints(device: torch.device, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.int32, device=device)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x, with the channels of a token side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @functools.cache

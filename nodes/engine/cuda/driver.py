@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -13,13 +14,8 @@ import torch
 from ..cards.kernels import as_current
 from .compiler import KernelError, compiled
 
-
-class Pointer(int):
-    """An address in a card's memory."""
-
-
-# A kernel's parameter: a tensor's memory, an address, a null pointer, a 32-bit integer or an FP32 number.
-Argument = torch.Tensor | Pointer | None | int | float
+# A kernel's parameter: a tensor's memory, an address or a null pointer, a 32-bit integer, an FP32 number.
+Argument = torch.Tensor | int | None | float
 
 
 @functools.cache
@@ -54,27 +50,24 @@ class Kernel:
         self._function, self._name, self._device = function, name, device
         self._launch = _driver().cuLaunchKernel
 
-    def __call__(self, grid: tuple[int, ...], threads: int, *arguments: Argument) -> None:
+    def __call__(self, grid: tuple[int, int, int], threads: int, *arguments: Argument) -> None:
         """Queue it on the card's current stream. The card is the current one. Raises RuntimeError."""
-        values = [_parameter(argument) for argument in arguments]
-        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        count = len(arguments)
+        values = (ctypes.c_uint64 * count)(*map(_bits, arguments))  # little-endian: the low bytes come first
+        first = ctypes.addressof(values)
+        pointers = (ctypes.c_void_p * count)(*range(first, first + 8 * count, 8))
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        columns, *others = grid
-        rows = others[0] if others else 1
-        layers = others[1] if len(others) > 1 else 1
-        result = self._launch(self._function, columns, rows, layers, threads, 1, 1, 0, stream, pointers, None)
+        result = self._launch(self._function, *grid, threads, 1, 1, 0, stream, pointers, None)
         if result:
             raise RuntimeError(f"CUDA error: {self._name} could not be launched ({result})")
 
 
-def _parameter(argument: Argument) -> Any:
-    if argument is None:
-        return ctypes.c_void_p(None)
+def _bits(argument: Argument) -> int:
     if isinstance(argument, torch.Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, Pointer):
-        return ctypes.c_void_p(argument)
-    return ctypes.c_int(argument) if isinstance(argument, int) else ctypes.c_float(argument)
+        return argument.data_ptr()
+    if isinstance(argument, float):
+        return int.from_bytes(struct.pack("<f", argument), "little")
+    return argument or 0  # ctypes cuts an integer to its low bits
 
 
 class Module:

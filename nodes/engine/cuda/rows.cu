@@ -26,11 +26,12 @@ __device__ __forceinline__ void store4(REAL* x, float4 v) { *(float4*)x = v; }
 
 #define EACH4(EXPRESSION) make_float4(EXPRESSION(x), EXPRESSION(y), EXPRESSION(z), EXPRESSION(w))
 
-// Where numbers come from: `x`, or INT8 products that still need their scales and bias. weight_scales null: x.
+// Where numbers come from: `x`, or INT8 products that still need their scales, the bias and what a LoRA adds.
+// weight_scales null: x. bias and added may be null.
 #define SOURCE_PARAMETERS \
     const void* __restrict__ x, const float* __restrict__ token_scales, const float* __restrict__ weight_scales, \
-    const REAL* __restrict__ bias
-#define SOURCE x, token_scales, weight_scales, bias
+    const REAL* __restrict__ bias, const REAL* __restrict__ added
+#define SOURCE x, token_scales, weight_scales, bias, added
 
 __device__ __forceinline__ float4 read4(SOURCE_PARAMETERS, int row, int channel, int width) {
     const size_t at = (size_t)row * width + channel;
@@ -38,7 +39,11 @@ __device__ __forceinline__ float4 read4(SOURCE_PARAMETERS, int row, int channel,
     const int4 product = *(const int4*)((const int*)x + at);
     const float4 scale = *(const float4*)(weight_scales + channel);
     const float token = token_scales[row];
-    const float4 b = bias ? load4(bias + channel) : make_float4(0.f, 0.f, 0.f, 0.f);
+    float4 b = bias ? load4(bias + channel) : make_float4(0.f, 0.f, 0.f, 0.f);
+    if (added) {
+        const float4 more = load4(added + at);
+        b = make_float4(b.x + more.x, b.y + more.y, b.z + more.z, b.w + more.w);
+    }
 #define FINISH(c) fmaf((float)product.c * token, scale.c, b.c)
     return EACH4(FINISH);
 #undef FINISH

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from ..cards.kernels import as_current
 from ..files.rotations import OURS
 from .compiler import KernelError
-from .driver import Argument, Module, Pointer
+from .driver import Argument, Module
 
 log = logging.getLogger("FireRed")
 
@@ -34,20 +34,24 @@ MAX_ROUNDING = 0.03
 TEST_ROWS, TEST_WIDTH = 32, 24 * HEAD_SIZE
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Rows:
-    """Rotated and quantised activations: INT8 (m, k) and FP32 scales (m, 1)."""
+    """Rotated and quantised activations: INT8 (m, k) and FP32 scales (m, 1).
+
+    plain: the same (..., m, k) before both, where a LoRA needs it.
+    """
 
     tokens: torch.Tensor
     scales: torch.Tensor
+    plain: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Product:
     """A product of INT8 matrices before its scales and its bias.
 
     sums: INT32 (m, n). token_scales (m, 1), weight_scales (n, 1): FP32. bias: (n) or None. kernels: what can
-    finish it.
+    finish it. added: what a LoRA adds (m, n), or None.
     """
 
     sums: torch.Tensor
@@ -55,14 +59,15 @@ class Product:
     weight_scales: torch.Tensor
     bias: torch.Tensor | None
     kernels: RowKernels
+    added: torch.Tensor | None = None
 
     def plain(self) -> torch.Tensor:
         """The finished product (m, n) FP64."""
         scaled = self.sums.double() * self.token_scales.double() * self.weight_scales.double().T
-        return scaled if self.bias is None else scaled + self.bias.double()
+        return sum((each.double() for each in (self.bias, self.added) if each is not None), scaled)
 
 
-Source = torch.Tensor | Product  # rows (m, n), finished or not
+Source = torch.Tensor | Product  # rows (..., m, n), finished or not
 
 
 class Modulation(NamedTuple):
@@ -140,17 +145,20 @@ class RowKernels:
         source: Source,
         modulation: Modulation | None = None,
         first: int = 0,
+        *,
         activate: bool = False,
+        keep: bool = False,
     ) -> Rows:
         """The source, normed (with a modulation) or after gelu (activate), rotated by OURS, then rounded.
 
-        NaN or infinity goes into the row's scale.
+        keep: whether to keep what is not rotated and rounded yet. NaN or infinity goes into the row's scale.
         """
         (rows, width), device = shape(source), numbers(source).device
         tokens = torch.empty((rows, width), dtype=torch.int8, device=device)
         scales = torch.empty((rows, 1), dtype=torch.float32, device=device)
-        self._run(source, modulation, first, activate, None, tokens, scales)
-        return Rows(tokens, scales)
+        plain = self._empty(source) if keep else None
+        self._run(source, modulation, first, activate, plain, tokens, scales)
+        return Rows(tokens, scales, plain)
 
     def normed(self, x: torch.Tensor, modulation: Modulation, first: int) -> torch.Tensor:
         """The function of that name."""
@@ -176,9 +184,9 @@ class RowKernels:
     ) -> None:
         rows, width = shape(source)
         threads = -(-width // (VECTORS * 4 * 32)) * 32
-        shift, scale = (_part(modulation, first + number, width) for number in (0, 1))
+        shift, scale = _part(modulation, first, width), _part(modulation, first + 1, width)
         self._quantize(
-            (rows,), threads, *_source(source), shift, scale, *_switch(modulation), int(activate), plain,
+            (rows, 1, 1), threads, *_source(source), shift, scale, *_switch(modulation), activate, plain,
             tokens, scales, width,
         )  # fmt: skip
 
@@ -188,44 +196,45 @@ class RowKernels:
         weight: torch.Tensor | None,
         rotations: torch.Tensor | None,
         out: torch.Tensor,
+        start: int = 0,
     ) -> None:
         """The source's heads, normed by their root mean squares and rotated as by rotate_pairs, into `out`.
 
-        weight: (size) of the norm, or None for none. rotations: complex64 (m, size / 2), or None. out: of the
-        source's shape. There are at most 32 heads.
+        weight: (size) of the norm, or None for none. rotations: complex64 (m, size / 2), or None. out:
+        (tokens, heads * size) in any shape, whose tokens from `start` on are written. There are at most 32
+        heads.
         """
         rows, width = shape(source)
-        pairs = None if rotations is None else torch.view_as_real(rotations)
-        self._heads((rows,), width // 4, *_source(source), weight, pairs, out)
+        to = out.data_ptr() + start * width * out.element_size()
+        self._heads((rows, 1, 1), width // 4, *_source(source), weight, rotations, to)
 
     def add_gated(
         self, residual: torch.Tensor, source: Source, modulation: Modulation, gate: int
     ) -> torch.Tensor:
         """The function of that name."""
-        rows, width = residual.shape
+        rows, width = shape(residual)
         out = torch.empty_like(residual)
-        part = _part(modulation, gate, width)
-        self._finish(
-            (rows,), _threads(width), *_source(source), residual, part, *_switch(modulation), out, width
-        )
+        part, switch = _part(modulation, gate, width), _switch(modulation)
+        self._finish((rows, 1, 1), _threads(width), *_source(source), residual, part, *switch, out, width)
         return out
 
     def finished(self, source: Product) -> torch.Tensor:
-        """The product with its scales and its bias."""
+        """The product with its scales, its bias and what is added."""
         rows, width = source.sums.shape
         out = self._empty(source)
-        self._finish((rows,), _threads(width), *_source(source), None, None, 0, 0, out, width)
+        self._finish((rows, 1, 1), _threads(width), *_source(source), None, None, 0, 0, out, width)
         return out
 
     def upcast(self, weight: torch.Tensor, scales: torch.Tensor, rotates: bool) -> torch.Tensor:
         """INT8 rows (n, k) times their FP32 scales (n, 1), and rotated by OURS if `rotates`."""
         rows, width = weight.shape
         out = torch.empty((rows, width), dtype=self.dtype, device=weight.device)
-        self._upcast((rows,), _threads(width), weight, scales, out, width, int(rotates))
+        self._upcast((rows, 1, 1), _threads(width), weight, scales, out, width, rotates)
         return out
 
     def _empty(self, source: Source) -> torch.Tensor:
-        return torch.empty(shape(source), dtype=self.dtype, device=numbers(source).device)
+        found = numbers(source)
+        return torch.empty(found.shape, dtype=self.dtype, device=found.device)
 
 
 def numbers(source: Source) -> torch.Tensor:
@@ -234,23 +243,23 @@ def numbers(source: Source) -> torch.Tensor:
 
 def shape(source: Source) -> tuple[int, int]:
     """Tokens and width."""
-    rows, width = numbers(source).shape
+    *_, rows, width = numbers(source).shape
     return rows, width
 
 
 def _source(source: Source) -> tuple[Argument, ...]:
     """As the kernels take it."""
     if isinstance(source, Product):
-        return source.sums, source.token_scales, source.weight_scales, source.bias
-    return source, None, None, None
+        return source.sums, source.token_scales, source.weight_scales, source.bias, source.added
+    return source, None, None, None, None
 
 
-def _part(modulation: Modulation | None, number: int, width: int) -> Pointer | None:
-    """Where a part of the modulation starts."""
+def _part(modulation: Modulation | None, number: int, width: int) -> int | None:
+    """The address of a part of the modulation."""
     if modulation is None:
         return None
     rows = modulation.rows
-    return Pointer(rows.data_ptr() + number * width * rows.element_size())
+    return rows.data_ptr() + number * width * rows.element_size()
 
 
 def _switch(modulation: Modulation | None) -> tuple[int, int]:
@@ -300,7 +309,8 @@ def _test_cases(
     rows *= size.to(kernels.dtype)
     sums = torch.randint(-(2**24), 2**24, rows.shape, generator=generator, dtype=torch.int32).to(device)
     bias, weight = (random(width).to(kernels.dtype) for width in (TEST_WIDTH, HEAD_SIZE))
-    product = Product(sums, size * 1e-6, random(TEST_WIDTH, 1).abs(), bias, kernels)
+    added = random(TEST_ROWS, TEST_WIDTH).to(kernels.dtype)
+    product = Product(sums, size * 1e-6, random(TEST_WIDTH, 1).abs(), bias, kernels, added)
     modulation = Modulation(random(2, 6 * TEST_WIDTH).to(kernels.dtype), TEST_ROWS // 2)
     exact = Modulation(modulation.rows.double(), modulation.targets)
     rotations = torch.polar(
@@ -318,8 +328,8 @@ def _test_cases(
         normed_heads = F.rms_norm(plain.unflatten(-1, (-1, HEAD_SIZE)), (HEAD_SIZE,), weight.double(), EPS)
         rotated = rotate_pairs(normed_heads, rotations.to(torch.complex128))
         yield f"heads of {kind}", heads, rotated.flatten(-2)
-        added = kernels.add_gated(residual, source, modulation, 5)
-        yield f"sum with {kind}", added, add_gated(residual.double(), plain, exact, 5)
+        total = kernels.add_gated(residual, source, modulation, 5)
+        yield f"sum with {kind}", total, add_gated(residual.double(), plain, exact, 5)
     yield "finished product", kernels.finished(product), product.plain()
     quantised = kernels.quantize(residual)
     upcast = kernels.upcast(quantised.tokens, quantised.scales, True)

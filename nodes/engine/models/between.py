@@ -1,7 +1,7 @@
 """What a block computes between its products: by our own kernels where they run, else in plain torch.
 
-A layer that multiplies INT8 matrices takes rows and leaves its result unfinished, unless a hook sees what
-goes in and out, such as that of a LoRA.
+A layer that multiplies INT8 matrices takes rows and leaves its result unfinished, unless a hook wants to see
+plain tensors.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch.nn import Module
 
 from ..cuda import rows
 from ..cuda.rows import Modulation, Product, RowKernels, Rows, Source, row_kernels
+from ..weights.adapters import LayerAddition
 from ..weights.formats import Int8FastLinear
 
 Activations = torch.Tensor | Rows  # of a layer: (1, tokens, width), or its rows
@@ -38,7 +39,15 @@ def _take_rows(layers: Sequence[Module], tokens: int) -> bool:
 
 
 def _is_watched(module: Module | None) -> bool:
-    return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether a hook wants plain tensors."""
+    if module is None or not (module._forward_hooks or module._forward_pre_hooks):
+        return False
+    adds = all(isinstance(hook, LayerAddition) for hook in module._forward_hooks.values())
+    return not adds or bool(module._forward_pre_hooks)
+
+
+def _has_lora(layers: Sequence[Module]) -> bool:
+    return any(layer._forward_hooks for layer in layers)
 
 
 def normed_for(layers: Sequence[Module], x: torch.Tensor, modulation: Modulation, first: int) -> Activations:
@@ -47,8 +56,8 @@ def normed_for(layers: Sequence[Module], x: torch.Tensor, modulation: Modulation
     if kernels is None:
         return rows.normed(x, modulation, first)
     if _take_rows(layers, x.shape[1]):
-        return kernels.quantize(x[0].contiguous(), modulation, first)
-    return kernels.normed(x[0].contiguous(), modulation, first).unsqueeze(0)
+        return kernels.quantize(x.contiguous(), modulation, first, keep=_has_lora(layers))
+    return kernels.normed(x.contiguous(), modulation, first)
 
 
 def prepared(x: torch.Tensor, layer: Module) -> Activations:
@@ -56,20 +65,22 @@ def prepared(x: torch.Tensor, layer: Module) -> Activations:
     kernels = _kernels(x)
     if kernels is None or not _take_rows([layer], x.shape[1]):
         return x
-    return kernels.quantize(x[0].contiguous())
+    found = kernels.quantize(x.contiguous())
+    found.plain = x
+    return found
 
 
 def activated(y: Product, layer: Module) -> Activations:
     """The layer's input: gelu of the result of another one."""
     if _take_rows([layer], len(y.sums)):
-        return y.kernels.quantize(y, activate=True)
+        return y.kernels.quantize(y, activate=True, keep=_has_lora([layer]))
     return y.kernels.gelu(y).unsqueeze(0)
 
 
 def add_gated(x: torch.Tensor, change: Result, modulation: Modulation, gate: int) -> torch.Tensor:
     """As rows.add_gated: (1, tokens, width)."""
     if isinstance(change, Product):
-        return change.kernels.add_gated(x[0].contiguous(), change, modulation, gate).unsqueeze(0)
+        return change.kernels.add_gated(x.contiguous(), change, modulation, gate)
     return rows.add_gated(x, change, modulation, gate)
 
 
@@ -83,7 +94,7 @@ class HeadsOf(NamedTuple):
     @property
     def source(self) -> Source:
         """As the kernels take it."""
-        return self.result if isinstance(self.result, Product) else self.result[0].contiguous()
+        return self.result if isinstance(self.result, Product) else self.result.contiguous()
 
     @property
     def kernels(self) -> RowKernels | None:
@@ -111,8 +122,8 @@ def joined_heads(text: HeadsOf, image: HeadsOf, size: int) -> torch.Tensor:
     if kernels is None or image.kernels is None or not known:
         return torch.cat([each.plain(size) for each in streams], dim=1)
     tokens, device = text_tokens + image_tokens, rows.numbers(sources[0]).device
-    out = torch.empty((tokens, width), dtype=kernels.dtype, device=device)
-    for each, source, part in zip(streams, sources, out.split([text_tokens, image_tokens]), strict=True):
+    out = torch.empty((1, tokens, width // size, size), dtype=kernels.dtype, device=device)
+    for each, source, start in zip(streams, sources, (0, text_tokens), strict=True):
         weight: Any = None if each.norm is None else each.norm.weight
-        kernels.heads(source, weight, each.rotations, part)
-    return out.unflatten(1, (-1, size)).unsqueeze(0)
+        kernels.heads(source, weight, each.rotations, out, start)
+    return out

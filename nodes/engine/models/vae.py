@@ -18,8 +18,16 @@ from PIL import Image
 from ..arithmetic import exact_fp32
 from ..cards.kernels import is_out_of_memory
 from ..cards.transfer import copy_to
-from ..images import from_pixels
-from ..latents import MEGAPIXEL, MIN_SIZE, TOKEN_PIXELS, VAE_SCALE, dimensions_for_area, require_latents
+from ..images import from_pixels, mirrored
+from ..latents import (
+    MEGAPIXEL,
+    MIN_SIZE,
+    TOKEN_PIXELS,
+    VAE_SCALE,
+    dimensions_for_area,
+    grid_size,
+    require_latents,
+)
 from ..limits import REFERENCE_MEGAPIXELS, TILING
 from ..weights.components import Replica
 from ..weights.estimates import SMALLEST_TILE, decode_bytes
@@ -47,17 +55,22 @@ class VAE:
 def encode_reference(
     vae: VAE,
     picture: Image.Image,
-    megapixels: float,
+    megapixels: float | None,
     guard: str = STOP,
 ) -> torch.Tensor:
     """The picture's raw latents (1, 16, 1, h, w), FP32 on the VAE's device.
 
-    Resized to about `megapixels` of 1024x1024, in multiples of 32 pixels. guard: as in decode. Raises
-    InputError for `megapixels` out of bounds, and NonFiniteError.
+    megapixels: the picture is resized to about that many of 1024x1024, in multiples of 32 pixels. None: it
+    keeps its size, and its edges are mirrored up to grid_size. guard: as in decode. Raises InputError for
+    `megapixels` out of bounds, and NonFiniteError.
     """
-    area = REFERENCE_MEGAPIXELS.require(megapixels) * MEGAPIXEL
-    width, height = dimensions_for_area(area, picture.width / picture.height)
-    width, height = max(width, MIN_SIZE), max(height, MIN_SIZE)
+    if megapixels is None:
+        width, height = grid_size(*picture.size)
+        picture = mirrored(picture, width, height)
+    else:
+        area = REFERENCE_MEGAPIXELS.require(megapixels) * MEGAPIXEL
+        width, height = dimensions_for_area(area, picture.width / picture.height)
+        width, height = max(width, MIN_SIZE), max(height, MIN_SIZE)
     pixels = VaeImageProcessor(vae_scale_factor=TOKEN_PIXELS).preprocess(picture, height, width).unsqueeze(2)
 
     def encode() -> torch.Tensor:

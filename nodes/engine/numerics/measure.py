@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ..errors import InputError
-from ..latents import LatentStatistics, draw_noise, pack, pad_to_patches, require_latents
+from ..latents import LatentStatistics, draw_noise, pack, pack_raw, require_latents
 from ..limits import EXACT, INT8, STEPS, require_text
 from ..models.guard import OFF, require_finite_input
 from ..models.text import TextEncoder
@@ -196,4 +196,4 @@ def _count_reaching(peaks: torch.Tensor, limit: float) -> torch.Tensor:
 def _packed(statistics: LatentStatistics, samples: torch.Tensor) -> torch.Tensor:
     """The first picture of raw latents, normalised and packed: (1, tokens, 64) FP32 on the CPU."""
     raw = require_finite_input(require_latents(samples, "The latent")[:1], "The latent").cpu().float()
-    return pack(statistics.normalize(pad_to_patches(raw)))
+    return pack_raw(raw, statistics)

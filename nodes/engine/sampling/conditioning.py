@@ -2,7 +2,8 @@
 
 A CONDITIONING is [[embeds (1, L, width), {"attention_mask": (1, L)?, "reference_latents": [raw latents]?}]],
 as core's TextEncodeQwenImageEditPlus makes it. Ours adds "image_size", the first picture's exact (width,
-height), and "latent_statistics" of the VAE that made the reference latents.
+height), "native_size", the same where the output shall have that size, and "latent_statistics" of the VAE
+that made the reference latents.
 
 The lists below name the known keys. Any other key is logged once: nothing that changes the picture in core's
 sampler is dropped silently.
@@ -23,27 +24,29 @@ from ..errors import InputError
 from ..images import require_picture_count
 from ..latents import (
     LATENT_CHANNELS,
+    NATIVE_SIZE,
     PATCH,
     QWEN_STATISTICS,
     VAE_SCALE,
     LatentStatistics,
-    is_all_ones,
+    read_size,
     require_latents,
     require_tensor,
 )
 from ..limits import as_number, shown
+from ..masks import is_all_ones
 from ..models.guard import require_finite_input
 from ..notices import first_time
 
 log = logging.getLogger("FireRed")
 
-MAX_SIDE = 1e6  # pixels of a picture; what is beyond is no size
 MAX_STATISTIC = 1e6  # of a latent channel
 OBEYED = {
     "attention_mask",
     "reference_latents",
     "reference_latents_method",
     "image_size",
+    NATIVE_SIZE,
     "latent_statistics",
 }
 # Keys that change nothing in core either, for this model and one entry. Core's text encoders set the first.
@@ -122,6 +125,7 @@ class Condition:
     reference_latents: raw, (1, 16, 1, h, w) each, in the order of the pictures.
     image_size: width and height in pixels of the first picture, if known.
     statistics: of the VAE's latents: the reference latents and the sampled ones.
+    native_size: the first picture's width and height, if the output shall have exactly that size.
     """
 
     prompt_embeds: torch.Tensor
@@ -129,6 +133,7 @@ class Condition:
     reference_latents: tuple[torch.Tensor, ...]
     image_size: tuple[int, int] | None = None
     statistics: LatentStatistics = QWEN_STATISTICS
+    native_size: tuple[int, int] | None = None
 
     @property
     def tokens(self) -> int:
@@ -142,12 +147,14 @@ def to_conditioning(
     reference_latents: list[torch.Tensor],
     image_size: tuple[int, int],
     statistics: LatentStatistics | None = None,
+    native: bool = False,
 ) -> list[list[Any]]:
     """A CONDITIONING of one entry.
 
-    The arguments are as in Condition. statistics: of the VAE, if there is one.
+    The arguments are as in Condition. statistics: of the VAE, if there is one. native: whether the output
+    shall have the image's size.
     """
-    extras: dict[str, Any] = {"image_size": image_size}
+    extras: dict[str, Any] = {"image_size": image_size} | ({NATIVE_SIZE: image_size} if native else {})
     if statistics is not None:
         extras["latent_statistics"] = tuple(statistics)  # plain numbers, which any node can save
     if reference_latents:
@@ -190,10 +197,11 @@ def from_conditioning(
             f"trained with {method.value!r} and knows no other. Set FluxKontextMultiReferenceLatentMethod "
             f"(Edit Model Reference Method) to {method.value}, or take it out."
         )
-    size = _image_size(extras.get("image_size"))
+    size, native = read_size(extras.get("image_size")), read_size(extras.get(NATIVE_SIZE))
     if size is None and references:
         size = (references[0].shape[-1] * VAE_SCALE, references[0].shape[-2] * VAE_SCALE)
-    return Condition(embeds, mask, references, size, _statistics(extras.get("latent_statistics"), statistics))
+    made_with = _statistics(extras.get("latent_statistics"), statistics)
+    return Condition(embeds, mask, references, size, made_with, native)
 
 
 def _only_entry(conditioning: Any, branch: str) -> tuple[torch.Tensor, Mapping[str, Any]]:
@@ -255,13 +263,6 @@ def _references(extras: Mapping[str, Any], branch: str) -> tuple[torch.Tensor, .
         what = f"Reference latent {number} of the {branch} conditioning"
         references += require_finite_input(batch, what).split(1)
     return tuple(references)
-
-
-def _image_size(size: Any) -> tuple[int, int] | None:
-    """Width and height of the first picture, or None if another pack uses this key differently."""
-    if isinstance(size, list | tuple) and len(size) == 2 and all(_is_number(s, 1, MAX_SIDE) for s in size):
-        return int(size[0]), int(size[1])
-    return None
 
 
 def _statistics(given: Any, default: LatentStatistics) -> LatentStatistics:

@@ -24,6 +24,31 @@ class StepState:
     denoised: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A picture that stays where its mask is 0, as ComfyUI's KSampler and DifferentialDiffusion mean it.
+
+    picture, noise: packed (1, tokens, 64) FP32. mask: of the same shape; 1 is to change, 0 to keep.
+    differential: 0 blends grey parts of the mask in every step. 1 keeps them in the first steps and changes
+    them in the last: the lighter the grey, the more steps. Between, it mixes both.
+    """
+
+    picture: torch.Tensor
+    noise: torch.Tensor
+    mask: torch.Tensor
+    differential: float = 0.0
+
+    def mask_at(self, part: float) -> torch.Tensor:
+        """The mask of a step. part: its noise level, as a part of the first step's."""
+        changed = (self.mask >= part).to(self.mask) if self.differential else self.mask
+        return torch.lerp(self.mask, changed, self.differential)
+
+
+def add_noise(picture: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:
+    """The picture at a noise level of flow matching."""
+    return sigma * noise + (1 - sigma) * picture
+
+
 def denoise(
     predict: Predict,
     latents: torch.Tensor,
@@ -31,19 +56,28 @@ def denoise(
     true_cfg_scale: float,
     on_step: Callable[[StepState], None] = lambda state: None,
     first_step: int = 0,
+    kept: Kept | None = None,
 ) -> torch.Tensor:
     """Euler steps of flow matching (https://huggingface.co/papers/2403.03206).
 
     latents: packed (1, tokens, 64) FP32, at the noise level of `first_step` (from 0). true_cfg_scale: for
-    steps that predict both branches. on_step: called after each step; an exception stops the run.
+    steps that predict both branches. on_step: called after each step; an exception stops the run. kept: what
+    stays outside of a mask.
     """
     for index in range(first_step, schedule.steps):
         sigma, next_sigma = schedule.sigmas[index].item(), schedule.sigmas[index + 1].item()
-        predictions = predict(latents, index)
+        shown, mask = latents, None
+        if kept is not None:
+            mask = kept.mask_at(sigma / schedule.sigmas[0].item())
+            shown = torch.lerp(add_noise(kept.picture, kept.noise, sigma), latents, mask)
+        predictions = predict(shown, index)
         velocity = predictions[POSITIVE]
         if NEGATIVE in predictions:
             velocity = true_cfg(velocity, predictions[NEGATIVE], true_cfg_scale)
-        denoised = latents - sigma * velocity
+        denoised = shown - sigma * velocity
+        if kept is not None and mask is not None:
+            denoised = torch.lerp(kept.picture, denoised, mask)
+            velocity = (latents - denoised) / sigma
         latents = latents + (next_sigma - sigma) * velocity
         on_step(StepState(index + 1, schedule.steps, latents, denoised))
     return latents

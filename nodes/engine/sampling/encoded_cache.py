@@ -22,10 +22,12 @@ def embedding_name(replica: Replica, prompt: str, pictures: Sequence[Image.Image
     return f"{replica.spec.checkpoint.name}-embedding-{key}"
 
 
-def reference_name(replica: Replica, picture: Image.Image, megapixels: float) -> str:
-    """The name of a picture's reference latent at that size."""
+def reference_name(replica: Replica, picture: Image.Image, megapixels: float | None) -> str:
+    """The name of a picture's reference latent at that size. megapixels: as for vae.encode_reference."""
     computed = computing_environment(replica.device, "diffusers")
-    key = digest(RECIPE, *_identity(replica), computed, float(megapixels), *_contents([picture]))
+    key = digest(
+        RECIPE, *_identity(replica), computed, megapixels and float(megapixels), *_contents([picture])
+    )
     return f"{replica.spec.checkpoint.name}-reference-{key}"
 
 

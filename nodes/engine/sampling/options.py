@@ -11,6 +11,7 @@ from ..weights.adapters import Adapter
 STRENGTH = Real("strength", -100.0, 100.0)
 SHIFT = Real("shift", 0.0, 100.0)
 GUIDANCE_FROM, GUIDANCE_TO = (Real(name, 0.0, 1.0) for name in ("guidance_from", "guidance_to"))
+DENOISE, DIFFERENTIAL = (Real(name, 0.0, 1.0) for name in ("denoise", "differential"))
 THRESHOLD = Real("threshold", 0.0, 10.0)
 START, END = Real("start", 0.0, 1.0), Real("end", 0.0, 1.0)
 
@@ -41,6 +42,7 @@ class SamplingOptions:
     """adapters: LoRAs, in the order of the graph. shift: of the schedule; 0 keeps the checkpoint's own.
 
     guidance_from, guidance_to: the part of the steps, 0 to 1, that computes both branches of guidance.
+    denoise: below 1, sampling starts from a picture, with less noise. differential: as in denoise.Kept.
     attention: EXACT or INT8.
     Raises InputError for a start after the end.
     """
@@ -50,6 +52,8 @@ class SamplingOptions:
     guidance_from: float = 0.0
     guidance_to: float = 1.0
     step_cache: StepCacheOptions = StepCacheOptions()
+    denoise: float = 1.0
+    differential: float = 0.0
     attention: str = EXACT
 
     def __post_init__(self) -> None:

@@ -22,26 +22,30 @@ from ..latents import (
     WIDTH,
     draw_noise,
     empty_as_qwen,
+    grid_size,
     output_size,
     pack,
+    pack_raw,
+    pad_to_patches,
     require_latents,
     require_size,
     unpack,
 )
 from ..limits import SEED, STEPS, TRUE_CFG_SCALE
-from ..models.guard import STOP
+from ..models.guard import STOP, require_finite_input
 from ..models.transformer import Transformer
 from ..progress import OnProgress, ignore_progress
 from ..weights.components import Replica
 from ..weights.estimates import transformer_bytes
 from ..weights.room import alternatives, has_room, require_room
 from .conditioning import NEGATIVE, POSITIVE, Condition, ReferenceMethod, from_conditioning
-from .denoise import StepState, denoise
+from .denoise import Kept, StepState, add_noise, denoise
 from .layout import Layout
 from .options import DEFAULT_OPTIONS, SamplingOptions
 from .parallel import ParallelWorker
+from .record import RunRecord
 from .resume import RunState, SavedRun, run_name
-from .schedule import Schedule, make_schedule
+from .schedule import FULL_DENOISE, Schedule, make_schedule
 from .step_cache import StepCache
 from .workers import LocalWorker, Worker
 
@@ -60,6 +64,9 @@ class SamplingRun:
     conditions: by branch; a run with guidance has both. draws: for each picture, the number of the seed's
     draw that is its noise. height, width: of the resulting latents; the loop works on the next even size.
     layout: how several cards share it; None for one card. replica: the transformer, on the first of them.
+    pictures: raw latents (B, 16, 1, h, w) to start from or to keep a part of; None to start from noise.
+    mask: (B, 1, 1, h, w), 1 where they may change; None for everywhere. native_size: the width and height in
+    pixels that the decode cuts the result to; None if it cuts nothing.
     """
 
     replica: Replica
@@ -72,6 +79,9 @@ class SamplingRun:
     width: int
     options: SamplingOptions = DEFAULT_OPTIONS
     layout: Layout | None = None
+    pictures: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    native_size: tuple[int, int] | None = None
 
     @property
     def batch(self) -> int:
@@ -128,12 +138,13 @@ class SamplingRun:
         require_room(self.replica, self.working_bytes(), room, f"Sampling {self._task}", remedy)
 
     @property
-    def _references(self) -> int:
+    def references(self) -> int:
+        """How many reference pictures there are."""
         return max(len(condition.reference_latents) for condition in self.conditions.values())
 
     @property
     def _task(self) -> str:
-        return f"{self.width * VAE_SCALE}x{self.height * VAE_SCALE} with {_pictures(self._references)}"
+        return f"{self.width * VAE_SCALE}x{self.height * VAE_SCALE} with {_pictures(self.references)}"
 
     def _smaller(self) -> Iterator[tuple[str, SamplingRun]]:
         """This run at smaller sizes of the same shape, the largest first, each with a name."""
@@ -145,7 +156,7 @@ class SamplingRun:
 
     def _with_fewer_references(self) -> Iterator[tuple[str, SamplingRun]]:
         """This run with fewer references, the most first, each with a name."""
-        for count in reversed(range(self._references)):
+        for count in reversed(range(self.references)):
             conditions = {
                 branch: replace(condition, reference_latents=condition.reference_latents[:count])
                 for branch, condition in self.conditions.items()
@@ -156,6 +167,26 @@ class SamplingRun:
         """This run at the precisions that errors may recommend, the largest first, each with a name."""
         for other in sorted(alternatives(self.replica), key=lambda other: -other.spec.nbytes()):
             yield f"precision {other.spec.precision.name}", replace(self, replica=other)
+
+    def start(self, number: int, noise: torch.Tensor) -> torch.Tensor:
+        """The latents that a picture starts from, packed as its noise. number: from 0."""
+        if self.pictures is None or number == self.batch:  # after the last picture
+            return noise
+        return add_noise(self._packed(number), noise, self.schedule.sigmas[0].item())
+
+    def kept(self, number: int, noise: torch.Tensor) -> Kept | None:
+        """What stays of a picture, on the run's device. number: from 0. noise: the picture's, packed."""
+        if self.mask is None:
+            return None
+        mask = pack(pad_to_patches(self.mask[number : number + 1].expand(-1, LATENT_CHANNELS, -1, -1, -1)))
+        picture, noise, mask = (
+            tensor.to(self.replica.device) for tensor in (self._packed(number), noise, mask)
+        )
+        return Kept(picture, noise, mask, self.options.differential)
+
+    def _packed(self, number: int) -> torch.Tensor:
+        assert self.pictures is not None
+        return pack_raw(self.pictures[number : number + 1], self.conditions[POSITIVE].statistics)
 
     def name(self, guard: str = STOP) -> str:
         """The run's name: a digest of everything its result depends on.
@@ -172,6 +203,8 @@ class SamplingRun:
             parts += [condition.statistics]
         parts += self.options.identity(len(self.conditions) > 1)
         parts += self.layout.identity(self._guided) if self.layout else []
+        parts += [] if self.pictures is None else ["pictures", self.pictures]
+        parts += [] if self.mask is None else ["mask", self.mask, self.options.differential]
         return run_name(card.device, *parts)
 
 
@@ -201,6 +234,7 @@ def prepare_run(
     seed: int,
     samples: torch.Tensor | None = None,
     draws: Sequence[int] | None = None,
+    mask: torch.Tensor | None = None,
     options: SamplingOptions = DEFAULT_OPTIONS,
     layout: Layout | None = None,
 ) -> SamplingRun:
@@ -209,6 +243,7 @@ def prepare_run(
     conditions: POSITIVE and, for guidance, NEGATIVE. width, height: pixels; 0 follows the first image.
     samples: a LATENT's tensor. It overrides width and height, and gives the number of pictures to sample.
     draws: for each picture, the number of the seed's draw that is its noise; 0, 1, 2 and so on by default.
+    mask: of the samples, as in SamplingRun.
     options: what the graph lays over the transformer. layout: as in SamplingRun. Raises InputError for a
     number out of bounds, and CheckpointError.
     """
@@ -222,8 +257,11 @@ def prepare_run(
             true_cfg_scale, steps, options.guidance_from, options.guidance_to,
         )  # fmt: skip
     used = {name: conditions[name] for name in ((POSITIVE, NEGATIVE) if guided else (POSITIVE,))}
-    batch = 1
+    batch, native = 1, None
+    pictures = _pictures_to_keep(samples, mask, options.denoise)
     if samples is None:
+        native = conditions[POSITIVE].native_size if not width and not height else None
+        width, height = grid_size(*native) if native else (width, height)
         width, height = output_size(width, height, conditions[POSITIVE].image_size)
         height, width = height // VAE_SCALE, width // VAE_SCALE
     else:
@@ -234,10 +272,34 @@ def prepare_run(
     warn_of_many_pictures(max(len(condition.reference_latents) for condition in used.values()))
     tokens = -(-height // PATCH) * -(-width // PATCH)
     config = replica.spec.checkpoint.component("scheduler").config()
-    schedule, scale = make_schedule(config, steps, tokens, options.shift), true_cfg_scale if guided else 1.0
+    schedule = make_schedule(config, steps, tokens, options.shift, options.denoise)
+    scale = true_cfg_scale if guided else 1.0
     numbers = tuple(draws or range(batch))
     layout = layout.used(guided) if layout else None
-    return SamplingRun(replica, used, schedule, scale, seed, numbers, height, width, options, layout)
+    return SamplingRun(
+        replica, used, schedule, scale, seed, numbers, height, width, options, layout, pictures, mask, native
+    )
+
+
+def _pictures_to_keep(
+    samples: torch.Tensor | None, mask: torch.Tensor | None, denoise: float
+) -> torch.Tensor | None:
+    """The raw latents (B, 16, 1, h, w) FP32 whose content a run depends on; None where it starts from noise.
+
+    Raises InputError where there are none to start from.
+    """
+    if mask is None and denoise > FULL_DENOISE:
+        return None
+    why, other = "there is a noise mask", "take the mask out"
+    if mask is None:
+        why, other = f"denoise of FireRed Schedule is {denoise:g}", "set denoise to 1"
+    if samples is None or not bool(samples.any()):
+        found = "no latent is connected" if samples is None else "the latent is empty"
+        raise InputError(
+            f"There is no picture to start from: {why}, but {found}. Connect the latent of FireRed Encode "
+            f"Prompt or of VAE Encode, or {other}."
+        )
+    return require_finite_input(require_latents(samples, "The latent").cpu().float(), "The latent")
 
 
 def _require_positions(condition: Condition, branch: str, size: tuple[int, int]) -> None:
@@ -268,32 +330,41 @@ def sample(
     on_modulation: OnProgress = ignore_progress,
     saved: SavedRun | None = None,
     guard: str = STOP,
+    record: RunRecord | None = None,
 ) -> torch.Tensor:
     """Do the run. Returns raw latents (B, 16, 1, h, w), FP32 on the CPU.
 
     transformer: on the run's card, or on each card of its layout.
     on_modulation: the progress of the schedule's modulation, before the first step. An exception in a
     callback stops the run. saved: the run's file; an interrupted run goes on at its last saved step, with the
-    same bits. guard: what to do about NaN and infinity, one of guard.GUARDS. Raises NonFiniteError.
+    same bits. guard: what to do about NaN and infinity, one of guard.GUARDS. record: to be filled. Raises
+    NonFiniteError.
     """
-    size = run.padded_size
+    size, record = run.padded_size, record or RunRecord()
     transformers = [transformer] if isinstance(transformer, Transformer) else list(transformer)
+    record.arithmetic = "; ".join(filter(None, dict.fromkeys(each.arithmetic for each in transformers)))
     resumed = _resume(run, transformers, saved)
     finished = list(resumed.finished) if resumed else []
     if len(finished) == run.batch:
         return torch.cat(finished)
+    devices = [each.replica.device for each in transformers]
+    record.start(devices)
+    record.first_step = len(finished) * run.schedule.steps + (resumed.step if resumed else 0)
     worker = _worker(transformers, run, guard, on_modulation)
-    noise = map(pack, draw_noise(size, run.seed, run.draws[len(finished) :]))
-    first = next(noise)
-    state = resumed or RunState(0, first)
+    draws = map(pack, draw_noise(size, run.seed, run.draws[len(finished) :]))
+    noise = next(draws)
+    state = resumed or RunState(0, run.start(0, noise))
     statistics = run.conditions[POSITIVE].statistics
     while len(finished) < run.batch:
-        latents = _sample_picture(run, worker, state, on_step, saved)
+        kept = run.kept(len(finished), noise)
+        latents = _sample_picture(run, worker, state, kept, on_step, saved, record)
         raw = statistics.denormalize(copy_to(unpack(latents, *size), torch.device("cpu")))
         finished.append(raw[..., : run.height, : run.width])
-        state = RunState(0, next(noise, first[:0]), tuple(finished))
+        noise = next(draws, noise[:0])
+        state = RunState(0, run.start(len(finished), noise), tuple(finished))
         if saved is not None:
             saved.update(state, now=len(finished) == run.batch)
+    record.finish(devices)
     return torch.cat(finished)
 
 
@@ -306,25 +377,33 @@ def _worker(
 
 
 def _sample_picture(
-    run: SamplingRun, worker: Worker, start: RunState, on_step: OnStep, saved: SavedRun | None
+    run: SamplingRun,
+    worker: Worker,
+    start: RunState,
+    kept: Kept | None,
+    on_step: OnStep,
+    saved: SavedRun | None,
+    record: RunRecord,
 ) -> torch.Tensor:
     """The packed latents (1, tokens, 64) of the next picture, on the run's device."""
     steps, done_before = run.schedule.steps, len(start.finished) * run.schedule.steps
-    kept = {name: tensor.to(run.replica.device) for name, tensor in start.step_cache.items()}
-    cache = StepCache(worker.predict, run.schedule, run.options.step_cache, run.guided_steps, kept)
+    cached = {name: tensor.to(run.replica.device) for name, tensor in start.step_cache.items()}
+    cache = StepCache(worker.predict, run.schedule, run.options.step_cache, run.guided_steps, cached)
 
     def report(step: StepState) -> None:
+        record.step()
         if saved is not None:
             saved.update(RunState(step.step, step.latents, start.finished, cache.state()))
         on_step(done_before + step.step, run.batch * steps, unpack(step.denoised, *run.padded_size))
 
     latents = start.latents.to(run.replica.device, torch.float32)
     try:
-        final = denoise(cache.predict, latents, run.schedule, run.true_cfg_scale, report, start.step)
+        final = denoise(cache.predict, latents, run.schedule, run.true_cfg_scale, report, start.step, kept)
     except BaseException:
         if saved is not None:
             saved.flush()
         raise
+    record.skipped += cache.skipped
     if cache.skipped:
         log.info("the step cache computed %d of %d steps", steps - cache.skipped, steps)
     return final

@@ -29,21 +29,29 @@ class Schedule:
         return len(self.timesteps)
 
 
-def make_schedule(config: dict[str, Any], steps: int, image_tokens: int, shift: float = 0.0) -> Schedule:
+FULL_DENOISE = 0.9999  # above it, denoise counts as 1; core's KSampler.set_steps
+LONGEST = 1e9  # steps of a whole schedule; of a longer one, the last steps have no noise
+
+
+def make_schedule(
+    config: dict[str, Any], steps: int, image_tokens: int, shift: float = 0.0, denoise: float = 1.0
+) -> Schedule:
     """The flow-match schedule of `steps` steps for an image of `image_tokens` packed tokens.
 
     config: of the checkpoint's scheduler, from Component.config. shift: one for all sizes, used as ComfyUI's
-    ModelSamplingAuraFlow does; 0 for the checkpoint's own schedule. Raises InputError for `steps` out of
-    bounds and CheckpointError for a config that diffusers refuses.
+    ModelSamplingAuraFlow does; 0 for the checkpoint's own schedule. denoise: above 0; below 1 these are the
+    last steps of a schedule that is longer by this factor, as core's KSampler does. Raises InputError for
+    `steps` out of bounds and CheckpointError for a config that diffusers refuses.
     """
     steps = STEPS.require(steps)
     if shift:
         config = config | {"use_dynamic_shifting": False, "shift": shift, "shift_terminal": None}
-    if steps == 1:  # shift_terminal stretches a schedule to its last level: 0 / 0 with one step
+    total = steps if denoise > FULL_DENOISE else int(min(steps / denoise, LONGEST))
+    if total == 1:  # shift_terminal stretches a schedule to its last level: 0 / 0 with one step
         config = config | {"shift_terminal": None}
     try:
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
-        sigmas, mu = np.linspace(1.0, 1 / steps, steps), dynamic_shift(config, image_tokens)
+        sigmas, mu = np.linspace(steps / total, 1 / total, steps), dynamic_shift(config, image_tokens)
         scheduler.set_timesteps(sigmas=sigmas, mu=mu)
     except (ValueError, TypeError, ArithmeticError, ImportError) as error:
         raise CheckpointError(

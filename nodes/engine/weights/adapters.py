@@ -6,7 +6,6 @@ weights are neither read nor changed, so that another strength or another LoRA l
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..cuda import rows
 from ..errors import AGAIN, CheckpointError
 from ..files.checkpoint import Checkpoint
 from ..files.lora import LoRA
@@ -89,14 +89,29 @@ class SharedInput:
         # By input, as threads may compute several. An entry goes when its input is freed.
         self._inner = WeakTensorKeyDictionary()
 
-    def add_to(self, layer: str, module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
-        """Add a layer's product to its output, in place. With `layer` bound, this is a forward hook."""
-        x = args[0]
+    def inner(self, x: torch.Tensor, layer: str) -> torch.Tensor:
+        """The layer's inner factor of its input x (..., in): (tokens, rank)."""
         inner = self._inner.get(x)
         if inner is None:
             parts = inner_factor(x.flatten(0, -2), self._down, self._scale).split(self._ranks, dim=1)
             inner = self._inner[x] = dict(zip(self.ups, parts, strict=True))
-        output.view(-1, output.shape[-1]).addmm_(inner[layer], self.ups[layer].to(x.dtype))
+        return inner[layer]
+
+
+@dataclass(frozen=True)
+class LayerAddition:
+    """A forward hook that adds a layer's product: in place, or to a result that is finished later."""
+
+    shared: SharedInput
+    layer: str
+
+    def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        x: Any = args[0].plain if isinstance(args[0], rows.Rows) else args[0]
+        inner, up = self.shared.inner(x, self.layer), self.shared.ups[self.layer].to(x.dtype)
+        if isinstance(output, rows.Product):
+            output.added = inner @ up
+        else:
+            output.view(-1, output.shape[-1]).addmm_(inner, up)
 
 
 class Adapters:
@@ -134,7 +149,7 @@ class Adapters:
         with ExitStack() as hooks:
             for shared in self.shared:
                 for layer in shared.ups:
-                    hook = functools.partial(shared.add_to, layer)
+                    hook = LayerAddition(shared, layer)
                     hooks.callback(modules[layer].register_forward_hook(hook).remove)
             yield
 
