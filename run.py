@@ -34,6 +34,8 @@ TORCH_LEGACY_INDEX = "https://download.pytorch.org/whl/cu126"
 FIRST_CURRENT_CAPABILITY = 7.5
 FIRST_TRITON_CAPABILITY = 7.0
 TEST_PACKAGES = ("pytest", "ruff", "mypy", "comfy-test==0.4.15", "playwright", "peft")
+# Compiles our kernels for Pascal in the tests. It is kept apart: torch would load it in place of its own.
+OLD_COMPILER = "nvidia-cuda-nvrtc-cu12==12.6.77"
 MIN_FREE_GB = 12
 BROWSERS = (
     "chromium",
@@ -206,13 +208,16 @@ def install_packages(environment: Environment, comfyui: Path) -> None:
     torch, libraries = environment.torch(), environment.libraries()
     comfyui_requirements = comfyui / "requirements.txt"
     wanted = [torch, environment.triton, libraries, comfyui_requirements.read_text(encoding="utf-8")]
-    key = hashlib.sha256(repr([TEST_PACKAGES, *wanted]).encode()).hexdigest()
+    key = hashlib.sha256(repr([TEST_PACKAGES, OLD_COMPILER, *wanted]).encode()).hexdigest()
     stamp = environment.folder / "firered-packages"
     if stamp.is_file() and stamp.read_text() == key:
         return
     need_space(ROOT)
     environment.pip("install", *torch)
     environment.pip("install", *TEST_PACKAGES, *libraries, "-r", str(comfyui_requirements))
+    if sys.platform != "darwin":  # there is none for it
+        target = str(environment.folder / "nvrtc-12")
+        environment.pip("install", "--no-deps", "--upgrade", "--target", target, OLD_COMPILER)
     if not environment.triton:
         environment.pip("uninstall", "--yes", "triton")  # last: pip brings it back with torch
     stamp.write_text(key)

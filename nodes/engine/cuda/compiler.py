@@ -53,18 +53,22 @@ def compiled(source: str, architecture: str, macros: Mapping[str, object], drive
     options = (*OPTIONS, f"--gpu-architecture={architecture}", *(f"-D{k}={v}" for k, v in macros.items()))
     name, cache = f"kernels-{digest(text, options, compiler.version, driver)}", _cache.get()
     kept = (cache.read(name) if cache else None) or {}
-    if BINARY in kept and CHECK in kept and bytes(kept[CHECK]).decode() == digest(kept[BINARY]):
-        yield bytes(kept[BINARY])
+    if BINARY in kept and CHECK in kept and torch.equal(kept[CHECK], _check(kept[BINARY])):
+        yield kept[BINARY].numpy().tobytes()
     binary = compiler.compile(text, source, options).binary
     if cache:
         tensor = _bytes(binary)
         with suppress(OSError, RuntimeError):  # without a file, it is compiled again the next time
-            cache.write(name, {BINARY: tensor, CHECK: _bytes(digest(tensor).encode())})
+            cache.write(name, {BINARY: tensor, CHECK: _check(tensor)})
     yield binary
 
 
 def _bytes(content: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def _check(binary: torch.Tensor) -> torch.Tensor:
+    return _bytes(digest(binary).encode())
 
 
 class Compilation:
@@ -79,6 +83,8 @@ class Nvrtc:
 
     def __init__(self, path: str):
         try:
+            for builtins in _builtins(Path(path)):
+                ctypes.CDLL(builtins)
             self._library = ctypes.CDLL(path)
             self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
             major, minor = ctypes.c_int(), ctypes.c_int()
@@ -118,6 +124,14 @@ class Nvrtc:
             raise KernelError(f"NVRTC: {self._error(result)}")
 
 
+def _builtins(library: Path) -> list[str]:
+    """What the library loads when it compiles. Some releases do not look for it beside themselves, and torch
+    loads that of another release where there are two.
+    """
+    beside = library.parent.glob("*nvrtc-builtins*") if library.is_absolute() else ()
+    return [str(path) for path in beside if ".alt." not in path.name]
+
+
 def _complaint(log: str) -> str:
     """The first line with an error."""
     return next((line.strip() for line in log.splitlines() if "error" in line), "")
@@ -126,25 +140,28 @@ def _complaint(log: str) -> str:
 @functools.cache
 def nvrtc() -> Nvrtc:
     """The compiler of this torch's CUDA. Raises KernelError where there is none of the same major version."""
-    version = torch.version.cuda
-    if version is None:
+    if torch.version.cuda is None:
         raise KernelError("this torch is not built for CUDA")
-    major = version.partition(".")[0]
-    tried = None
-    for path in _libraries(major):
+    return find_nvrtc(torch.version.cuda.partition(".")[0], Path(torch.__file__).resolve().parents[1])
+
+
+def find_nvrtc(major: str, site: Path) -> Nvrtc:
+    """The compiler of that major version, from that folder of packages or the system. Raises KernelError."""
+    faults = []
+    for path in _libraries(major, site):
         try:
             found = Nvrtc(path)
         except KernelError as error:
-            tried = error
+            faults.append(str(error))
             continue
         if found.version[0] == int(major):
             return found
-    raise tried or KernelError(f"there is no NVRTC {major}")
+        faults.append(f"{path} is version {found.version}")
+    raise KernelError(f"there is no NVRTC {major}: {'; '.join(faults)}")
 
 
-def _libraries(major: str) -> Iterator[str]:
+def _libraries(major: str, site: Path) -> Iterator[str]:
     """Where NVRTC may be: in NVIDIA's wheels beside torch, in torch's folder, or where the system looks."""
-    site = Path(torch.__file__).resolve().parents[1]
     if sys.platform == "win32":
         folders, name = ("torch/lib", "nvidia/*/bin", "nvidia/*/bin/*"), f"nvrtc64_{major}*_0.dll"
     else:
