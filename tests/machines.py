@@ -18,9 +18,9 @@ H100 = Speeds(
     int8=LINEAR_TFLOP / 0.15,
     bandwidth=3000.0,
 )
-# Nobody measured one: matrix products at 85 % of the peak, the FP32 attention kernel at 45 %, DP4A at half of
-# its 47 TOPS, and the bandwidth of the data sheet.
-P40 = Speeds(fp32=10.0, fp32_attention=5.3, int8=25.0, bandwidth=310.0)
+# Nobody measured one: matrix products at 85 % of the peak, the FP32 attention kernel at 45 %, our own kernels
+# as docs/pascal.md projects them at the base clock, and the bandwidth of the data sheet.
+P40 = Speeds(fp32=10.0, fp32_attention=5.3, int8=30.0, int8_attention=23.0, row_kernels=True, bandwidth=310.0)
 
 COPY_RATE = 6.0  # GB/s between two P40s, assumed: PCIe 3.0 with 8 lanes, or 16 through the host
 

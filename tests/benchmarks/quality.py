@@ -106,7 +106,7 @@ def edit(way: Way) -> list[torch.Tensor]:
     for layer in transformer.model.modules():
         if isinstance(layer, Int8FastLinear):  # a CPU that finds FP32 products faster would take them
             shape = layer.in_features, layer.rotation
-            layer.path = integer_paths(place.CPU, layer.compute, *shape)[-1]
+            layer.path = integer_paths(layer.weight.device, layer.compute, *shape)[-1]
     references = [vae.encode_reference(autoencoder, picture, MEGAPIXELS)]
     negative = encoder.encode(" ", [picture])
     edited = []
