@@ -116,7 +116,7 @@ def _measure_transformer(
     size: tuple[int, int],
     seed: int,
 ) -> tuple[Replica, Ranges, AttentionVerdict | None]:
-    from .engine.numerics.measure import compare_attention, inputs_of, measure_transformer, parse_steps
+    from .engine.numerics.measure import compare_attention, measure_transformer, parse_steps
     from .engine.sampling.conditioning import POSITIVE
     from .engine.sampling.sampling import prepare_run, read_conditions
 
@@ -141,7 +141,8 @@ def _measure_transformer(
         ranges = measure_transformer(model, run, looked_at, samples, host.progress_reporter("measuring"))
         if not can_compare(replica):
             return replica, ranges, None
-        verdict = compare_attention(model, run, inputs_of(run, looked_at, samples))
+        reporter = host.progress_reporter("comparing attention")
+        verdict = compare_attention(model, run, looked_at, samples, reporter)
     host.keep_attention_verdict(replica, verdict)
     return replica, ranges, verdict
 

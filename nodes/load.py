@@ -114,9 +114,11 @@ class FireRedLoadTransformer(_Loader):
         return io.NodeOutput(host.open_component(cls.ROLE, checkpoint, precision, device, math, attention))
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: Any = None, attention: Any = AUTO, **_: Any) -> str:
+    def fingerprint_inputs(
+        cls, checkpoint: Any = None, precision: Any = "auto", attention: Any = AUTO, **_: Any
+    ) -> str:
         files = host.checkpoint_fingerprint(checkpoint, cls.ROLE)
-        return f"{files} {host.attention_fingerprint(checkpoint, attention)}"
+        return f"{files} {host.attention_fingerprint(checkpoint, precision, attention)}"
 
 
 class FireRedLoadTextEncoder(_Loader):

@@ -20,6 +20,7 @@ ENVIRONMENT = (
     "ONEDNN_DEFAULT_FPMATH_MODE",
     "ONEDNN_MAX_CPU_ISA",
 )
+KERNEL_SWITCH = "FIRERED_KERNELS"  # an environment variable: off, for plain torch in place of our kernels
 # torch's settings that let products be summed in 16 bits. Older releases lack some of them.
 REDUCED_SUMS = (
     "allow_fp16_accumulation",
@@ -83,9 +84,15 @@ def computing_environment(device: torch.device, *libraries: str) -> tuple[object
     settings += [cuda.math_sdp_enabled(), cuda.fp16_bf16_reduction_math_sdp_allowed()]
     settings += [str(cuda.preferred_blas_library())]
     settings += [str(getattr(cuda.matmul, name, None)) for name in REDUCED_SUMS]
+    if own_kernels_off():
+        settings.append(KERNEL_SWITCH)
     if device.type == "cpu":
         settings += [torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()]
     return tuple(settings)
+
+
+def own_kernels_off() -> bool:
+    return os.environ.get(KERNEL_SWITCH, "").lower() in ("off", "0", "false", "no")
 
 
 def _version(library: str) -> str | None:

@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import logging
 
-import torch
-
-from ..engine.cuda.attention import int8_attention
 from ..engine.errors import FireRedError
 from ..engine.limits import AUTO, EXACT, INT8
-from ..engine.numerics.attention import AttentionVerdict, can_compare, keep_verdict, kept_verdict
+from ..engine.numerics.attention import (
+    AttentionVerdict,
+    can_compare,
+    keep_verdict,
+    kept_verdict,
+    why_exact,
+)
 from ..engine.planning.machine import Device
 from ..engine.weights.components import Replica
-from .checkpoints import get_checkpoint
+from .checkpoints import checkpoint_names, get_checkpoint
 from .storage import disk_cache
 
 log = logging.getLogger("FireRed")
 
-CLEARLY_FASTER = 1.1  # of exact attention's speed
+WORTH = 1.1  # INT8 attention's speed, of exact attention's
 
 
 def choose_attention(kind: str, replica: Replica, device: Device) -> str:
     """EXACT or INT8, logged where that is not what was asked for. kind: one of ATTENTION's."""
     if kind == INT8:
-        return INT8 if _runs(replica) else EXACT
+        if reason := why_exact(replica):
+            log.warning("attention int8 %s, so it is computed exactly", reason)
+            return EXACT
+        log.info("attention int8 on %s", replica.card)
+        return INT8
     speeds = device.speeds
     if kind == EXACT or speeds is None or not speeds.int8_attention or not can_compare(replica):
         return EXACT
-    if speeds.int8_attention < CLEARLY_FASTER * speeds.fp32_attention:
+    if speeds.int8_attention < WORTH * (speeds.fp32_attention or 0.0):
         return EXACT
     verdict = kept_verdict(disk_cache(), replica.spec.identity)
     if verdict is None:
@@ -35,16 +42,6 @@ def choose_attention(kind: str, replica: Replica, device: Device) -> str:
         return EXACT
     log.info("%s", verdict)
     return INT8 if verdict.safe else EXACT
-
-
-def _runs(replica: Replica) -> bool:
-    if replica.spec.math != torch.float32:
-        log.warning("attention int8 is for FP32 arithmetic, so the %s computes it exactly", replica)
-    elif int8_attention(replica.device) is None:
-        log.warning("attention int8 does not run on %s, so it is computed exactly", replica.card)
-    else:
-        return True
-    return False
 
 
 def keep_attention_verdict(replica: Replica, verdict: AttentionVerdict) -> None:
@@ -55,12 +52,21 @@ def keep_attention_verdict(replica: Replica, verdict: AttentionVerdict) -> None:
         log.warning("what was found out about INT8 attention is not kept (%s)", error)
 
 
-def attention_fingerprint(checkpoint: object, kind: object) -> str:
-    """For a loader's fingerprint_inputs: changes when `auto` may choose otherwise. Never raises."""
-    if kind not in (AUTO, None):
+def attention_fingerprint(checkpoint: object, precision: object, kind: object) -> str:
+    """For a loader's fingerprint_inputs: changes when `auto` may choose otherwise. Never raises.
+
+    An input is None where it comes from a link.
+    """
+    if kind not in (AUTO, None) or precision not in ("int8-fast", None):
         return ""
+    names = [checkpoint] if checkpoint is not None else checkpoint_names("transformer")
+    return "".join("1" if _is_safe(name) else "0" for name in names)
+
+
+def _is_safe(checkpoint: object) -> bool:
     try:
         identity = get_checkpoint(checkpoint, "transformer").component("transformer").identity()
-        return str(kept_verdict(disk_cache(), identity))
+        verdict = kept_verdict(disk_cache(), identity)
     except FireRedError:
-        return ""
+        return False
+    return verdict is not None and verdict.safe

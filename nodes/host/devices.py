@@ -15,11 +15,9 @@ from comfy.cli_args import args
 from ..engine.cards.card import Card
 from ..engine.cards.preflight import preflight, unfused_attention
 from ..engine.cards.transfer import copy_rate
-from ..engine.cuda.compiler import keeping_kernels
 from ..engine.cuda.speeds import kernel_rates, with_kernels
 from ..engine.planning.machine import Device, Machine, unusable
 from ..engine.units import GIB
-from .storage import disk_cache
 
 log = logging.getLogger("FireRed")
 
@@ -92,8 +90,7 @@ def _measure_device(label: str, device: torch.device) -> Device:
     import comfy.model_management as mm
 
     report, memory = preflight(device), mm.get_total_memory(device)
-    with keeping_kernels(disk_cache()):
-        speeds = with_kernels(report.speeds, kernel_rates(device))
+    speeds = with_kernels(report.speeds, kernel_rates(device))
     native_bf16, unfused = report.speeds.bf16 is not None, unfused_attention(device)
     card = Card(label, _card_model(device), device, native_bf16, memory, unfused=unfused)
     free = min(memory, free_memory(device, evicting=True)) - int((args.reserve_vram or 0) * GIB)

@@ -13,6 +13,7 @@ from typing import Any
 import folder_paths
 from comfy_execution.utils import get_executing_context
 
+from ..engine.cuda.compiler import keep_kernels_in
 from ..engine.errors import FireRedError
 from ..engine.files.cache import DiskCache
 from ..engine.sampling.resume import SavedRun, is_run_name
@@ -35,6 +36,9 @@ def disk_cache() -> DiskCache:
         return DiskCache(_cache_folder(), int(float(gigabytes) * 1e9))
     except (ValueError, OverflowError):
         raise FireRedError(f"FIRERED_CACHE_GB is {gigabytes!r}; set it to a number of gigabytes.") from None
+
+
+keep_kernels_in(disk_cache)
 
 
 def saved_run(name: str) -> SavedRun:

@@ -195,7 +195,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
             one = fmaxf(one, __shfl_xor_sync(~0u, one, 1)) * lane_scale;
             // Probabilities are scaled by the tile's maximum, so that a key far above all others costs no accuracy.
             const float higher = fmaxf(maximum, one), lane_keep = exp2_fast(maximum - higher);
-            const float lane_weight = exp2_fast(one - higher), lane_offset = LOG2_255 - (one == -INFINITY ? 0.f : one);
+            // A little less than the maximum, by more than its rounding: no probability may exceed 255.
+            const float top = one == -INFINITY ? 0.f : one, lane_offset = LOG2_255 - fmaf(fabsf(top), 2.4e-7f, top);
+            const float lane_weight = exp2_fast(one - higher);
             maximum = higher;
             float offset[8];
 #pragma unroll
@@ -224,7 +226,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend(
                 shared[place] = make_int4(w0[0], w0[1], w0[2], w0[3]);
                 shared[place + 256] = make_int4(w1[0], w1[1], w1[2], w1[3]);
             }
-            __syncwarp();
         } else {
 #pragma unroll
             for (int i = 0; i < 8; i++) {

@@ -157,7 +157,9 @@ def int8_attention(device: torch.device) -> Int8Attention | None:
             error = _test_error(kernels, device)
         if not error <= MAX_ERROR:
             raise KernelError(f"its results are wrong by {error:.1%}")
-    except KernelError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # it does not compile, load or start, or computes wrong
         log.info("%s: no INT8 attention (%s)", device, error)
         return None
     return kernels

@@ -1,44 +1,49 @@
 """Compile CUDA C++ with NVRTC, the library that torch's CUDA builds bring along (https://docs.nvidia.com/cuda/nvrtc).
 
-Compiled kernels are kept in the cache of the process that loads a component, see keeping_kernels.
+Compiled kernels are kept in a cache, see keep_kernels_in.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from pathlib import Path
 
 import torch
 
+from ..arithmetic import KERNEL_SWITCH, own_kernels_off
+from ..errors import FireRedError
 from ..files.cache import DiskCache, digest
 
 SOURCES = Path(__file__).resolve().parent
-SWITCH = "FIRERED_KERNELS"  # an environment variable: off
 OPTIONS = ("-std=c++17", "-default-device")
 BINARY, CHECK = "binary", "check"  # the tensors of a kept file: the second is a digest of the first
 
-_cache: ContextVar[DiskCache | None] = ContextVar("compiled kernels", default=None)
+FindCache = Callable[[], DiskCache | None]
+_find_cache: list[FindCache] = [lambda: None]  # the last one counts
 
 
 class KernelError(RuntimeError):
     """Why a kernel cannot be used here, for the log."""
 
 
+def keep_kernels_in(find: FindCache) -> None:
+    """Keep what this process compiles in the cache that `find` gives, and look for it there."""
+    _find_cache.append(find)
+
+
 @contextmanager
 def keeping_kernels(cache: DiskCache | None) -> Iterator[None]:
-    """Keep what is compiled inside this context in the cache, and find it there."""
-    token = _cache.set(cache)
+    """Inside this context, keep them in another cache."""
+    _find_cache.append(lambda: cache)
     try:
         yield
     finally:
-        _cache.reset(token)
+        _find_cache.pop()
 
 
 def compiled(source: str, architecture: str, macros: Mapping[str, object], driver: object) -> Iterator[bytes]:
@@ -47,11 +52,11 @@ def compiled(source: str, architecture: str, macros: Mapping[str, object], drive
     The first is from the cache, if it is there; whoever cannot use it takes the next, which is compiled now.
     macros: by name. driver: its version, as a binary is kept for one driver. Raises KernelError.
     """
-    if os.environ.get(SWITCH) == "off":
-        raise KernelError(f"{SWITCH} is off")
+    if own_kernels_off():
+        raise KernelError(f"{KERNEL_SWITCH} switches them off")
     text, compiler = (SOURCES / source).read_text(encoding="utf-8"), nvrtc()
     options = (*OPTIONS, f"--gpu-architecture={architecture}", *(f"-D{k}={v}" for k, v in macros.items()))
-    name, cache = f"kernels-{digest(text, options, compiler.version, driver)}", _cache.get()
+    name, cache = f"kernels-{digest(text, options, compiler.version, driver)}", _cache()
     kept = (cache.read(name) if cache else None) or {}
     if BINARY in kept and CHECK in kept and torch.equal(kept[CHECK], _check(kept[BINARY])):
         yield kept[BINARY].numpy().tobytes()
@@ -61,6 +66,13 @@ def compiled(source: str, architecture: str, macros: Mapping[str, object], drive
         with suppress(OSError, RuntimeError):  # without a file, it is compiled again the next time
             cache.write(name, {BINARY: tensor, CHECK: _check(tensor)})
     yield binary
+
+
+def _cache() -> DiskCache | None:
+    try:
+        return _find_cache[-1]()
+    except FireRedError:  # its settings are wrong, which others tell
+        return None
 
 
 def _bytes(content: bytes) -> torch.Tensor:

@@ -52,6 +52,8 @@ class Kernel:
 
     def __call__(self, grid: tuple[int, int, int], threads: int, *arguments: Argument) -> None:
         """Queue it on the card's current stream. The card is the current one. Raises RuntimeError."""
+        if 0 in grid:  # nothing to do, which the driver refuses
+            return
         count = len(arguments)
         values = (ctypes.c_uint64 * count)(*map(_bits, arguments))  # little-endian: the low bytes come first
         first = ctypes.addressof(values)

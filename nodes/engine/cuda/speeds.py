@@ -12,9 +12,10 @@ from ..cards.kernels import as_current
 from ..cards.preflight import HEAD_SIZE, HEADS, ROWS, TOKENS, WIDTH, Rate, random_on, rate_or_reason
 from ..cards.speeds import Speeds
 from ..cards.timing import Work
-from .attention import Int8Attention
+from .attention import int8_attention
+from .compiler import KernelError
 from .products import multiply_int8
-from .rows import RowKernels
+from .rows import row_kernels
 
 PRODUCT, ATTENTION, ROW = "matmul int8 dp4a", "attention int8", "rows to int8"
 ROW_BYTES = 5  # of a number: read as FP32, written as INT8
@@ -51,11 +52,15 @@ def _product(device: torch.device, rows: int) -> Work:
 
 
 def _attention(device: torch.device, tokens: int) -> Work:
-    attend = Int8Attention(device)
+    attend = int8_attention(device)
+    if attend is None:
+        raise KernelError("see the log")
     query, key, value = (random_on((1, HEADS, tokens, HEAD_SIZE), torch.float32, device) for _ in range(3))
     return lambda: attend(query, key, value, None)
 
 
 def _rows(device: torch.device, rows: int) -> Work:
-    kernels, x = RowKernels(device, torch.float32), random_on((rows, WIDTH), torch.float32, device)
+    kernels, x = row_kernels(device, torch.float32), random_on((rows, WIDTH), torch.float32, device)
+    if kernels is None:
+        raise KernelError("see the log")
     return lambda: kernels.quantize(x)

@@ -74,7 +74,9 @@ def activated(y: Product, layer: Module) -> Activations:
     """The layer's input: gelu of the result of another one."""
     if _take_rows([layer], len(y.sums)):
         return y.kernels.quantize(y, activate=True, keep=_has_lora([layer]))
-    return y.kernels.gelu(y).unsqueeze(0)
+    if y.kernels.take(y.sums.shape[1]):
+        return y.kernels.gelu(y).unsqueeze(0)
+    return rows.gelu(y.kernels.finished(y)).unsqueeze(0)
 
 
 def add_gated(x: torch.Tensor, change: Result, modulation: Modulation, gate: int) -> torch.Tensor:

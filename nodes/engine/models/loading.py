@@ -15,7 +15,6 @@ from accelerate import init_empty_weights
 
 from ..arithmetic import exact_fp32
 from ..cards.kernels import as_current
-from ..cuda.compiler import keeping_kernels
 from ..errors import CheckpointError
 from ..files.cache import DiskCache
 from ..files.checkpoint import Component
@@ -49,7 +48,7 @@ def load(
     changed.
     """
     replica.spec.require_unchanged()
-    with as_current(replica.device), keeping_kernels(cache):  # layers choose kernels on the current device
+    with as_current(replica.device):  # layers choose kernels on the current device
         if source is not None:
             component = copy_transformer(replica, source, cache)
         else:

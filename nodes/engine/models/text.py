@@ -10,6 +10,7 @@ import transformers
 from PIL import Image
 
 from ..arithmetic import exact_fp32
+from ..cards.kernels import as_current
 from ..errors import InputError
 from ..latents import dimensions_for_area
 from ..limits import require_text
@@ -67,7 +68,8 @@ class TextEncoder:
             hidden_states = self.model(**inputs, use_cache=False).last_hidden_state
             return hidden_states[:, PROMPT_TEMPLATE_TOKENS:].float()
 
-        return Guard(self.replica, guard).run(embed, f"{what}'s embedding", self.model)
+        with as_current(self.replica.device):
+            return Guard(self.replica, guard).run(embed, f"{what}'s embedding", self.model)
 
     def require_prompt(self, prompt: str, what: str) -> None:
         """Raise InputError for a prompt that is too long or holds one of the model's special tokens."""

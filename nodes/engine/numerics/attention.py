@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..cuda.attention import int8_attention
+from ..cuda.attention import HEAD_SIZE, int8_attention
 from ..files.cache import DiskCache, digest
 from ..limits import EXACT, INT8
 from ..weights.components import Replica
@@ -32,15 +32,24 @@ class AttentionVerdict:
     def __str__(self) -> str:
         return (
             f"INT8 attention changes a prediction by {self.attention:.2g}, INT8 products by "
-            f"{self.products:.2g}: attention auto is {INT8 if self.safe else EXACT} from now on"
+            f"{self.products:.2g}: attention auto is {INT8 if self.safe else EXACT}"
         )
+
+
+def why_exact(replica: Replica) -> str:
+    """Why this transformer cannot compute INT8 attention on its card; empty where it can."""
+    size = replica.spec.checkpoint.component("transformer").config()["attention_head_dim"]
+    if size != HEAD_SIZE:
+        return f"is for heads of {HEAD_SIZE} channels, and this model's have {size}"
+    if replica.spec.math != torch.float32:
+        return f"is for FP32 arithmetic, which the {replica} does not use"
+    return "" if int8_attention(replica.device) else f"does not run on {replica.card}"
 
 
 def can_compare(replica: Replica) -> bool:
     """Whether there is something to compare: INT8 products, and INT8 attention on this card."""
     precision = replica.spec.precision
-    products = precision.integer_products and not precision.fp16_inside and precision.math == torch.float32
-    return products and int8_attention(replica.device) is not None
+    return precision.integer_products and not precision.fp16_inside and not why_exact(replica)
 
 
 def keep_verdict(cache: DiskCache, identity: str, verdict: AttentionVerdict) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,31 +81,33 @@ def inputs_of(
 
 
 def compare_attention(
-    transformer: Transformer, run: SamplingRun, inputs: Iterable[tuple[int, torch.Tensor]]
+    transformer: Transformer,
+    run: SamplingRun,
+    steps: Sequence[int],
+    samples: torch.Tensor | None = None,
+    on_progress: OnProgress = ignore_progress,
 ) -> AttentionVerdict:
-    """Three forwards of the positive branch for each of the inputs: a step (from 1), and the packed latents.
+    """Three forwards of the positive branch for each of the steps (from 1); samples as measure_transformer.
 
     The reference computes exact attention, and products in FP32 with the same INT8 weights.
     """
-    changes = []
-    for step, latents in inputs:
-        with weights_only(transformer.model):
-            reference = _prediction(transformer, run, EXACT, latents, step)
-            by_attention = _prediction(transformer, run, INT8, latents, step)
-        by_products = _prediction(transformer, run, EXACT, latents, step)
-        changes.append(
-            [float((found - reference).norm() / reference.norm()) for found in (by_attention, by_products)]
+    looked_at, changes = {POSITIVE: run.conditions[POSITIVE]}, []
+    exact, rounded = (
+        LocalWorker(
+            transformer, run.schedule, run.padded_size, looked_at, OFF,
+            options=replace(run.options, attention=attention),
         )
-    attention, products = (max(column) for column in zip(*changes, strict=True))
-    return AttentionVerdict(attention, products)
-
-
-def _prediction(
-    transformer: Transformer, run: SamplingRun, attention: str, latents: torch.Tensor, step: int
-) -> torch.Tensor:
-    looked_at, options = {POSITIVE: run.conditions[POSITIVE]}, replace(run.options, attention=attention)
-    worker = LocalWorker(transformer, run.schedule, run.padded_size, looked_at, OFF, options=options)
-    return worker.predict(latents, step - 1)[POSITIVE]
+        for attention in (EXACT, INT8)
+    )  # fmt: skip
+    for done, (step, latents) in enumerate(inputs_of(run, steps, samples), start=1):
+        with weights_only(transformer.model):
+            reference = exact.predict(latents, step - 1)[POSITIVE]
+            by_attention = rounded.predict(latents, step - 1)[POSITIVE]
+        by_products = exact.predict(latents, step - 1)[POSITIVE]
+        differences = torch.stack([by_attention - reference, by_products - reference])
+        changes.append(differences.flatten(1).norm(dim=1) / reference.norm())
+        on_progress(done, len(steps))
+    return AttentionVerdict(*torch.stack(changes).amax(dim=0).tolist())  # amax keeps NaN
 
 
 def measure_text_encoder(

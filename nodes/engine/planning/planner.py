@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import torch
+
 from ..cards.card import Card
 from ..errors import CheckpointError
 from ..files.checkpoint import Checkpoint
@@ -220,6 +222,7 @@ class _Planner:
             rounds_more = row.integer_products and not row.fp16_inside
             if rounds_more and seconds and usual and seconds < CLEARLY_FASTER * usual:
                 yield f"{option}: {seconds:.3g} s a step instead of {usual:.3g}, but rounds activations too"
-            faster = self.step_seconds(option, INT8) if rounds_more else None
+            in_fp32 = option.precision.math == torch.float32
+            faster = self.step_seconds(option, INT8) if rounds_more and in_fp32 else None
             if faster and usual and faster < CLEARLY_FASTER * (seconds or usual):
                 yield f"{option} with attention int8: {faster:.3g} s a step, but rounds attention too"

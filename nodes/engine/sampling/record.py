@@ -68,7 +68,6 @@ class RunRecord:
             lines[0] += f", shared with {others} ({layout.mode})"
         if self.arithmetic:
             lines.append(f"kernels: {self.arithmetic}")
-        lines.append(f"attention: {options.attention}")
         lines += [f"LoRA: {each.lora.name} at {each.strength:g}" for each in options.adapters]
         size = f"{run.width * VAE_SCALE}x{run.height * VAE_SCALE}"
         pictures = f"{run.batch} pictures, " if run.batch > 1 else ""

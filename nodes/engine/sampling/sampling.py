@@ -32,8 +32,9 @@ from ..latents import (
     unpack,
 )
 from ..limits import SEED, STEPS, TRUE_CFG_SCALE
+from ..models.attention import attention_on
 from ..models.guard import STOP, require_finite_input
-from ..models.transformer import Transformer
+from ..models.transformer import Transformer, attend
 from ..progress import OnProgress, ignore_progress
 from ..weights.components import Replica
 from ..weights.estimates import transformer_bytes
@@ -342,8 +343,8 @@ def sample(
     """
     size, record = run.padded_size, record or RunRecord()
     transformers = [transformer] if isinstance(transformer, Transformer) else list(transformer)
-    record.arithmetic = "; ".join(filter(None, dict.fromkeys(each.arithmetic for each in transformers)))
-    resumed = _resume(run, transformers, saved)
+    record.arithmetic = _arithmetic(run, transformers)
+    resumed = _resume(run, record.arithmetic, saved)
     finished = list(resumed.finished) if resumed else []
     if len(finished) == run.batch:
         return torch.cat(finished)
@@ -409,9 +410,17 @@ def _sample_picture(
     return final
 
 
-def _resume(run: SamplingRun, transformers: Sequence[Transformer], saved: SavedRun | None) -> RunState | None:
+def _arithmetic(run: SamplingRun, transformers: Sequence[Transformer]) -> str:
+    """The kernels that compute the run, on each of its cards."""
+    found = []
+    for each in transformers:
+        rounds = attention_on(each.replica.device, run.options.attention) is not attend
+        found.append(", ".join(filter(None, (each.arithmetic, "INT8 attention" if rounds else ""))))
+    return "; ".join(dict.fromkeys(found))
+
+
+def _resume(run: SamplingRun, arithmetic: str, saved: SavedRun | None) -> RunState | None:
     """The state from which an interrupted run goes on; None if there is no usable one."""
-    arithmetic = "; ".join(dict.fromkeys(each.arithmetic for each in transformers))
     state = saved.open(arithmetic) if saved is not None else None
     if saved is None or state is None:
         return None

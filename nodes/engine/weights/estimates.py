@@ -241,9 +241,9 @@ def forward_seconds(
         attention_rate = speeds.int8_attention
     if not (products and attention_rate and speeds.bandwidth):
         return None
-    moved = MOVED_BYTES[precision.integer_products][precision.math.itemsize]
-    if not speeds.row_kernels:
-        moved = MOVED_NUMBERS * precision.math.itemsize
+    moved: float = MOVED_NUMBERS * precision.math.itemsize
+    if speeds.row_kernels and not precision.fp16_inside and precision.math != torch.float16:
+        moved = MOVED_BYTES[precision.integer_products][precision.math.itemsize]
     moved_bytes = moved * tokens * shape.width * shape.layers
     computing = shape.linear_flops(tokens) / products + shape.attention_flops(tokens) / attention_rate
     return computing / 1e12 + moved_bytes / (speeds.bandwidth * 1e9)

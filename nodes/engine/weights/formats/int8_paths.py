@@ -100,7 +100,7 @@ def integer_paths(
     if kernels is not None and kernels.take(width):
         paths += [
             IntegerPath.of_kernels("cuda", kernels, int_mm),
-            IntegerPath.of_kernels("cuda dp4a", kernels, multiply_int8),
+            IntegerPath.of_kernels("cuda", kernels, multiply_int8),  # the same integers: no other name
         ]
     if device.type == "cuda":
         with contextlib.suppress(ImportError):
@@ -155,7 +155,7 @@ def fastest_path(
     fastest: IntegerPath | None = None
     best, faults = float("inf") if taken else product.seconds(multiply_upcast) / CLEARLY_FASTER, []
     for path in integer_paths(device, dtype, shape[1], rotation):
-        if taken and (taken[0] is None or path.name != taken[0].name):
+        if taken and (taken[0] is None or (path.name, path.product) != (taken[0].name, taken[0].product)):
             continue
         try:
             wrong = product.error(path.multiply)
@@ -170,6 +170,8 @@ def fastest_path(
             continue
         if seconds < best:
             fastest, best = path, seconds * CLEARLY_FASTER
+    if fastest is not None and fastest.product is multiply_int8:
+        log.info("int8-fast at %s: our own DP4A product is the fastest", "x".join(map(str, shape)))
     if faults:
         log.info("int8-fast at %s: %s", "x".join(map(str, shape)), "; ".join(faults))
     return fastest
