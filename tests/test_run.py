@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,12 @@ from prompts import edit_prompt
 from launcher.folders import ROOT, comfyui_folder
 
 # run.py sets up the environment that it is told to use: here the one that these tests run in.
-VARIANTS = {"legacy": ("--torch", "legacy"), "oldest": ("--libraries", "oldest")}
-OWN = [part for name in Path(sys.prefix).name.split("-")[1:] for part in VARIANTS.get(name, ())]
+VARIANTS = {name: ("--torch", name) for name in ("legacy", "newest")} | {"oldest": ("--libraries", "oldest")}
+OWN = [
+    part
+    for name in Path(sys.prefix).name.split("-")[1:]
+    for part in VARIANTS.get(name, ("--environment", name))
+]
 
 
 def run(command: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -113,7 +118,7 @@ def test_the_cards_decide_which_torch_is_installed(
     smi.write_text(f"#!/bin/sh\nprintf '%s\\n' {' '.join(cards)}\n" if cards else "#!/bin/sh\nexit 9\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    plain = argparse.Namespace(torch=None, libraries=None)
+    plain = argparse.Namespace(torch=None, libraries=None, environment=None)
     here, windows = script.Environment.of(plain, windows=False), script.Environment.of(plain, windows=True)
     assert here.folder == ROOT / ".venv" and here.triton is triton
     assert here.torch()[0] == torch_release and "--index-url" not in here.torch()
@@ -121,12 +126,16 @@ def test_the_cards_decide_which_torch_is_installed(
 
 
 def test_other_versions_have_environments_of_their_own(script: ModuleType) -> None:
-    legacy = script.Environment.of(argparse.Namespace(torch="legacy", libraries=None))
-    oldest = script.Environment.of(argparse.Namespace(torch=None, libraries="oldest"))
+    def environment(torch: str | None = None, libraries: str | None = None, name: str | None = None) -> Any:
+        asked = argparse.Namespace(torch=torch, libraries=libraries, environment=name)
+        return script.Environment.of(asked)
+
+    legacy, oldest = environment("legacy"), environment(libraries="oldest")
     assert legacy.folder == ROOT / ".venv-legacy" and legacy.torch()[0] == "torch==2.7.1"
     assert oldest.folder == ROOT / ".venv-oldest" and "diffusers==0.37.*" in oldest.libraries()
-    both = script.Environment.of(argparse.Namespace(torch="legacy", libraries="oldest"))
-    assert both.folder == ROOT / ".venv-legacy-oldest"
+    newest = environment("newest", name="python3.13")
+    assert newest.folder == ROOT / ".venv-newest-python3.13" and newest.torch()[0] == "torch"
+    assert environment("legacy", "oldest").folder == ROOT / ".venv-legacy-oldest"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="ends the demo by its process group")
