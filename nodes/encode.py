@@ -113,7 +113,7 @@ def _require_known(unknown: dict[str, Any]) -> None:
         last = f"images.image{MAX_PICTURES - 1}"
         raise InputError(
             f"FireRedEncodePrompt has no input {name}. Its pictures are images.image0 to {last}: "
-            f"{MAX_PICTURES} in all. Take the link out."
+            f"{MAX_PICTURES} in all. Take the link out, or update these nodes if the graph is newer."
         )
 
 
