@@ -32,6 +32,7 @@ class FireRedEncodePrompt(io.ComfyNode):
             node_id="FireRedEncodePrompt",
             display_name="FireRed Encode Prompt",
             category=CATEGORY,
+            search_aliases=["CLIP text encode", "text encode Qwen image edit", "edit instruction"],
             description="Encode what to change, and the pictures to change, for the FireRed sampler (or "
             "core's).",
             inputs=[

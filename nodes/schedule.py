@@ -16,6 +16,7 @@ class FireRedSchedule(io.ComfyNode):
             node_id="FireRedSchedule",
             display_name="FireRed Schedule",
             category=CATEGORY,
+            search_aliases=["ModelSamplingAuraFlow", "shift", "sigmas"],
             description="Set the noise levels of the steps, and in which of them guidance is computed.",
             inputs=[
                 Transformer.Input("transformer"),
