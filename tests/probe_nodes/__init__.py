@@ -13,9 +13,12 @@ import comfy.sample
 import comfy.sd
 import comfy.text_encoders.qwen_image as qwen_image
 import comfy.text_encoders.qwen_vl as qwen_vl
+import execution
 import folder_paths
 import psutil
 import torch
+from aiohttp import web
+from server import PromptServer
 
 
 def pack_host(part):
@@ -368,3 +371,11 @@ PROBES = (
     ProbeCLIP,
 )
 NODE_CLASS_MAPPINGS = {probe.__name__: probe for probe in PROBES}
+
+
+@PromptServer.instance.routes.post("/validate")
+async def validate(request):
+    """Check a prompt as POST /prompt does, without queueing it: comfy-test's execution level asks for it."""
+    prompt = (await request.json())["prompt"]
+    valid, error, _, node_errors = await execution.validate_prompt("validate", prompt, None)
+    return web.json_response({"error": error, "node_errors": node_errors}, status=200 if valid else 400)
