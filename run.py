@@ -31,6 +31,7 @@ TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 TORCH_INDEX = "https://download.pytorch.org/whl/cu130"
 TORCH_LEGACY = ("torch==2.7.1", "torchvision==0.22.1", "torchaudio==2.7.1")
 TORCH_LEGACY_INDEX = "https://download.pytorch.org/whl/cu126"
+TORCH_NEWEST = ("torch", "torchvision", "torchaudio")  # pip chooses releases that match
 FIRST_CURRENT_CAPABILITY = 7.5
 FIRST_TRITON_CAPABILITY = 7.0
 TEST_PACKAGES = ("pytest", "ruff", "mypy", "comfy-test==0.4.15", "playwright", "peft")
@@ -102,13 +103,19 @@ def parse_arguments() -> argparse.Namespace:
         )
         command.add_argument(
             "--torch",
-            choices=["legacy"],
-            help=f"use {TORCH_LEGACY[0]} without Triton, which is what Pascal cards run, in .venv-legacy",
+            choices=["legacy", "newest"],
+            help=f"legacy: use {TORCH_LEGACY[0]} without Triton, which is what Pascal cards run, in "
+            ".venv-legacy. newest: use the newest release, in .venv-newest",
         )
         command.add_argument(
             "--libraries",
             choices=["oldest"],
             help="use the oldest releases that requirements.txt allows, in .venv-oldest",
+        )
+        command.add_argument(
+            "--environment",
+            metavar="NAME",
+            help="add NAME to the folder's: another Python or ComfyUI's packages",
         )
     return parser.parse_args()
 
@@ -121,7 +128,7 @@ class Environment:
     """A virtual environment of this checkout: .venv, or another folder for the tests of other versions."""
 
     folder: Path
-    legacy_torch: bool
+    torch_releases: tuple[str, ...]
     triton: bool  # whether the Triton that torch brings may stay
     index: str | None  # where torch comes from; None is PyPI
     oldest_libraries: bool
@@ -129,17 +136,18 @@ class Environment:
     @staticmethod
     def of(args: argparse.Namespace, windows: bool = os.name == "nt") -> Environment:
         """The environment that a command line asks for, with a torch for this machine's NVIDIA cards."""
-        chosen = list(filter(None, (args.torch, args.libraries)))
+        chosen = list(filter(None, (args.torch, args.libraries, args.environment)))
         cards = card_capabilities()
-        legacy = "legacy" in chosen or any(card < FIRST_CURRENT_CAPABILITY for card in cards)
+        legacy = args.torch == "legacy" or any(card < FIRST_CURRENT_CAPABILITY for card in cards)
+        current = TORCH_NEWEST if args.torch == "newest" else TORCH
         index = TORCH_LEGACY_INDEX if legacy else TORCH_INDEX
         return Environment(
             folder=ROOT / "-".join([".venv", *chosen]),
-            legacy_torch=legacy,
+            torch_releases=TORCH_LEGACY if legacy else current,
             # ComfyUI's kernel library fails at import where this Triton finds no card it can use.
             triton=not legacy or any(card >= FIRST_TRITON_CAPABILITY for card in cards),
             index=index if windows and cards else None,
-            oldest_libraries="oldest" in chosen,
+            oldest_libraries=args.libraries == "oldest",
         )
 
     @property
@@ -149,7 +157,7 @@ class Environment:
     def torch(self) -> list[str]:
         """The arguments of pip that install torch."""
         index = ["--index-url", self.index] if self.index else []
-        return [*(TORCH_LEGACY if self.legacy_torch else TORCH), *index]
+        return [*self.torch_releases, *index]
 
     def libraries(self) -> list[str]:
         """The lines of requirements.txt, or the oldest releases they allow."""

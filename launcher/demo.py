@@ -33,7 +33,7 @@ def main() -> int:
         return failed(str(error))
     if run.error:
         return failed(f"{run.error['node_type']}: {run.error['exception_message']}")
-    (image,) = next(iter(run.outputs.values()))["images"]
+    (image,) = next(output["images"] for output in run.outputs.values() if "images" in output)
     print(f"\nEdited in {seconds:.1f} s: {work / 'output' / image['subfolder'] / image['filename']}")
     return 0
 

@@ -20,6 +20,7 @@ class FireRedDecode(io.ComfyNode):
             node_id="FireRedDecode",
             display_name="FireRed Decode",
             category=CATEGORY,
+            search_aliases=["VAE decode", "latent to image"],
             description="Decode a latent on the VAE's own device. A native size is restored.",
             inputs=[
                 VAE.Input("vae"),

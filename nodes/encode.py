@@ -39,6 +39,7 @@ class FireRedEncodePrompt(io.ComfyNode):
             node_id="FireRedEncodePrompt",
             display_name="FireRed Encode Prompt",
             category=CATEGORY,
+            search_aliases=["CLIP text encode", "text encode Qwen image edit", "edit instruction"],
             description="Encode what to change, and the pictures to change, for the FireRed sampler (or "
             "core's).",
             inputs=[
@@ -142,7 +143,7 @@ def _require_known(unknown: dict[str, Any]) -> None:
         last = f"images.image{MAX_PICTURES - 1}"
         raise InputError(
             f"FireRedEncodePrompt has no input {name}. Its pictures are images.image0 to {last}: "
-            f"{MAX_PICTURES} in all. Take the link out."
+            f"{MAX_PICTURES} in all. Take the link out, or update these nodes if the graph is newer."
         )
 
 

@@ -31,6 +31,7 @@ class FireRedNumerics(io.ComfyNode):
             node_id="FireRedNumerics",
             display_name="FireRed Numerics",
             category=CATEGORY,
+            search_aliases=["black image", "NaN", "overflow", "activation range"],
             description="Measure how large activations get in every block, against the limits of FP16 and "
             "INT8, and say which precisions hold them.",
             is_output_node=True,

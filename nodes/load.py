@@ -77,6 +77,7 @@ class FireRedLoadTransformer(_Loader):
             node_id="FireRedLoadTransformer",
             display_name="FireRed Load Transformer",
             category=CATEGORY,
+            search_aliases=["load diffusion model", "UNet loader", "Qwen-Image-Edit", "GGUF loader"],
             description="Choose the diffusion transformer, its precision and its device. Loads at first use.",
             inputs=[
                 *_inputs(cls.ROLE),
@@ -130,6 +131,7 @@ class FireRedLoadTextEncoder(_Loader):
             node_id="FireRedLoadTextEncoder",
             display_name="FireRed Load Text Encoder",
             category=CATEGORY,
+            search_aliases=["load CLIP", "CLIP loader", "Qwen2.5-VL"],
             description="Choose the Qwen2.5-VL text encoder's precision and device. Loads at first use.",
             inputs=_inputs(cls.ROLE),
             outputs=[TextEncoder.Output("text_encoder", display_name="text_encoder")],
@@ -149,6 +151,7 @@ class FireRedLoadVAE(_Loader):
             node_id="FireRedLoadVAE",
             display_name="FireRed Load VAE",
             category=CATEGORY,
+            search_aliases=["VAE loader"],
             description="Choose the VAE's precision and device. Loads at first use.",
             inputs=_inputs(cls.ROLE),
             outputs=[VAE.Output("vae", display_name="vae")],

@@ -19,6 +19,7 @@ class FireRedLoadLoRA(io.ComfyNode):
             node_id="FireRedLoadLoRA",
             display_name="FireRed Load LoRA",
             category=CATEGORY,
+            search_aliases=["LoRA loader", "Lightning LoRA"],
             description="Lay a LoRA over the transformer, at any precision. Several can follow each other.",
             inputs=[
                 Transformer.Input("transformer"),

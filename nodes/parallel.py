@@ -16,6 +16,7 @@ class FireRedParallel(io.ComfyNode):
             node_id="FireRedParallel",
             display_name="FireRed Parallel",
             category=CATEGORY,
+            search_aliases=["multi GPU", "MultiGPU", "several cards"],
             description="Let several cards compute one image together. With one card it changes nothing.",
             inputs=[
                 Transformer.Input("transformer"),

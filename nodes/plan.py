@@ -29,6 +29,7 @@ class FireRedHardwarePlan(io.ComfyNode):
             node_id="FireRedHardwarePlan",
             display_name="FireRed Hardware Plan",
             category=CATEGORY,
+            search_aliases=["VRAM", "memory map", "out of memory", "how long"],
             description="What the loaders' auto chooses on this machine, and how long an edit takes. "
             "Loads nothing.",
             inputs=[

@@ -42,6 +42,7 @@ class FireRedSampler(io.ComfyNode):
             node_id="FireRedSampler",
             display_name="FireRed Sampler",
             category=CATEGORY,
+            search_aliases=["KSampler", "image edit", "denoise"],
             description="Denoise with flow-match Euler and true CFG. Stops with an error where the image "
             "would turn black.",
             inputs=[

@@ -16,6 +16,7 @@ class FireRedSchedule(io.ComfyNode):
             node_id="FireRedSchedule",
             display_name="FireRed Schedule",
             category=CATEGORY,
+            search_aliases=["ModelSamplingAuraFlow", "shift", "sigmas"],
             description="Set the noise levels of the steps, in which of them guidance is computed, and how "
             "much of a given latent they change.",
             inputs=[

@@ -16,6 +16,7 @@ class FireRedStepCache(io.ComfyNode):
             node_id="FireRedStepCache",
             display_name="FireRed Step Cache",
             category=CATEGORY,
+            search_aliases=["TeaCache", "EasyCache", "speed up"],
             description="Skip steps whose predictions follow from those before. Faster, but not exact.",
             inputs=[
                 Transformer.Input("transformer"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
+import runpy
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 import core_vae
@@ -19,7 +22,7 @@ from engine.weights.components import ComponentSpec, Replica
 from engine.weights.precision import ROLE_PRECISIONS, resolve
 
 from launcher.client import Client
-from launcher.folders import ROOT, add_pack
+from launcher.folders import ROOT, add_pack, comfyui_folder
 from launcher.server import Server
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -36,6 +39,19 @@ SERVER_ARGUMENTS = (
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def versions(record_testsuite_property: Callable[[str, object], None]) -> None:
+    """Name the versions in pytest's XML report, from which tests/versions.py makes the page's table."""
+    record_testsuite_property("Python", platform.python_version())
+    for name, package in (
+        ("frontend", "comfyui-frontend-package"),
+        *((name, name) for name in ("torch", "diffusers", "transformers")),
+    ):
+        record_testsuite_property(name, metadata.version(package))
+    version = runpy.run_path(str(comfyui_folder() / "comfyui_version.py"))["__version__"]
+    record_testsuite_property("ComfyUI", version)
 
 
 @pytest.fixture(scope="session")

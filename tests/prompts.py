@@ -16,12 +16,13 @@ from launcher.folders import ROOT
 
 LOADERS = {"1": "transformer", "2": "text_encoder", "3": "vae"}
 COMPONENTS = {"transformer", "text encoder", "vae"}  # as their descriptions begin
-ENCODE, SAMPLE, DECODE, SAVE, PHOTO = "4", "5", "6", "7", "10"
+ENCODE, SAMPLE, DECODE, SAVE, PHOTO, COMPARE = "4", "5", "6", "7", "10", "11"
 
 
 def edit_prompt(checkpoint: str = "tiny") -> Prompt:
-    """The shipped API workflow at 64x64 in two steps."""
+    """The shipped API workflow at 64x64 in two steps, without the comparison with the photo."""
     prompt: Prompt = json.loads((ROOT / "workflows/api/firered_edit.json").read_text(encoding="utf-8"))
+    del prompt[COMPARE]
     for node in LOADERS:
         prompt[node]["inputs"]["checkpoint"] = checkpoint
     prompt[ENCODE]["inputs"]["reference_megapixels"] = 0.01

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from engine.cards.libraries import OLDEST
+from PIL import Image
 
 from launcher.client import Client
 from launcher.folders import ROOT
@@ -92,10 +94,30 @@ def test_the_registrys_archive_holds_what_its_files_start() -> None:
     assert started == {"launcher/convert.py", "launcher/demo.py", "launcher/serve.py"}
     assert started <= set(tracked.splitlines())
     assert "run.py" not in packed or started <= packed
-    assert not [path for path in packed if path.startswith("demo_model/training")]
+    assert not [path for path in packed if path.startswith(("demo_model/training", ".github"))]
+    assert "subgraphs/FireRed Edit.json" in packed and "locales/zh/nodeDefs.json" in packed
     assert (
         "demo_model/FireRed-Demo/model_index.json" in packed and "workflows/input/firered_cat.jpg" in packed
     )
+
+
+def test_the_registry_gets_an_icon_and_a_banner_of_the_sizes_it_asks_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    repository = project["project"]["urls"]["Repository"].removeprefix("https://github.com/")
+    raw = f"https://raw.githubusercontent.com/{repository}/main/"
+    links = [project["tool"]["comfy"][name] for name in ("Icon", "Banner")]
+    icon, banner = (Image.open(ROOT / link.removeprefix(raw)).size for link in links)
+    assert icon[0] == icon[1] <= 400
+    assert banner[0] * 9 == banner[1] * 21
+
+
+def test_the_registrys_action_publishes_for_the_publisher_when_the_project_file_changes() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    action = yaml.safe_load((ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8"))
+    (job,) = action["jobs"].values()
+    assert f"'{project['tool']['comfy']['PublisherId']}'" in job["if"]
+    assert action[True]["push"]["paths"] == ["pyproject.toml"]  # YAML reads the key `on` as true
+    assert "secrets.REGISTRY_ACCESS_TOKEN" in job["steps"][-1]["with"]["personal_access_token"]
 
 
 def test_the_version_is_the_changelogs_and_the_workflows() -> None:

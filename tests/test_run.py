@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +23,12 @@ from prompts import edit_prompt
 from launcher.folders import ROOT, comfyui_folder
 
 # run.py sets up the environment that it is told to use: here the one that these tests run in.
-VARIANTS = {"legacy": ("--torch", "legacy"), "oldest": ("--libraries", "oldest")}
-OWN = [part for name in Path(sys.prefix).name.split("-")[1:] for part in VARIANTS.get(name, ())]
+VARIANTS = {name: ("--torch", name) for name in ("legacy", "newest")} | {"oldest": ("--libraries", "oldest")}
+OWN = [
+    part
+    for name in Path(sys.prefix).name.split("-")[1:]
+    for part in VARIANTS.get(name, ("--environment", name))
+]
 
 
 def run(command: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -74,15 +81,20 @@ def test_the_demo_with_an_absent_checkpoint_says_where_to_get_one() -> None:
     assert "There is no checkpoint 'absent'" in refused.stderr
 
 
+def as_module(script: str) -> ModuleType:
+    name = f"firered_{Path(script).stem}"
+    spec = importlib.util.spec_from_file_location(name, ROOT / script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look it up there
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """run.py as a module."""
-    spec = importlib.util.spec_from_file_location("firered_run", ROOT / "run.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["firered_run"] = module  # dataclasses look it up there
-    spec.loader.exec_module(module)
-    return module
+    return as_module("run.py")
 
 
 def test_set_up_installs_what_errors_recommend(script: ModuleType) -> None:
@@ -113,7 +125,7 @@ def test_the_cards_decide_which_torch_is_installed(
     smi.write_text(f"#!/bin/sh\nprintf '%s\\n' {' '.join(cards)}\n" if cards else "#!/bin/sh\nexit 9\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    plain = argparse.Namespace(torch=None, libraries=None)
+    plain = argparse.Namespace(torch=None, libraries=None, environment=None)
     here, windows = script.Environment.of(plain, windows=False), script.Environment.of(plain, windows=True)
     assert here.folder == ROOT / ".venv" and here.triton is triton
     assert here.torch()[0] == torch_release and "--index-url" not in here.torch()
@@ -121,12 +133,39 @@ def test_the_cards_decide_which_torch_is_installed(
 
 
 def test_other_versions_have_environments_of_their_own(script: ModuleType) -> None:
-    legacy = script.Environment.of(argparse.Namespace(torch="legacy", libraries=None))
-    oldest = script.Environment.of(argparse.Namespace(torch=None, libraries="oldest"))
+    def environment(torch: str | None = None, libraries: str | None = None, name: str | None = None) -> Any:
+        asked = argparse.Namespace(torch=torch, libraries=libraries, environment=name)
+        return script.Environment.of(asked)
+
+    legacy, oldest = environment("legacy"), environment(libraries="oldest")
     assert legacy.folder == ROOT / ".venv-legacy" and legacy.torch()[0] == "torch==2.7.1"
     assert oldest.folder == ROOT / ".venv-oldest" and "diffusers==0.37.*" in oldest.libraries()
-    both = script.Environment.of(argparse.Namespace(torch="legacy", libraries="oldest"))
-    assert both.folder == ROOT / ".venv-legacy-oldest"
+    newest = environment("newest", name="python3.13")
+    assert newest.folder == ROOT / ".venv-newest-python3.13" and newest.torch()[0] == "torch"
+    assert environment("legacy", "oldest").folder == ROOT / ".venv-legacy-oldest"
+
+
+def test_a_run_of_the_tests_renews_its_row_of_the_tested_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = as_module("tests/versions.py")
+    _, published, _ = versions.split_page(versions.PAGE.read_text(encoding="utf-8"))
+    assert list(published) == list(versions.SETS)
+    monkeypatch.setattr(versions, "PAGE", Path(shutil.copy(versions.PAGE, tmp_path)))
+    report = tmp_path / "report.xml"
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "tests/test_search.py", f"--junitxml={report}"],
+        cwd=ROOT,
+        check=True,
+    )
+    versions.write_row("usual", versions.row(report, part=True))
+    _, renewed, after = versions.split_page(versions.PAGE.read_text(encoding="utf-8"))
+    assert list(renewed) == list(published) and "Windows" in after
+    assert {name for name in renewed if renewed[name] != published[name]} == {"usual"}
+    python, comfyui, _, torch_version, *_, tests, result, _ = renewed["usual"].split(" | ")
+    assert (python, tests) == (platform.python_version(), "part")
+    assert torch.__version__.startswith(torch_version)
+    assert comfyui == versions.version_of(comfyui_folder()) and re.fullmatch(r"[1-9]\d* passed", result)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="ends the demo by its process group")

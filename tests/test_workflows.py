@@ -3,45 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from browser import open_page, show_graph, submitted
+from playwright.sync_api import Page
 
 from launcher.client import Client
 from launcher.folders import ROOT
 from launcher.server import Server
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-READY = "() => window.app?.graph && window.app.extensionManager"
 
 
 @pytest.fixture(scope="module")
 def page(server: Server) -> Iterator[Page]:
-    """ComfyUI's page when it has loaded and closed its welcome dialog."""
-    browser = os.environ["FIRERED_BROWSER"]  # run.py finds or installs one
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
-        opened = launched.new_page(viewport={"width": 1800, "height": 1000})
-        opened.goto(server.address)
-        opened.wait_for_function(READY, timeout=60_000)
-        opened.wait_for_function(
-            "() => window.LiteGraph.registered_node_types.FireRedSampler", timeout=60_000
-        )
+    with open_page(server.address) as opened:
         yield opened
-        launched.close()
 
 
 def open_workflow(page: Page, path: Path) -> dict:
     """Load a workflow as when its file is opened, and return it as the frontend saves it."""
-    workflow = json.loads(path.read_text(encoding="utf-8"))
-    page.evaluate(
-        "([workflow, name]) => window.app.loadGraphData(workflow, true, true, name)", [workflow, path.stem]
-    )
-    page.wait_for_function(f"() => window.app.graph.nodes.length === {len(workflow['nodes'])}")
+    show_graph(page, json.loads(path.read_text(encoding="utf-8")), path.stem)
     return page.evaluate("() => window.app.graph.serialize()")
 
 
@@ -88,8 +73,7 @@ def computed(prompt: dict) -> dict:
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_its_api_twin_is_what_the_frontend_would_submit(page: Page, path: Path) -> None:
     open_workflow(page, path)
-    submitted = page.evaluate("async () => (await window.app.graphToPrompt()).output")
-    assert computed(submitted) == computed(
+    assert submitted(page) == computed(
         json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
     )
 
