@@ -20,12 +20,13 @@ from engine.cards.kernels import device_label
 from engine.cards.preflight import CardReport, Rate, preflight
 from engine.cards.speeds import Speeds
 from engine.cards.transfer import links
-from engine.cuda.speeds import kernel_rates, with_kernels
+from engine.cuda.speeds import ATTENTION, PRODUCT, kernel_rates, with_kernels
 from engine.errors import FireRedError
 from engine.limits import EXACT, INT8
 from engine.units import GIB
 from engine.weights.estimates import Edit, Shape, step_seconds
 from engine.weights.precision import PRECISIONS, resolve
+from machines import P40
 
 SHAPE = Shape(layers=60, width=3072)  # FireRed's transformer
 PRECISIONS_SHOWN = ("fp32", "bf16", "int8", "int8-fast", "nf4")
@@ -52,6 +53,11 @@ def main() -> int:
         "TFLOPS, copy in TB/s", [str(number) for number in range(1, len(reports) + 1)], speed_rows(reports)
     )
     print("".join(f"\n- {', '.join(names)}: {reason}" for reason, names in reasons(reports).items()))
+    if any("P40" in report.card for report in reports):
+        print(
+            f"\nProjected for a P40 (docs/pascal.md): {PRODUCT} {P40.int8:g}, {ATTENTION} "
+            f"{P40.int8_attention:g}. Please report this table: nobody has measured one."
+        )
     cards = [report.device for report in reports if report.device.type == "cuda"]
     if len(cards) > 1:
         print_table("copies", ["bit for bit", "peer access"], copy_rows(cards))
