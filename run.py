@@ -34,9 +34,10 @@ TORCH_LEGACY_INDEX = "https://download.pytorch.org/whl/cu126"
 TORCH_NEWEST = ("torch", "torchvision", "torchaudio")  # pip chooses releases that match
 FIRST_CURRENT_CAPABILITY = 7.5
 FIRST_TRITON_CAPABILITY = 7.0
-TEST_PACKAGES = ("pytest", "ruff", "mypy", "comfy-test==0.4.15", "playwright", "peft")
+TEST_PACKAGES = ("pytest", "pytest-xdist", "ruff", "mypy", "comfy-test==0.4.15", "playwright", "peft")
 # Compiles our kernels for Pascal in the tests. It is kept apart: torch would load it in place of its own.
 OLD_COMPILER = "nvidia-cuda-nvrtc-cu12==12.6.77"
+WHOLE_SUITE = ("-n", "2", "--dist", "loadfile", "tests")  # two processes, for two cores
 MIN_FREE_GB = 12
 BROWSERS = (
     "chromium",
@@ -300,7 +301,7 @@ def serve(environment: Environment, comfyui: Path, args: argparse.Namespace) -> 
 def test(environment: Environment, comfyui: Path, args: argparse.Namespace) -> int:
     os.environ["FIRERED_BROWSER"] = find_browser()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads do not speed up tiny tensors
-    return run_python(environment, comfyui, "-m", "pytest", *(args.pytest_arguments or ["tests"]))
+    return run_python(environment, comfyui, "-m", "pytest", *(args.pytest_arguments or WHOLE_SUITE))
 
 
 def find_browser() -> str:

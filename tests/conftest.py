@@ -6,10 +6,7 @@ import os
 import platform
 import runpy
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -18,7 +15,6 @@ import pytest
 import real_checkpoint
 import tiny_checkpoint
 import torch
-from comfy_test_run import run_comfy_test
 from engine.cards.card import Card
 from engine.files.checkpoint import Checkpoint, open_checkpoint
 from engine.weights.checks import require_usable
@@ -30,7 +26,6 @@ from launcher.folders import ROOT, add_pack, comfyui_folder
 from launcher.server import Server
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-COMFY_TEST = "test_comfy_test_passes_at_every_level"
 PROBE_NODES = ROOT / "tests" / "probe_nodes"
 SERVER_ARGUMENTS = (
     "--disable-api-nodes",
@@ -57,23 +52,6 @@ def versions(record_testsuite_property: Callable[[str, object], None]) -> None:
         record_testsuite_property(name, metadata.version(package))
     version = runpy.run_path(str(comfyui_folder() / "comfyui_version.py"))["__version__"]
     record_testsuite_property("ComfyUI", version)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.name == COMFY_TEST)  # the last, as it runs beside the others
-
-
-@pytest.fixture(scope="session", autouse=True)
-def comfy_test(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path
-) -> Iterator[Future[subprocess.CompletedProcess[str]] | None]:
-    """comfy-test's run, if its test was chosen. It takes minutes, in most of which it waits for a page."""
-    if sys.platform != "linux" or COMFY_TEST not in {item.name for item in request.session.items}:
-        yield None
-        return
-    folder = tmp_path_factory.mktemp("comfy_test")
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(run_comfy_test, make_work_folder(folder / "comfyui", tiny_folder), folder)
 
 
 @pytest.fixture(scope="session")
