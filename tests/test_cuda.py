@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,9 @@ from engine.cuda.compiler import (
     Nvrtc,
     compiled,
     find_nvrtc,
-    keeping_kernels,
     nvrtc,
 )
-from engine.cuda.driver import driver_version
+from engine.cuda.driver import driver_version, if_they_pass
 from engine.cuda.rows import row_kernels
 from engine.files.cache import SUFFIX, DiskCache
 from engine.files.checkpoint import Checkpoint
@@ -176,9 +176,17 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "tiny.cu"
 
 
+@contextmanager
+def keeping(cache: DiskCache) -> Iterator[None]:
+    """Inside this context, compiled kernels are kept there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "_find_cache", lambda: cache)
+        yield
+
+
 def binaries(source: str, cache: DiskCache, driver: int = DRIVER) -> list[bytes]:
     """All that may be tried: what is kept, if it is good, then what is compiled."""
-    with keeping_kernels(cache):
+    with keeping(cache):
         return list(compiled(source, CURRENT, {"NUMBER": 3}, driver))
 
 
@@ -212,7 +220,7 @@ def test_a_kept_binary_is_for_one_driver_one_architecture_and_its_macros(
 ) -> None:
     binaries(source, cache)
     assert len(binaries(source, cache, driver=13000)) == 1
-    with keeping_kernels(cache):
+    with keeping(cache):
         assert len(list(compiled(source, "sm_80", {"NUMBER": 3}, DRIVER))) == 1
         assert len(list(compiled(source, CURRENT, {"NUMBER": 4}, DRIVER))) == 1
     assert len(kept(cache)) == 4
@@ -289,10 +297,11 @@ compiler.SOURCES = Path(sys.argv[1])
 compiler.nvrtc()
 print("ready", flush=True)
 input()
-with compiler.keeping_kernels(DiskCache(Path(sys.argv[2]), 10**9)):
-    for number in range(25):
-        binary = next(compiler.compiled("tiny.cu", sys.argv[3], {"NUMBER": number}, 1))
-        print(digest(binary))
+cache = DiskCache(Path(sys.argv[2]), 10**9)
+compiler.keep_kernels_in(lambda: cache)
+for number in range(25):
+    binary = next(compiler.compiled("tiny.cu", sys.argv[3], {"NUMBER": number}, 1))
+    print(digest(binary))
 """
 
 
@@ -443,3 +452,20 @@ def test_masked_keys_are_as_if_they_were_not_there(first: int) -> None:
 def test_any_number_of_keys_and_any_power_of_2_of_channels(keys: int, size: int) -> None:
     query, key, value = (normal(1, HEADS, tokens, size) for tokens in (5, keys, keys))
     assert difference(rounded_attention(query, key, value, None), exact(query, key, value)) < 0.02
+
+
+def test_kernels_that_do_not_start_are_left_and_a_full_card_is_asked_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(error: RuntimeError) -> Callable[[torch.device], None]:
+        def load(device: torch.device) -> None:
+            raise error
+
+        return load
+
+    card = torch.device("cuda", 0)
+    with caplog.at_level("INFO"):
+        found = if_they_pass(card, "torch instead", fail(RuntimeError("not launched")), lambda kernels: "")
+    assert found is None and "cuda:0: torch instead (not launched)" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError):
+        if_they_pass(card, "torch instead", fail(torch.OutOfMemoryError("full")), lambda kernels: "")

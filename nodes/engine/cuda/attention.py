@@ -9,18 +9,13 @@ probabilities to 255 levels of the largest of 128 keys.
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from typing import NamedTuple
 
 import torch
 
-from ..cards.kernels import as_current
 from ..files.rotations import Rotation
-from .compiler import KernelError
-from .driver import Module
-
-log = logging.getLogger("FireRed")
+from .driver import Module, if_they_pass
 
 HEAD_SIZE = 128
 QUERIES, KEYS = 64, 128  # of a tile
@@ -149,20 +144,12 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def int8_attention(device: torch.device) -> Int8Attention | None:
     """The kernels for a card, if they pass a test on that card; else None, logged."""
-    if device.type != "cuda" or torch.version.hip:
-        return None
-    try:
-        kernels = Int8Attention(device)
-        with as_current(device):
-            error = _test_error(kernels, device)
-        if not error <= MAX_ERROR:
-            raise KernelError(f"its results are wrong by {error:.1%}")
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # it does not compile, load or start, or computes wrong
-        log.info("%s: no INT8 attention (%s)", device, error)
-        return None
-    return kernels
+
+    def fault(kernels: Int8Attention) -> str:
+        error = _test_error(kernels, device)
+        return "" if error <= MAX_ERROR else f"its results are wrong by {error:.1%}"
+
+    return if_they_pass(device, "no INT8 attention", Int8Attention, fault)
 
 
 def _test_error(kernels: Int8Attention, device: torch.device) -> float:

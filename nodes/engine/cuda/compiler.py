@@ -10,8 +10,9 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,7 +25,7 @@ OPTIONS = ("-std=c++17", "-default-device")
 BINARY, CHECK = "binary", "check"  # the tensors of a kept file: the second is a digest of the first
 
 FindCache = Callable[[], DiskCache | None]
-_find_cache: list[FindCache] = [lambda: None]  # the last one counts
+_find_cache: FindCache = lambda: None  # noqa: E731 - keep_kernels_in replaces it
 
 
 class KernelError(RuntimeError):
@@ -33,17 +34,8 @@ class KernelError(RuntimeError):
 
 def keep_kernels_in(find: FindCache) -> None:
     """Keep what this process compiles in the cache that `find` gives, and look for it there."""
-    _find_cache.append(find)
-
-
-@contextmanager
-def keeping_kernels(cache: DiskCache | None) -> Iterator[None]:
-    """Inside this context, keep them in another cache."""
-    _find_cache.append(lambda: cache)
-    try:
-        yield
-    finally:
-        _find_cache.pop()
+    global _find_cache
+    _find_cache = find
 
 
 def compiled(source: str, architecture: str, macros: Mapping[str, object], driver: object) -> Iterator[bytes]:
@@ -70,7 +62,7 @@ def compiled(source: str, architecture: str, macros: Mapping[str, object], drive
 
 def _cache() -> DiskCache | None:
     try:
-        return _find_cache[-1]()
+        return _find_cache()
     except FireRedError:  # its settings are wrong, which others tell
         return None
 
@@ -83,11 +75,11 @@ def _check(binary: torch.Tensor) -> torch.Tensor:
     return _bytes(digest(binary).encode())
 
 
-class Compilation:
+class Compilation(NamedTuple):
     """A compiled program. log: what the compiler said, such as each kernel's registers."""
 
-    def __init__(self, binary: bytes, log: str):
-        self.binary, self.log = binary, log
+    binary: bytes
+    log: str
 
 
 class Nvrtc:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import struct
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 
 from ..cards.kernels import as_current
 from .compiler import KernelError, compiled
 
+log = logging.getLogger("FireRed")
+
+T = TypeVar("T")
 # A kernel's parameter: a tensor's memory, an address or a null pointer, a 32-bit integer, an FP32 number.
 Argument = torch.Tensor | int | None | float
 
@@ -76,7 +80,7 @@ class Module:
     """A source file of this folder, compiled for a card and loaded onto it. Raises KernelError."""
 
     def __init__(self, source: str, device: torch.device, macros: Mapping[str, object] | None = None):
-        if device.type != "cuda" or torch.version.hip:
+        if not are_for(device):
             raise KernelError("these kernels are for NVIDIA's cards")
         major, minor = torch.cuda.get_device_capability(device)
         self._device, self._module = device, ctypes.c_void_p()
@@ -94,3 +98,30 @@ class Module:
             result = _driver().cuModuleGetFunction(ctypes.byref(function), self._module, name.encode())
         _check(result, name)
         return Kernel(function, name, self._device)
+
+
+def are_for(device: torch.device) -> bool:
+    """Whether our kernels are for this kind of device: NVIDIA's cards."""
+    return device.type == "cuda" and not torch.version.hip
+
+
+def if_they_pass(
+    device: torch.device, what: str, load: Callable[[torch.device], T], fault: Callable[[T], str]
+) -> T | None:
+    """What `load` gives, if `fault` finds none in it on that card. Else None; `what` and why are logged.
+
+    Raises OutOfMemoryError: a card that is full now may run them later.
+    """
+    if not are_for(device):
+        return None
+    try:
+        kernels = load(device)
+        with as_current(device):
+            if found := fault(kernels):
+                raise KernelError(found)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # they do not compile, load or start, or compute wrong
+        log.info("%s: %s (%s)", device, what, error)
+        return None
+    return kernels

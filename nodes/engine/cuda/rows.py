@@ -15,10 +15,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..cards.kernels import as_current
 from ..files.rotations import OURS
 from .compiler import KernelError
-from .driver import Argument, Module
+from .driver import Argument, Module, if_they_pass
 
 log = logging.getLogger("FireRed")
 
@@ -277,20 +276,13 @@ def _threads(width: int) -> int:
 @functools.cache
 def row_kernels(device: torch.device, dtype: torch.dtype) -> RowKernels | None:
     """The kernels for a card and an arithmetic, if they pass a test on that card; else None, logged."""
-    if device.type != "cuda" or torch.version.hip:
-        return None
-    try:
-        kernels = RowKernels(device, dtype)
-        with as_current(device):
-            wrong = [name for name, found, plain in _test_cases(kernels, device) if not _agrees(found, plain)]
-        if wrong:
-            raise KernelError(f"wrong results of {', '.join(wrong)}")
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # it does not compile, load or start, or computes wrong
-        log.info("%s: plain torch between the products, as our kernels cannot be used (%s)", device, error)
-        return None
-    return kernels
+
+    def fault(kernels: RowKernels) -> str:
+        wrong = [name for name, found, plain in _test_cases(kernels, device) if not _agrees(found, plain)]
+        return f"wrong results of {', '.join(wrong)}" if wrong else ""
+
+    instead = "plain torch between the products, as our kernels cannot be used"
+    return if_they_pass(device, instead, lambda card: RowKernels(card, dtype), fault)
 
 
 def _test_cases(

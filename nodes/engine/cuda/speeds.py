@@ -14,6 +14,7 @@ from ..cards.speeds import Speeds
 from ..cards.timing import Work
 from .attention import int8_attention
 from .compiler import KernelError
+from .driver import are_for
 from .products import multiply_int8
 from .rows import row_kernels
 
@@ -24,7 +25,7 @@ ROW_BYTES = 5  # of a number: read as FP32, written as INT8
 @functools.cache
 def kernel_rates(device: torch.device) -> tuple[Rate, ...]:
     """Of our kernels, in TOPS, TFLOPS and TB/s. Empty where they are not for the device."""
-    if device.type != "cuda" or torch.version.hip:
+    if not are_for(device):
         return ()
     kinds = (
         (PRODUCT, _product, lambda rows: 2.0 * rows * WIDTH**2, ROWS),

@@ -1,4 +1,4 @@
-"""The arithmetic of INT8 matrices in plain torch: rotation, rounding, and products in floating point.
+"""The arithmetic of INT8 matrices in torch: rotation, rounding, and products in floating point.
 
 Before rounding, blocks of input channels are rotated on both sides of the product (see files/rotations.py).
 """
