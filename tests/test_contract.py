@@ -147,7 +147,7 @@ def test_the_engine_knows_nothing_of_comfyui_and_host_is_the_one_door() -> None:
         assert core <= {"comfy_api"}, f"{path.name} goes around host: {core}"
 
 
-ROOMS = ("cards", "files", "cuda", "weights", "models", "sampling", "numerics", "planning")
+ROOMS = ("cards", "files", "cuda", "weights", "models", "sampling", "numerics", "planning", "cluster")
 
 
 def test_the_engines_rooms_stand_on_those_before_them() -> None:

@@ -19,7 +19,7 @@ from ..errors import AGAIN, CheckpointError
 from ..latents import QWEN_STATISTICS, LatentStatistics
 from .configs import read_config, read_json, read_latent_statistics
 from .encodings import Encoded, Stored
-from .identity import folder_identity
+from .identity import Content, folder_content, folder_identity
 from .stored import read_encoded, stored_tensors
 from .tensors import read_header
 
@@ -111,6 +111,10 @@ class Component:
     def identity(self) -> str:
         """A short hash of the component's files. See folder_identity."""
         return folder_identity(self.path)
+
+    def content(self) -> Content:
+        """Its files, equal for a copy on another machine. See folder_content."""
+        return folder_content(self.path)
 
 
 @dataclass(frozen=True)

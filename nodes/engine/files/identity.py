@@ -14,6 +14,8 @@ from .tensors import read_header
 SAMPLED_BYTES = 2**22  # about how much of a big file is read
 MIN_SAMPLE_BYTES = 2**12  # per tensor
 
+Content = tuple[tuple[str, int, str], ...]  # of files: name, size, digest of the samples
+
 
 def folder_identity(folder: Path) -> str:
     """A short hash of the files below a folder: their names, sizes, times and content.
@@ -23,13 +25,32 @@ def folder_identity(folder: Path) -> str:
     that leaves the sampled blocks, the size and the times as they were. Each version of a file is read once
     in a process. Hidden files do not count. Raises CheckpointError when the folder cannot be read.
     """
+    parts = [(name, *file_identity(path)) for name, path in _files(folder).items()]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def folder_content(folder: Path) -> Content:
+    """The files below a folder, as folder_identity counts them, without times: equal for a copy elsewhere.
+
+    Raises CheckpointError when the folder cannot be read.
+    """
+    return tuple(content for name, path in _files(folder).items() for content in file_content(path, name))
+
+
+def file_content(path: Path, name: str = "") -> Content:
+    """A file, as folder_content gives it."""
+    size, _, digest = file_identity(path)
+    return ((name, size, digest),)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The files below a folder that are not hidden, by their paths relative to it (with `/`)."""
     try:
-        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
-        shown = [name for name in sorted(files) if not name.startswith(".") and "/." not in name]
-        parts = [(name, *file_identity(files[name])) for name in shown if files[name].is_file()]
+        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+        shown = (name for name in sorted(files) if not name.startswith(".") and "/." not in name)
+        return {name: files[name] for name in shown if files[name].is_file()}
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read ({error}). Check the permissions.") from error
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def file_identity(path: Path) -> tuple[int, int, str]:

@@ -88,7 +88,12 @@ class LoRA:
 
 def lora_identity(path: Path) -> tuple[tuple[int, int, str], ...]:
     """What changes with the content of a LoRA's file, or of peft's configuration beside it. Never raises."""
-    return tuple(file_identity(each) for each in (path, _configuration_beside(path)) if each is not None)
+    return tuple(map(file_identity, lora_files(path)))
+
+
+def lora_files(path: Path) -> list[Path]:
+    """The LoRA's file, and peft's configuration beside it if there is one."""
+    return [each for each in (path, _configuration_beside(path)) if each is not None]
 
 
 def is_lora_name(name: str) -> bool:

@@ -22,7 +22,7 @@ def find_checkpoints(roots: Iterable[str | Path]) -> dict[str, Path]:
     Face cache, folders below a model_index.json and folders deeper than MAX_DEPTH are not searched.
     """
     found: dict[str, Path] = {}
-    for root, folder, names in _folders(roots, last=INDEX):
+    for root, folder, names in folders_below(roots, last=INDEX):
         with contextlib.suppress(CheckpointError):
             if INDEX in names:
                 found.setdefault(folder.relative_to(root).as_posix(), open_checkpoint(folder).folder)
@@ -35,14 +35,14 @@ def find_files(roots: Iterable[str | Path], role: str) -> dict[str, Path]:
     The same folders are searched as for checkpoints, and those below a model_index.json.
     """
     found: dict[str, Path] = {}
-    for root, folder, names in _folders(roots):
+    for root, folder, names in folders_below(roots):
         for name in filter(is_weight_file, names):
             if not name.startswith(".") and role_of(folder / name) == role:
                 found.setdefault((folder / name).relative_to(root).as_posix(), folder / name)
     return dict(sorted(found.items()))
 
 
-def _folders(roots: Iterable[str | Path], last: str = "") -> Iterator[tuple[Path, Path, list[str]]]:
+def folders_below(roots: Iterable[str | Path], last: str = "") -> Iterator[tuple[Path, Path, list[str]]]:
     """Each folder once, as (root, folder, names in it).
 
     last: the name of a file. Folders below one that has it are not searched.

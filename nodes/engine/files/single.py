@@ -24,7 +24,7 @@ from . import gguf
 from .checkpoint import SHARD, TOKENIZER_FILES, Checkpoint, Component, download_hint
 from .configs import checked_config, copy_files, read_json
 from .encodings import Plain, Stored
-from .identity import file_identity, folder_identity
+from .identity import Content, file_content, file_identity, folder_identity
 from .stored import stored_tensors
 from .tensors import file_version, read_header, without_prefix
 
@@ -87,6 +87,9 @@ class FileComponent(Component):
 
     def identity(self) -> str:
         return hashlib.sha256(repr(file_identity(self.path)).encode()).hexdigest()[:16]
+
+    def content(self) -> Content:
+        return file_content(self.path)
 
     def _shard_paths(self) -> list[Path]:
         return [self.path]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -37,13 +37,13 @@ class RunRecord:
     ends: list[float] = field(default_factory=list)
     peaks: dict[str, int] = field(default_factory=dict)
 
-    def start(self, devices: list[torch.device]) -> None:
+    def start(self, devices: Sequence[torch.device]) -> None:
         self.started = self.clock()
         for device in devices:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
 
-    def finish(self, devices: list[torch.device]) -> None:
+    def finish(self, devices: Sequence[torch.device]) -> None:
         for device in devices:
             if device.type == "cuda":
                 self.peaks[device_label(device)] = torch.cuda.max_memory_allocated(device)

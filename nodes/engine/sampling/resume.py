@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeGuard
+from typing import Protocol, TypeGuard
 
 import torch
 
@@ -40,6 +40,15 @@ class RunState:
     step_cache: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
+class Saved(Protocol):
+    """Where a run's states go, and the last one of an earlier try comes from. See SavedRun."""
+
+    def open(self, arithmetic: str) -> RunState | None: ...
+    def finished_latents(self, state: RunState, batch: int) -> torch.Tensor | None: ...
+    def update(self, state: RunState, now: bool = False) -> None: ...
+    def flush(self) -> None: ...
+
+
 class SavedRun:
     """The file of one run. It is written as often as MAX_SHARE allows, and when the run fails.
 
@@ -51,7 +60,7 @@ class SavedRun:
         self._store = store
         self._due = 0.0  # on the monotonic clock
         self._unsaved: RunState | None = None
-        self._arithmetic = ""
+        self.arithmetic = ""  # the kernels that compute the states
         self._warned = False
 
     def result(self, batch: int) -> torch.Tensor | None:
@@ -60,7 +69,7 @@ class SavedRun:
         Also None for a run whose kernels were chosen by a test. `open` compares them once the transformer is
         loaded and has chosen its own.
         """
-        kept = self._read()
+        kept = self.kept()
         if kept is None or kept[1]:
             return None
         return self.finished_latents(kept[0], batch)
@@ -77,14 +86,15 @@ class SavedRun:
 
     def open(self, arithmetic: str) -> RunState | None:
         """The state to go on from, or None. arithmetic: the kernels chosen now, which must be the same."""
-        self._arithmetic = arithmetic
-        kept = self._read()
+        self.arithmetic = arithmetic
+        kept = self.kept()
         if kept and kept[1] != arithmetic:
             log.warning("starting over: the unfinished run used other kernels (%s)", kept[1])
             return None
         return kept[0] if kept else None
 
-    def _read(self) -> tuple[RunState, str] | None:
+    def kept(self) -> tuple[RunState, str] | None:
+        """The state on disk and the kernels that computed it; None without one, or for a damaged file."""
         tensors = self._store.read(self.name)
         try:
             if tensors is None:
@@ -113,7 +123,7 @@ class SavedRun:
         started = time.monotonic()
         state, self._unsaved = self._unsaved, None
         try:
-            self._store.write(self.name, _tensors(state, self._arithmetic))
+            self._store.write(self.name, _tensors(state, self.arithmetic))
         except (OSError, RuntimeError) as error:  # RuntimeError: latents of a card that failed
             if not self._warned:
                 log.warning("this run cannot be resumed after a crash: its state is not written (%s)", error)

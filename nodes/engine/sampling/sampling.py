@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -45,7 +45,7 @@ from .layout import Layout
 from .options import DEFAULT_OPTIONS, SamplingOptions
 from .parallel import ParallelWorker
 from .record import RunRecord
-from .resume import RunState, SavedRun, run_name
+from .resume import RunState, Saved, run_name
 from .schedule import FULL_DENOISE, Schedule, make_schedule
 from .step_cache import StepCache
 from .workers import LocalWorker, Worker
@@ -325,33 +325,34 @@ def _require_positions(condition: Condition, branch: str, size: tuple[int, int])
 
 
 def sample(
-    transformer: Transformer | Sequence[Transformer],
+    transformer: Transformer | Sequence[Transformer] | Computing,
     run: SamplingRun,
     on_step: OnStep = lambda done, total, denoised: None,
     on_modulation: OnProgress = ignore_progress,
-    saved: SavedRun | None = None,
+    saved: Saved | None = None,
     guard: str = STOP,
     record: RunRecord | None = None,
 ) -> torch.Tensor:
     """Do the run. Returns raw latents (B, 16, 1, h, w), FP32 on the CPU.
 
-    transformer: on the run's card, or on each card of its layout.
+    transformer: on the run's card, or on each card of its layout, or what computes elsewhere.
     on_modulation: the progress of the schedule's modulation, before the first step. An exception in a
     callback stops the run. saved: the run's file; an interrupted run goes on at its last saved step, with the
     same bits. guard: what to do about NaN and infinity, one of guard.GUARDS. record: to be filled. Raises
     NonFiniteError.
     """
     size, record = run.padded_size, record or RunRecord()
-    transformers = [transformer] if isinstance(transformer, Transformer) else list(transformer)
-    record.arithmetic = _arithmetic(run, transformers)
+    if isinstance(transformer, Transformer):
+        transformer = [transformer]
+    computing = transformer if isinstance(transformer, Computing) else Cards(transformer)
+    record.arithmetic = computing.arithmetic(run)
     resumed = _resume(run, record.arithmetic, saved)
     finished = list(resumed.finished) if resumed else []
     if len(finished) == run.batch:
         return torch.cat(finished)
-    devices = [each.replica.device for each in transformers]
-    record.start(devices)
+    record.start(computing.devices)
     record.first_step = len(finished) * run.schedule.steps + (resumed.step if resumed else 0)
-    worker = _worker(transformers, run, guard, on_modulation)
+    worker = computing.worker(run, guard, on_modulation)
     draws = map(pack, draw_noise(size, run.seed, run.draws[len(finished) :]))
     noise = next(draws)
     state = resumed or RunState(0, run.start(0, noise))
@@ -365,16 +366,51 @@ def sample(
         state = RunState(0, run.start(len(finished), noise), tuple(finished))
         if saved is not None:
             saved.update(state, now=len(finished) == run.batch)
-    record.finish(devices)
+    record.finish(computing.devices)
     return torch.cat(finished)
 
 
-def _worker(
-    transformers: Sequence[Transformer], run: SamplingRun, guard: str, on_modulation: OnProgress
-) -> Worker:
-    arguments = run.schedule, run.padded_size, run.conditions, guard, on_modulation, run.options
-    cards = [LocalWorker(transformer, *arguments) for transformer in transformers]
-    return ParallelWorker(cards, run.layout) if run.layout else cards[0]
+@runtime_checkable
+class Computing(Protocol):
+    """Where the predictions of a run are computed. devices: those of this process."""
+
+    devices: Sequence[torch.device]
+
+    def arithmetic(self, run: SamplingRun) -> str:
+        """The kernels that compute the run."""
+        ...
+
+    def worker(self, run: SamplingRun, guard: str, on_modulation: OnProgress) -> Worker:
+        """What computes the run's predictions. The arguments are those of `sample`."""
+        ...
+
+
+class Cards:
+    """Cards of this process that hold the transformer."""
+
+    def __init__(self, transformers: Sequence[Transformer]):
+        self._transformers = transformers
+        self.devices = [each.replica.device for each in transformers]
+
+    def arithmetic(self, run: SamplingRun) -> str:
+        found = []
+        for each in self._transformers:
+            rounds = attention_on(each.replica.device, run.options.attention) is not attend
+            found.append(", ".join(filter(None, (each.arithmetic, "INT8 attention" if rounds else ""))))
+        return "; ".join(dict.fromkeys(found))
+
+    def worker(self, run: SamplingRun, guard: str, on_modulation: OnProgress) -> Worker:
+        cards = [run_worker(transformer, run, guard, on_modulation) for transformer in self._transformers]
+        return ParallelWorker(cards, run.layout) if run.layout else cards[0]
+
+
+def run_worker(
+    transformer: Transformer, run: SamplingRun, guard: str, on_modulation: OnProgress = ignore_progress
+) -> LocalWorker:
+    """A worker for all branches of the run."""
+    return LocalWorker(
+        transformer, run.schedule, run.padded_size, run.conditions, guard, on_modulation, run.options
+    )
 
 
 def _sample_picture(
@@ -383,7 +419,7 @@ def _sample_picture(
     start: RunState,
     kept: Kept | None,
     on_step: OnStep,
-    saved: SavedRun | None,
+    saved: Saved | None,
     record: RunRecord,
 ) -> torch.Tensor:
     """The packed latents (1, tokens, 64) of the next picture, on the run's device."""
@@ -410,16 +446,7 @@ def _sample_picture(
     return final
 
 
-def _arithmetic(run: SamplingRun, transformers: Sequence[Transformer]) -> str:
-    """The kernels that compute the run, on each of its cards."""
-    found = []
-    for each in transformers:
-        rounds = attention_on(each.replica.device, run.options.attention) is not attend
-        found.append(", ".join(filter(None, (each.arithmetic, "INT8 attention" if rounds else ""))))
-    return "; ".join(dict.fromkeys(found))
-
-
-def _resume(run: SamplingRun, arithmetic: str, saved: SavedRun | None) -> RunState | None:
+def _resume(run: SamplingRun, arithmetic: str, saved: Saved | None) -> RunState | None:
     """The state from which an interrupted run goes on; None if there is no usable one."""
     state = saved.open(arithmetic) if saved is not None else None
     if saved is None or state is None:

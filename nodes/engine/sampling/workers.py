@@ -86,17 +86,17 @@ class LocalWorker:
         self._modulation = transformer.modulation.of(schedule.timesteps, self.adapters, on_modulation)
         self._branches: dict[tuple[str, Part], _Branch] = {}
 
-    @torch.inference_mode()
-    @exact_fp32()
     def predict(self, latents: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
         """As Worker.predict, on the worker's device. Raises NonFiniteError that names the bad branch."""
+        return {name: self.predict_branch(name, latents, step) for name in self.branches(step)}
+
+    @torch.inference_mode()
+    @exact_fp32()
+    def predict_branch(self, name: str, latents: torch.Tensor, step: int) -> torch.Tensor:
+        """As predict, of one branch."""
         with self.adapters.attached(self.model):
-            return {
-                name: self.guard.run(
-                    self.lane(name, latents, step).predict, self.title(name, step), self.model
-                ).float()
-                for name in self.branches(step)
-            }
+            forward = self.lane(name, latents, step).predict
+            return self.guard.run(forward, self.title(name, step), self.model).float()
 
     def branches(self, step: int) -> list[str]:
         """The names of those that the step computes."""

@@ -1,0 +1,336 @@
+"""The engine on one card of a cluster, without ComfyUI. Another process calls its methods by name."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import logging
+import os
+import platform
+import socket
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from ..cards.card import Card
+from ..cards.kernels import architecture, as_current, require_kernels
+from ..cards.preflight import unfused_attention
+from ..errors import FireRedError, first_line
+from ..files.cache import DiskCache
+from ..models import loading
+from ..models.transformer import Transformer
+from ..progress import before_each_block
+from ..sampling.record import RunRecord
+from ..sampling.resume import RunState
+from ..sampling.sampling import Cards, run_worker, sample
+from ..sampling.workers import LocalWorker
+from ..weights.checks import require_usable
+from ..weights.precision import require_library
+from .copies import ROLE, model_folders
+from .task import Plain, Task, plain_state, single, state_of
+from .wire import packed, unpacked
+
+log = logging.getLogger("FireRed")
+
+CALLS = ("describe", "sample", "prepare", "predict", "progress", "cancel", "release")
+LIBRARIES = ("torch", "diffusers", "transformers", "bitsandbytes")  # whose versions decide bits
+CACHE_VARIABLE = "FIRERED_CACHE_DIR"
+CACHE_BYTES = 100 * 10**9
+KEPT_LINES = 100  # of the log, until the next progress call
+
+
+class Cancelled(FireRedError):
+    """The work was cancelled from ComfyUI."""
+
+
+class EngineWorker:
+    """Holds one transformer on one card and computes what tasks ask for."""
+
+    def __init__(self, settings: Plain):
+        """settings: `number`: the worker's, for its name on machines without accelerators. `threads`: of the
+        CPU, which decide the bits of what it computes.
+        """
+        torch.set_num_threads(settings["threads"])
+        self._card = own_card(settings["number"])
+        self._held: Transformer | None = None
+        self._task: tuple[str, Task] | None = None
+        self._branches: tuple[str, LocalWorker] | None = None
+        self._cancelled = threading.Event()
+        self._at_work = threading.Lock()
+        self._doing = Doing()
+        self._lines: deque[str] = deque(maxlen=KEPT_LINES)
+        handler = _Lines(self._lines)
+        log.addHandler(handler)
+
+    def answer(self, method: str, content: bytes, task: bytes | None = None) -> bytes:
+        """The packed result of one of CALLS, or its error. Never raises.
+
+        content: its packed arguments. task: the packed run that the call is about.
+        """
+        try:
+            if method not in CALLS:
+                raise FireRedError(f"a worker has no {method}")
+            arguments = unpacked(content)
+            if task is not None:
+                arguments["task"] = task
+            return packed({"result": getattr(self, method)(**arguments)})
+        except BaseException as error:
+            return packed({"error": type(error).__name__, "message": _told(error), "state": self._lost()})
+
+    def describe(self) -> Plain:
+        """Which card of which machine this is, what is free there, and the versions of the libraries."""
+        card = self._card
+        return {
+            "machine": socket.gethostname(),
+            "label": card.label,
+            "name": card.name,
+            "uuid": _uuid(card.device),
+            "memory": card.memory,
+            "free": self._room(),
+            "pid": os.getpid(),
+            "python": platform.python_version(),
+            "versions": {name: library_version(name) for name in LIBRARIES},
+        }
+
+    def sample(self, task: bytes, key: str, number: int, state: Plain | None, arithmetic: str) -> Plain:
+        """One picture of a run: its raw latents (1, 16, 1, h, w), and how it was computed.
+
+        key: the run's name. number: the picture's, from 0. state: to go on from, computed by `arithmetic`.
+        """
+        with self._working():
+            asked = self._read(task, key)
+            transformer, run = self._transformer(asked), single(asked.run, number)
+            saved, record = _State(self, state, arithmetic), RunRecord()
+            doing = self._doing
+
+            def on_step(done: int, total: int, denoised: torch.Tensor) -> None:
+                doing.step, doing.denoised = done, denoised
+
+            with self._stoppable(transformer):
+                latents = sample(
+                    transformer, run, on_step, self._told_progress("computing the modulation"), saved,
+                    asked.guard, record,
+                )  # fmt: skip
+            return {
+                "latents": latents,
+                "arithmetic": saved.arithmetic,
+                "first_step": record.first_step,
+                "skipped": record.skipped,
+                "peak": max(record.peaks.values(), default=0),
+            }
+
+    def prepare(self, task: bytes, key: str) -> Plain:
+        """Make a run's branches ready for `predict`. Returns how they are computed."""
+        with self._working():
+            asked = self._read(task, key)
+            transformer, run = self._transformer(asked), asked.run
+            if self._branches is None or self._branches[0] != key:
+                self._branches = None
+                told = self._told_progress("computing the modulation")
+                self._branches = key, run_worker(transformer, run, asked.guard, told)
+            return {"arithmetic": self._arithmetic(Cards([transformer]).arithmetic(run))}
+
+    def predict(self, key: str, branch: str, latents: torch.Tensor, step: int) -> Plain:
+        """A branch's velocity, as Worker.predict gives it. `prepare` comes before it."""
+        with self._working():
+            if self._branches is None or self._branches[0] != key or self._held is None:
+                raise FireRedError("the worker was not prepared for this run")
+            with self._stoppable(self._held):
+                return {"velocity": self._branches[1].predict_branch(branch, latents, step)}
+
+    def progress(self, state: bool = False, picture: bool = False) -> Plain:
+        """What the worker does now. state, picture: whether to send the last state, and the estimate of the
+        picture: normalised latents (1, 16, 1, h, w).
+        """
+        doing, lines = self._doing, []
+        while self._lines:
+            lines.append(self._lines.popleft())
+        return {
+            "what": doing.what,
+            "done": doing.done,
+            "total": doing.total,
+            "beats": doing.beats,
+            "step": doing.step,
+            "arithmetic": doing.arithmetic,
+            "state": plain_state(doing.state) if state and doing.state is not None else None,
+            "denoised": doing.denoised if picture else None,
+            "log": lines,
+        }
+
+    def cancel(self) -> None:
+        """Make the call that computes now end before its next block."""
+        self._cancelled.set()
+
+    def release(self) -> None:
+        """Let go of the weights."""
+        with self._at_work:
+            self._free()
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """One call computes at a time."""
+        with self._at_work, as_current(self._card.device):
+            self._cancelled.clear()
+            self._doing = Doing(beats=self._doing.beats + 1)
+            yield
+
+    def _read(self, content: bytes, key: str) -> Task:
+        if self._task is None or self._task[0] != key:
+            self._task = None
+            self._task = key, Task.of(unpacked(content), self._card)
+        return self._task[1]
+
+    def _transformer(self, task: Task) -> Transformer:
+        replica = task.run.replica
+        if self._held is None or self._held.replica != replica:
+            self._free()
+            require_usable(ROLE, replica.spec.checkpoint)
+            require_library(replica.spec.precision, self._card)
+            task.run.require_room(self._room())
+            self._held = loading.load(replica, self._told_progress("loading"), disk_cache())
+        elif (cache := disk_cache()) is not None:
+            loading.mark_used(replica.spec, cache)
+        return self._held
+
+    def _free(self) -> None:
+        self._held = self._branches = None
+        gc.collect()
+        if self._card.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _room(self) -> int:
+        """Bytes that this worker may use of its card, with what it holds let go."""
+        if self._card.device.type != "cuda":
+            return int(psutil.virtual_memory().available)
+        free, _ = torch.cuda.mem_get_info(self._card.device)
+        return free + torch.cuda.memory_reserved(self._card.device)
+
+    def _arithmetic(self, kernels: str) -> str:
+        """How this card computes: what a result's bits depend on."""
+        kind = f"{self._card.name} {architecture(self._card.device)}"
+        return f"{kind}: {kernels}" if kernels else kind
+
+    def _stoppable(self, transformer: Transformer) -> Any:
+        return before_each_block(transformer.model, self._card.device, self._beat)
+
+    def _beat(self) -> None:
+        self._doing.beats += 1
+        if self._cancelled.is_set():
+            raise Cancelled("cancelled")
+
+    def _told_progress(self, what: str) -> Any:
+        def report(done: int, total: int) -> None:
+            self._doing.what, self._doing.done, self._doing.total = what, done, total
+            self._beat()
+
+        return report
+
+    def _lost(self) -> Plain | None:
+        """The state that an error or a cancel leaves behind."""
+        state = self._doing.state
+        try:
+            return None if state is None else plain_state(state)
+        except RuntimeError:  # latents of a card that failed
+            return None
+
+
+class Doing:
+    """What a worker does, for `progress`.
+
+    what, done, total: before the first step. beats: grows with every block. step: the steps done.
+    """
+
+    def __init__(self, beats: int = 0):
+        self.beats = beats
+        self.what, self.done, self.total = "", 0, 0
+        self.step = 0
+        self.arithmetic = ""
+        self.state: RunState | None = None
+        self.denoised: torch.Tensor | None = None
+
+
+class _State:
+    """What sampling.sample takes as a SavedRun: the state goes over the wire instead of to a disk."""
+
+    def __init__(self, worker: EngineWorker, state: Plain | None, arithmetic: str):
+        self._worker, self._state, self._computed_by = worker, state, arithmetic
+        self.arithmetic = ""
+
+    def open(self, kernels: str) -> RunState | None:
+        self.arithmetic = self._worker._doing.arithmetic = self._worker._arithmetic(kernels)
+        if self._state is None:
+            return None
+        if self._computed_by != self.arithmetic:
+            log.warning("starting over: another card computed the unfinished picture (%s)", self._computed_by)
+            return None
+        return state_of(self._state)
+
+    def finished_latents(self, state: RunState, batch: int) -> torch.Tensor | None:
+        return None
+
+    def update(self, state: RunState, now: bool = False) -> None:
+        self._worker._doing.state = state
+
+    def flush(self) -> None:
+        """The state stays in memory until it is asked for."""
+
+
+class _Lines(logging.Handler):
+    """Keeps warnings, for ComfyUI's log."""
+
+    def __init__(self, lines: deque[str]):
+        super().__init__(logging.WARNING)
+        self._kept = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._kept.append(record.getMessage())
+
+
+def own_card(number: int) -> Card:
+    """The card that this process has, or the CPU. number: of the worker, to tell CPU workers apart.
+
+    Raises FireRedError for a card on which this torch does not run.
+    """
+    machine, cpu = socket.gethostname(), torch.device("cpu")
+    if not torch.cuda.is_available():
+        memory = int(psutil.virtual_memory().total)
+        label = f"{machine} cpu {number}"
+        return Card(label, "cpu", cpu, False, memory, is_gpu=False, unfused=unfused_attention(cpu))
+    device = torch.device("cuda", 0)
+    require_kernels(device)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # Ray gives a worker its card so
+    memory = torch.cuda.get_device_properties(device).total_memory
+    label = f"{machine} gpu:{visible}"
+    name = torch.cuda.get_device_name(device)
+    return Card(label, name, device, False, memory, unfused=unfused_attention(device))
+
+
+def disk_cache() -> DiskCache | None:
+    """This machine's cache of derived files; None where neither it nor model folders are set."""
+    folder = os.environ.get(CACHE_VARIABLE)
+    folders = model_folders()
+    if not folder and not folders:
+        return None
+    return DiskCache(Path(folder) if folder else folders[0] / "firered_cache", CACHE_BYTES)
+
+
+def _uuid(device: torch.device) -> str | None:
+    """The card's, which is the same in every process of its machine."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
+def library_version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _told(error: BaseException) -> str:
+    return str(error) if isinstance(error, FireRedError) else first_line(error)
