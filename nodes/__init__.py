@@ -51,6 +51,7 @@ class FireRedExtension(ComfyExtension):
         if warning := startup_warning():
             logging.getLogger("FireRed").warning("FireRed nodes: %s", warning)
         host.provide_example_photo()
+        host.watch_free_requests()
 
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -139,6 +139,8 @@ class FireRedSampler(io.ComfyNode):
             options=options,
             layout=transformer.layout,
         )
+        if transformer.cluster is not None:
+            run = host.on_card(run, transformer.cluster)
         _log_unused_inputs(negative is not None, cfg, given, run)
         saved = host.saved_run(run.name(guard)) if resume == "on" else None
         record = RunRecord()
@@ -173,7 +175,9 @@ def _sample(
     from .engine.sampling.sampling import sample
 
     samples = saved.result(run.batch) if saved else None
-    if samples is None:
+    if samples is None and transformer.cluster is not None:
+        samples = host.sample_on_cluster(transformer.cluster, run, saved, guard, record)
+    elif samples is None:
         cards = run.on_each_card()
         for card in cards:
             card.require_room(host.room(card.replica))

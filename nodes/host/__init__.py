@@ -14,6 +14,7 @@ from .checkpoints import (
     get_checkpoint,
     validate_checkpoint,
 )
+from .cluster import on_card, sample_on_cluster, watch_free_requests
 from .components import hardware_plan, open_component
 from .devices import device_labels, free_memory
 from .loras import get_lora, lora_fingerprint, lora_names
@@ -51,14 +52,17 @@ __all__ = [
     "keep_attention_verdict",
     "lora_fingerprint",
     "lora_names",
+    "on_card",
     "open_component",
     "progress_reporter",
     "provide_example_photo",
     "require_handle",
     "room",
+    "sample_on_cluster",
     "sampling_reporter",
     "saved_run",
     "share",
     "validate_checkpoint",
+    "watch_free_requests",
     "write_into_png",
 ]

@@ -11,6 +11,7 @@ from comfy.cli_args import args
 from ..engine.cards.kernels import require_kernels
 from ..engine.cards.libraries import require_libraries
 from ..engine.cards.preflight import preflight
+from ..engine.cluster.link import cluster_address
 from ..engine.errors import FireRedError, InputError
 from ..engine.files.checkpoint import Checkpoint
 from ..engine.limits import ATTENTION, EXACT, shown
@@ -70,13 +71,16 @@ def open_component(
 
 
 def _require_fit(replica: Replica) -> None:
-    """Raise DoesNotFitError, or warn where several cards may hold the transformer together."""
+    """Raise DoesNotFitError, or warn where other cards may hold the transformer."""
     try:
         require_fit(replica)
     except DoesNotFitError as error:
-        if replica.spec.role != "transformer" or len(machine().gpus) < 2 or not replica.card.is_gpu:
+        if replica.spec.role == "transformer" and cluster_address():
+            log.warning("%s Or connect FireRed Parallel with devices ray.", error)
+        elif replica.spec.role == "transformer" and len(machine().gpus) > 1 and replica.card.is_gpu:
+            log.warning("%s Or connect FireRed Parallel: its mode layers shares it out over them.", error)
+        else:
             raise
-        log.warning("%s Or connect FireRed Parallel: its mode layers shares it out over the cards.", error)
 
 
 def _attention_note(replica: Replica) -> str:

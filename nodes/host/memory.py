@@ -22,7 +22,8 @@ from ..engine.sampling.layout import Layout
 from ..engine.sampling.options import DEFAULT_OPTIONS, SamplingOptions
 from ..engine.weights.components import Replica
 from ..engine.weights.estimates import RESERVED_BYTES
-from ..engine.weights.room import require_room, working_bytes
+from ..engine.weights.room import has_room, require_room, working_bytes
+from .cluster import ClusterUse, release_card
 from .devices import free_memory, machine
 from .progress import check_cancelled, progress_reporter
 from .storage import disk_cache
@@ -69,7 +70,8 @@ class Handle:
 
     ComfyUI's cache holds it. Weights in host memory are freed when the cache drops it. When host memory runs
     short, the cache drops outputs with an attribute `patcher` first. layout: of a transformer, how several
-    cards share its runs; the weights on each belong to one of `patchers`.
+    cards share its runs; the weights on each belong to one of `patchers`. cluster: of a transformer whose
+    runs go to a cluster.
     """
 
     replica: Replica
@@ -77,6 +79,7 @@ class Handle:
     options: SamplingOptions = DEFAULT_OPTIONS
     layout: Layout | None = None
     patchers: tuple[Any, ...] = ()
+    cluster: ClusterUse | None = None
 
     def with_options(self, **changes: Any) -> Handle:
         """The same weights, sampled otherwise: fields of SamplingOptions. Nothing is loaded again."""
@@ -86,8 +89,17 @@ class Handle:
         """The same transformer on the cards of the layout."""
         patchers = tuple(handle_for(replica).patcher for replica in layout.replicas)
         return replace(
-            self, replica=layout.replicas[0], patcher=patchers[0], layout=layout, patchers=patchers
+            self,
+            replica=layout.replicas[0],
+            patcher=patchers[0],
+            layout=layout,
+            patchers=patchers,
+            cluster=None,
         )
+
+    def on_cluster(self, use: ClusterUse) -> Handle:
+        """The same transformer, whose runs go to a cluster."""
+        return replace(self.alone(self.replica.card), cluster=use)
 
     def alone(self, card: Card) -> Handle:
         """The same transformer whole on one card."""
@@ -140,6 +152,8 @@ def borrow(handle: Handle, working: float | None = None) -> Iterator[Any]:
     if working is None:
         working = working_bytes(replica)
     at_least = working - RESERVED_BYTES  # the driver's part is not counted as free in room()
+    if not has_room(replica, at_least, room(replica)):
+        release_card(replica.device)
     remedy = "Choose another device, or a precision that takes less."
     require_room(replica, at_least, room(replica), "This", remedy)
     _release_replaced(replica)

@@ -1,4 +1,4 @@
-"""Decide which cards of this machine share a transformer's runs, and how."""
+"""Decide which cards, of this machine or of a cluster, share a transformer's runs, and how."""
 
 from __future__ import annotations
 
@@ -10,23 +10,27 @@ from ..engine.limits import require_text, shown
 from ..engine.planning.sharing import Sharer, Sharing
 from ..engine.sampling.layout import AUTO, MODE
 from ..engine.weights.precision import runs_on
+from .cluster import cluster_use
 from .devices import machine
 from .memory import Handle
 
 log = logging.getLogger("FireRed")
 
-LABEL = re.compile(r"gpu:\d+")
+LABEL = re.compile(r"gpu:\d+|ray(:\d+)?")
 
 
 def share(handle: Handle, devices: str, mode: str) -> Handle:
     """The transformer on the named cards, or on those that help. Loads nothing.
 
-    devices: `auto`, or labels with commas between them. mode: one of layout.MODES. Cards that this machine
-    lacks are left out with a log line; where one is left, the handle is returned as it is. Raises InputError
-    and DoesNotFitError.
+    devices: `auto`, labels with commas between them, or `ray`. mode: one of layout.MODE. Cards that this
+    machine lacks are left out with a log line; where one is left, the handle is returned as it is. Raises
+    InputError, DoesNotFitError, and FireRedError where Ray is not installed.
     """
-    mode, here, lead = MODE.require(mode), machine(), handle.replica.card
     wanted = _labels(devices)
+    if (use := cluster_use(wanted, mode)) is not None:
+        log.info("the transformer goes to a Ray cluster: %s", use.card.name)
+        return handle.on_cluster(use)
+    mode, here, lead = MODE.require(mode), machine(), handle.replica.card
     if wanted is None and not lead.is_gpu:
         log.info("the transformer stays on %s, as its loader says", lead)
         return handle
@@ -61,7 +65,9 @@ def _labels(devices: str) -> list[str] | None:
         return None
     wrong = [label for label in labels if not LABEL.fullmatch(label)]
     if wrong:
-        raise InputError(f"devices names {shown(wrong[0])}. Write auto, or cards such as gpu:0, gpu:1.")
+        raise InputError(
+            f"devices names {shown(wrong[0])}. Write auto, cards such as gpu:0, gpu:1, or ray for a cluster."
+        )
     twice = [label for label in labels if labels.count(label) > 1]
     if twice:
         raise InputError(f"devices names {twice[0]} twice. Name every card once.")

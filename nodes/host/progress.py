@@ -49,22 +49,25 @@ def progress_reporter(what: str) -> Callable[[int, int], None]:
     return report
 
 
-def sampling_reporter(device: torch.device) -> Callable[[int, int, torch.Tensor], None]:
+def sampling_reporter(device: torch.device) -> Callable[[int, int, torch.Tensor | None], None]:
     """A callback (done, total, denoised) like progress_reporter's, with ComfyUI's preview if it is on.
 
-    denoised: normalised latents (1, 16, 1, h, w). Core's preview factors for Wan 2.1 take the same latents.
+    denoised: normalised latents (1, 16, 1, h, w), or None for no preview. Core's preview factors for Wan 2.1
+    take the same latents.
     """
     from latent_preview import get_previewer
 
     bar, timer = comfy.utils.ProgressBar(1), StepTimer()
     previewer = get_previewer(device, comfy.latent_formats.Wan21())
 
-    def report(done: int, total: int, denoised: torch.Tensor) -> None:
+    def report(done: int, total: int, denoised: torch.Tensor | None) -> None:
         if line := timer.line(done, total):
             log.info(line)
         show_text(line or f"step {done}/{total}")
         check_cancelled()
-        preview = previewer.decode_latent_to_preview_image("JPEG", denoised) if previewer else None
+        preview = None
+        if previewer and denoised is not None:
+            preview = previewer.decode_latent_to_preview_image("JPEG", denoised)
         bar.update_absolute(done, total, preview)
 
     return report

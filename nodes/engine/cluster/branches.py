@@ -36,7 +36,12 @@ class Branches:
         self._computed_by = [each["arithmetic"] for each in prepared.values()]
 
     def __str__(self) -> str:
-        return ", ".join(map(str, self._workers))
+        return ", ".join(self.used)
+
+    @property
+    def used(self) -> list[str]:
+        """The names of the workers."""
+        return list(map(str, self._workers))
 
     def arithmetic(self, run: SamplingRun) -> str:
         return "; ".join(dict.fromkeys(self._computed_by))

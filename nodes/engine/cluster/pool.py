@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import errors
-from ..sampling.resume import RunState, SavedRun
+from ..sampling.resume import RunState, SavedRun, finished_state
 from ..weights import room
 from .link import ClusterError, Link
 from .task import Task, plain_state, single, state_of
@@ -75,6 +75,7 @@ class Worker:
     beats: int = 0
     doing: Mapping[str, Any] = field(default_factory=dict)
     lost: str = ""
+    needs_claim: bool = False  # its card is one of this process, which must make room first
 
     def __str__(self) -> str:
         label, name = self.about.get("label", f"worker {self.number}"), self.about.get("name", "")
@@ -192,6 +193,7 @@ class Pool:
                     what, denoised = self._what(first), first.denoised
                     first.denoised = None
                 on_progress(what, done, steps * len(pictures), denoised)
+                self._make_room()
                 with self._changed:
                     self._changed.wait(TICK)
             on_progress("", steps * len(pictures), steps * len(pictures), None)
@@ -239,6 +241,7 @@ class Pool:
                         looked |= self._recruit(bool(free))
                         self._changed.wait(TICK)
                 check()
+                self._make_room()
             yield taken
         finally:
             with self._changed:
@@ -457,7 +460,7 @@ class Pool:
             return
         else:
             picture.latents, picture.result = latents, result | {"worker": str(worker)}
-            self._keep(picture, RunState(0, torch.empty(0), (latents,)), result["arithmetic"], now=True)
+            self._keep(picture, finished_state(latents), result["arithmetic"], now=True)
             self._finish(picture)
             return
         self._require_hope(picture, worker)
@@ -595,16 +598,35 @@ class Pool:
         try:
             worker.about = _result(described)
         except (ClusterError, WorkerFailure, errors.FireRedError) as error:
-            self._tried[worker.node] = time.monotonic()
-            self._lose(worker, str(error))
+            self._refuse(worker, str(error))
             return
-        if reason := _difference(worker.about["versions"]) or self._too_full(worker):
-            self._tried[worker.node] = time.monotonic()
-            self._lose(worker, reason)
+        if reason := _difference(worker.about["versions"]):
+            self._refuse(worker, reason)
+        elif reason := self._too_full(worker, float(worker.about["free"])):
+            here = worker.about["uuid"] is not None and worker.node == self.here.result()
+            worker.needs_claim = here
+            if not here:
+                self._refuse(worker, reason)
+
+    def _refuse(self, worker: Worker, reason: str) -> None:
+        """Another look at its machine would not help for a while."""
+        self._tried[worker.node] = time.monotonic()
+        self._lose(worker, reason)
+
+    def _make_room(self) -> None:
+        """Unload models of this process where a worker needs their card. For the thread of a prompt."""
+        for worker in [each for each in self._workers if each.needs_claim]:
+            assert self._needs is not None
+            run = self._needs.run
+            free = self._claim(worker.about["uuid"], run.replica.spec.nbytes() + run.working_bytes())
+            with self._changed:
+                worker.needs_claim = False
+                if worker in self._workers and (reason := self._too_full(worker, free)):
+                    self._refuse(worker, reason)
 
     def _choose(self) -> None:
         """Once all that were started have said what they are, take the wanted ones with the most room."""
-        if any(worker.described is not None for worker in self._workers):
+        if any(worker.described is not None or worker.needs_claim for worker in self._workers):
             return
         new = [worker for worker in self._workers if not worker.ready]
         count = len(new)
@@ -617,17 +639,14 @@ class Pool:
             worker.ready = True
             log.info("%s takes pictures, %.1f GiB free", worker, worker.about["free"] / 2**30)
 
-    def _too_full(self, worker: Worker) -> str:
-        """Why a worker has no room for the transformer; empty where it has."""
+    def _too_full(self, worker: Worker, free: float) -> str:
+        """Why a worker has no room for the transformer; empty where it has. free: bytes on its card."""
         if self._needs is None:
             return ""
-        run, free = self._needs.run, float(worker.about["free"])
+        run = self._needs.run
         working = run.working_bytes()
         if not worker.on_card:
             free /= sum(each.node == worker.node for each in self._workers)
-        card, here = worker.about["uuid"], self.here.result() == worker.node
-        if not room.has_room(run.replica, working, free) and card is not None and here:
-            free = self._claim(card, run.replica.spec.nbytes() + working)
         if room.has_room(run.replica, working, free):
             return ""
         needed = (run.replica.spec.nbytes() + working) / 2**30

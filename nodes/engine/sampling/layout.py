@@ -13,7 +13,8 @@ from ..limits import Choice
 from ..weights.components import Replica
 
 AUTO, CFG, SEQUENCE, BOTH, LAYERS = MODES = ("auto", "cfg", "sequence", "cfg+sequence", "layers")
-MODE = Choice("mode", MODES)
+PICTURES = "pictures"  # of a cluster: a picture each
+MODE = Choice("mode", (*MODES, PICTURES))
 T = TypeVar("T")
 ROUNDS = 6  # in which blocks are dealt to cards
 

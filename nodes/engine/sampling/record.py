@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,7 +27,8 @@ class RunRecord:
 
     arithmetic: the kernels that the transformers chose. first_step: the step of all pictures, from 0, with
     which it began. skipped: how many steps the step cache left out. ends: when each step was done, on
-    `clock`. peaks: the most bytes in use by torch, by card; only where torch counts them.
+    `clock`. peaks: the most bytes in use by torch, by card; only where torch counts them. workers: of a
+    cluster, that computed it.
     """
 
     clock: Callable[[], float] = time.monotonic
@@ -36,6 +38,7 @@ class RunRecord:
     started: float = 0.0
     ends: list[float] = field(default_factory=list)
     peaks: dict[str, int] = field(default_factory=dict)
+    workers: list[str] = field(default_factory=list)
 
     def start(self, devices: Sequence[torch.device]) -> None:
         self.started = self.clock()
@@ -47,6 +50,17 @@ class RunRecord:
         for device in devices:
             if device.type == "cuda":
                 self.peaks[device_label(device)] = torch.cuda.max_memory_allocated(device)
+
+    def add_workers(self, results: Sequence[Mapping[str, Any]]) -> None:
+        """What the workers of a cluster say of the pictures they sampled."""
+        self.arithmetic = "; ".join(dict.fromkeys(result["arithmetic"] for result in results))
+        self.skipped += sum(result["skipped"] for result in results)
+        counts = Counter(result["worker"] for result in results)
+        self.workers = [f"{name}: {count} picture{'s' * (count > 1)}" for name, count in counts.items()]
+        for result in results:
+            if result["peak"]:
+                name = result["worker"]
+                self.peaks[name] = max(result["peak"], self.peaks.get(name, 0))
 
     def step(self) -> None:
         """A step is done."""
@@ -66,6 +80,8 @@ class RunRecord:
         if layout is not None:
             others = ", ".join(str(replica.card) for replica in layout.replicas[1:])
             lines[0] += f", shared with {others} ({layout.mode})"
+        if self.workers:
+            lines.append(f"computed by {', '.join(self.workers)}")
         if self.arithmetic:
             lines.append(f"kernels: {self.arithmetic}")
         lines += [f"LoRA: {each.lora.name} at {each.strength:g}" for each in options.adapters]

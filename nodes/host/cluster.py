@@ -1,0 +1,216 @@
+"""A Ray cluster as ComfyUI uses it: one pool of workers for all prompts."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..engine.cards.card import Card
+from ..engine.cluster.link import Link, cluster_address, require_ray
+from ..engine.errors import InputError
+from ..engine.sampling.layout import AUTO, CFG, MODE, PICTURES
+from .devices import accelerators, free_memory
+from .progress import check_cancelled, sampling_reporter, show_text
+from .storage import saved_run
+
+if TYPE_CHECKING:
+    from ..engine.cluster.pool import Pool
+    from ..engine.cluster.task import Task
+    from ..engine.sampling.record import RunRecord
+    from ..engine.sampling.resume import SavedRun
+    from ..engine.sampling.sampling import SamplingRun
+
+log = logging.getLogger("FireRed")
+
+LABEL = re.compile(r"ray(?::(?P<count>\d+))?")
+SHARES = {PICTURES: "a picture a worker", CFG: "a branch a worker"}
+
+
+@dataclass(frozen=True)
+class ClusterUse:
+    """How a transformer uses a cluster. count: of cards; None for all. mode: PICTURES or CFG."""
+
+    count: int | None
+    mode: str
+
+    @property
+    def card(self) -> Card:
+        """The cluster as one device. The sampler's own arithmetic is the CPU's."""
+        cpu = torch.device("cpu")
+        return Card("Ray", SHARES[self.mode], cpu, native_bf16=False, memory=0, is_gpu=False)
+
+
+def cluster_use(labels: Sequence[str] | None, mode: str) -> ClusterUse | None:
+    """What devices and mode of FireRed Parallel ask for; None where they name no cluster.
+
+    Loads nothing and asks nobody. Raises InputError, and FireRedError where Ray is not installed.
+    """
+    found = [match for label in labels or () if (match := LABEL.fullmatch(label))]
+    if not found:
+        if MODE.require(mode) == PICTURES:
+            raise InputError("Mode pictures is for a cluster: set devices to ray, or choose another mode.")
+        return None
+    if len(labels or ()) > 1:
+        raise InputError("devices names ray and other cards. Name ray alone, or cards of this machine.")
+    count = found[0]["count"]
+    if count is not None and not 0 < int(count) < 10_000:
+        raise InputError(f"devices is ray:{count}; write ray, or ray:N for N cards.")
+    if mode not in (AUTO, PICTURES, CFG):
+        raise InputError(
+            f"Mode {mode} does not work over a cluster: what its cards exchange in every block is too much "
+            "for a network. Choose pictures or cfg."
+        )
+    require_ray()
+    cluster_address()
+    return ClusterUse(None if count is None else int(count), PICTURES if mode == AUTO else mode)
+
+
+def sample_on_cluster(
+    use: ClusterUse, run: SamplingRun, saved: SavedRun | None, guard: str, record: RunRecord
+) -> torch.Tensor:
+    """The run's raw latents (B, 16, 1, h, w), computed on the cluster. The run's card is the use's.
+
+    saved: the run's file, if it is to be resumed. Raises ClusterError, and as `sample` does.
+    """
+    from ..engine.cluster.task import Task
+
+    pool, task = _pool_for(use.count), Task(run, guard)
+    compute = _sample_pictures if use.mode == PICTURES else _sample_branches
+    return compute(pool, task, saved, record)
+
+
+def _sample_pictures(pool: Pool, task: Task, saved: SavedRun | None, record: RunRecord) -> torch.Tensor:
+    from ..engine.sampling.resume import finished_state
+
+    pictures = pool.submit(task, saved_run if saved is not None else lambda name: None)
+    record.start(())
+    latents = pool.wait(pictures, task.run.schedule.steps, _reporter(record))
+    record.add_workers([each.result for each in pictures if each.result])
+    if saved is not None and task.run.batch > 1:
+        saved.arithmetic = ""  # what is finished goes on anywhere
+        saved.update(finished_state(latents), now=True)
+        for picture in pictures:
+            if picture.saved is not None:
+                picture.saved.forget()
+    return latents
+
+
+def _sample_branches(pool: Pool, task: Task, saved: SavedRun | None, record: RunRecord) -> torch.Tensor:
+    from ..engine.cluster.branches import on_branches
+    from ..engine.sampling.sampling import sample
+
+    report = sampling_reporter(torch.device("cpu"))
+    with on_branches(pool, task, _checker()) as branches:
+        latents = sample(branches, task.run, report, saved=saved, guard=task.guard, record=record)
+        record.workers = branches.used
+    return latents
+
+
+def _reporter(record: RunRecord) -> Callable[[str, int, int, torch.Tensor | None], None]:
+    """What Pool.wait tells, for the node. It is told often, so only news is passed on."""
+    report, check = sampling_reporter(torch.device("cpu")), _checker()
+    last = -1
+
+    def tell(what: str, done: int, total: int, denoised: torch.Tensor | None) -> None:
+        nonlocal last
+        check(what)
+        if last < 0:
+            record.first_step = done
+        for _ in range(done - max(last, record.first_step)):
+            record.step()
+        if not what and (done != last or denoised is not None):
+            report(done, total, denoised)
+        last = done
+
+    return tell
+
+
+def _checker() -> Callable[[str], None]:
+    """Called with what is being done: writes it on the node, and raises when the user cancelled."""
+    last = ""
+
+    def check(what: str) -> None:
+        nonlocal last
+        check_cancelled()
+        if what and what != last:
+            show_text(what)
+        last = what
+
+    return check
+
+
+_pool: Pool | None = None
+
+
+def _pool_for(count: int | None) -> Pool:
+    """The pool of the cluster that the environment names, for so many workers. Its workers stay."""
+    from ..engine.cluster.pool import Pool
+
+    global _pool
+    address = cluster_address()
+    if _pool is not None and (not _pool.alive or _pool.link.address != address):
+        _pool.close()
+        _pool = None
+    if _pool is None:
+        log.info("connecting to %s", f"the Ray cluster at {address}" if address else "a Ray of this machine")
+        _pool = Pool(Link(address), count, _claim)
+    _pool.wanted = count
+    return _pool
+
+
+def _claim(uuid: str, nbytes: float) -> float:
+    """Unload models of ComfyUI until a card has that many bytes free. Returns how many it has."""
+    import comfy.model_management as mm
+
+    device = next((each for each in accelerators() if card_uuid(each) == uuid), None)
+    if device is None:
+        return 0.0
+    mm.free_memory(nbytes, device)
+    mm.soft_empty_cache()
+    return float(free_memory(device))
+
+
+def release_card(device: torch.device) -> None:
+    """End the worker that holds a card of this machine, if it computes nothing."""
+    if _pool is not None and _pool.alive and (uuid := card_uuid(device)) is not None:
+        _pool.release(uuid)
+
+
+def release_workers() -> None:
+    """End the workers that compute nothing."""
+    if _pool is not None and _pool.alive:
+        _pool.release()
+
+
+def card_uuid(device: torch.device) -> str | None:
+    """The card's number, the same in every process of this machine; None for another kind of device."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
+def watch_free_requests() -> None:
+    """Let the workers go where ComfyUI is asked to unload its models (POST /free)."""
+    from aiohttp import web
+    from server import PromptServer
+
+    async def on_response(request: web.Request, response: web.StreamResponse) -> None:
+        if request.method == "POST" and request.path.removeprefix("/api") == "/free":
+            try:
+                asked: Any = await request.json()
+            except ValueError:
+                return
+            if isinstance(asked, dict) and (asked.get("unload_models") or asked.get("free_memory")):
+                release_workers()
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None:
+        server.app.on_response_prepare.append(on_response)
+
+
+def on_card(run: SamplingRun, use: ClusterUse) -> SamplingRun:
+    """The run with the cluster as its device."""
+    return replace(run, replica=replace(run.replica, card=use.card))
