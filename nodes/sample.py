@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,38 +115,21 @@ class FireRedSampler(io.ComfyNode):
         resume: str = "on",
         guard: str = STOP,
     ) -> io.NodeOutput:
-        from .engine.sampling.conditioning import NEGATIVE, POSITIVE
         from .engine.sampling.record import RunRecord
-        from .engine.sampling.sampling import prepare_run, read_conditions
 
         guard, resume = GUARD.require(guard), RESUME.require(resume)
-        replica = host.require_handle(transformer, "transformer").replica
-        branches = {POSITIVE: positive} if negative is None else {POSITIVE: positive, NEGATIVE: negative}
+        host.require_handle(transformer, "transformer")
         given, options = None if latent is None else read_latent(latent), transformer.options
         if given is not None and given.is_kept(options.denoise):
             log.warning("the latent stays as it is: denoise is 0, or its noise mask is empty (black)")
             samples = require_latents(given.samples, "The latent")
             return io.NodeOutput(kept_keys(latent or {}) | {"samples": samples}, "nothing was sampled")
-        run = prepare_run(
-            replica,
-            read_conditions(replica, branches),
-            steps=steps,
-            true_cfg_scale=cfg,
-            width=width,
-            height=height,
-            seed=seed,
-            samples=None if given is None else given.samples,
-            draws=None if given is None else given.draws,
-            mask=None if given is None else given.mask,
-            options=options,
-            layout=transformer.layout,
-        )
-        if transformer.cluster is not None:
-            run = host.on_card(run, transformer.cluster)
+        prepare = functools.partial(_prepare, transformer, positive, negative, given)
+        run = prepare(steps, cfg, width, height, seed)
         _log_unused_inputs(negative is not None, cfg, given, run)
         saved = host.saved_run(run.name(guard)) if resume == "on" else None
         record = RunRecord()
-        samples = _sample(transformer, run, saved, guard, record)
+        samples = _sample(transformer, run, saved, guard, record, prepare)
         report = record.describe(run)
         host.write_into_png(cls.hidden.extra_pnginfo, report)
         sampled = kept_keys(latent or {}) | {"samples": samples, REPORT: report}
@@ -152,6 +137,40 @@ class FireRedSampler(io.ComfyNode):
         if run.native_size:
             sampled[NATIVE_SIZE] = run.native_size
         return io.NodeOutput({key: value for key, value in sampled.items() if value is not None}, report)
+
+
+def _prepare(
+    transformer: host.Handle,
+    positive: Any,
+    negative: Any,
+    given: LatentInput | None,
+    steps: int = 40,
+    cfg: float = 4.0,
+    width: int = 0,
+    height: int = 0,
+    seed: int = 0,
+    **others: Any,
+) -> SamplingRun:
+    """The checked run. others: inputs of the node that do not belong to it."""
+    from .engine.sampling.conditioning import NEGATIVE, POSITIVE
+    from .engine.sampling.sampling import prepare_run, read_conditions
+
+    branches = {POSITIVE: positive} if negative is None else {POSITIVE: positive, NEGATIVE: negative}
+    run = prepare_run(
+        transformer.replica,
+        read_conditions(transformer.replica, branches),
+        steps=steps,
+        true_cfg_scale=cfg,
+        width=width,
+        height=height,
+        seed=seed,
+        samples=None if given is None else given.samples,
+        draws=None if given is None else given.draws,
+        mask=None if given is None else given.mask,
+        options=transformer.options,
+        layout=transformer.layout,
+    )
+    return run if transformer.cluster is None else host.on_card(run, transformer.cluster)
 
 
 def _log_unused_inputs(has_negative: bool, cfg: float, given: LatentInput | None, run: SamplingRun) -> None:
@@ -169,14 +188,23 @@ def _log_unused_inputs(has_negative: bool, cfg: float, given: LatentInput | None
 
 
 def _sample(
-    transformer: host.Handle, run: SamplingRun, saved: SavedRun | None, guard: str, record: RunRecord
+    transformer: host.Handle,
+    run: SamplingRun,
+    saved: SavedRun | None,
+    guard: str,
+    record: RunRecord,
+    prepare: Callable[..., SamplingRun],
 ) -> torch.Tensor:
-    """The run's raw latents: from disk if an earlier prompt finished them, else sampled."""
+    """The run's raw latents: from disk if an earlier prompt finished them, else sampled.
+
+    prepare: the run for other numbers of the node, as queued prompts have them.
+    """
     from .engine.sampling.sampling import sample
 
     samples = saved.result(run.batch) if saved else None
     if samples is None and transformer.cluster is not None:
-        samples = host.sample_on_cluster(transformer.cluster, run, saved, guard, record)
+        queued = lambda inputs: prepare(**inputs)  # noqa: E731
+        samples = host.sample_on_cluster(transformer.cluster, run, saved, guard, record, queued)
     elif samples is None:
         cards = run.on_each_card()
         for card in cards:

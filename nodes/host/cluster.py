@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,15 @@ import torch
 from ..engine.cards.card import Card
 from ..engine.cluster.link import Link, cluster_address, require_ray
 from ..engine.errors import InputError
+from ..engine.models.guard import STOP
 from ..engine.sampling.layout import AUTO, CFG, MODE, PICTURES
+from .ahead import sample_ahead
 from .devices import accelerators, free_memory
 from .progress import check_cancelled, sampling_reporter, show_text
 from .storage import saved_run
 
 if TYPE_CHECKING:
-    from ..engine.cluster.pool import Pool
+    from ..engine.cluster.pool import Picture, Pool
     from ..engine.cluster.task import Task
     from ..engine.sampling.record import RunRecord
     from ..engine.sampling.resume import SavedRun
@@ -71,23 +73,34 @@ def cluster_use(labels: Sequence[str] | None, mode: str) -> ClusterUse | None:
 
 
 def sample_on_cluster(
-    use: ClusterUse, run: SamplingRun, saved: SavedRun | None, guard: str, record: RunRecord
+    use: ClusterUse,
+    run: SamplingRun,
+    saved: SavedRun | None,
+    guard: str,
+    record: RunRecord,
+    queued: Callable[[Mapping[str, Any]], SamplingRun],
 ) -> torch.Tensor:
     """The run's raw latents (B, 16, 1, h, w), computed on the cluster. The run's card is the use's.
 
-    saved: the run's file, if it is to be resumed. Raises ClusterError, and as `sample` does.
+    saved: the run's file, if it is to be resumed. queued: the run of a queued prompt, see ahead.py. Raises
+    ClusterError, and as `sample` does.
     """
     from ..engine.cluster.task import Task
 
     pool, task = _pool_for(use.count), Task(run, guard)
-    compute = _sample_pictures if use.mode == PICTURES else _sample_branches
-    return compute(pool, task, saved, record)
+    if use.mode == CFG:
+        return _sample_branches(pool, task, saved, record)
+    pictures = pool.submit(task, saved_run if saved is not None else lambda name: None)
+    if saved is not None:  # what is sampled ahead has to stay on disk until its prompt comes
+        sample_ahead(pool, lambda inputs: Task(queued(inputs), inputs.get("guard", STOP)))
+    return _finish_pictures(pool, task, pictures, saved, record)
 
 
-def _sample_pictures(pool: Pool, task: Task, saved: SavedRun | None, record: RunRecord) -> torch.Tensor:
+def _finish_pictures(
+    pool: Pool, task: Task, pictures: Sequence[Picture], saved: SavedRun | None, record: RunRecord
+) -> torch.Tensor:
     from ..engine.sampling.resume import finished_state
 
-    pictures = pool.submit(task, saved_run if saved is not None else lambda name: None)
     record.start(())
     latents = pool.wait(pictures, task.run.schedule.steps, _reporter(record))
     record.add_workers([each.result for each in pictures if each.result])
@@ -113,17 +126,18 @@ def _sample_branches(pool: Pool, task: Task, saved: SavedRun | None, record: Run
 
 def _reporter(record: RunRecord) -> Callable[[str, int, int, torch.Tensor | None], None]:
     """What Pool.wait tells, for the node. It is told often, so only news is passed on."""
-    report, check = sampling_reporter(torch.device("cpu")), _checker()
-    last = -1
+    report: Callable[[int, int, torch.Tensor | None], None] | None = None
+    check, last = _checker(), -1
 
     def tell(what: str, done: int, total: int, denoised: torch.Tensor | None) -> None:
-        nonlocal last
+        nonlocal last, report
         check(what)
         if last < 0:
             record.first_step = done
         for _ in range(done - max(last, record.first_step)):
             record.step()
         if not what and (done != last or denoised is not None):
+            report = report or sampling_reporter(torch.device("cpu"))  # its clock starts now
             report(done, total, denoised)
         last = done
 

@@ -1,0 +1,108 @@
+"""Runs of prompts that wait in ComfyUI's queue, for the free workers of a cluster.
+
+ComfyUI executes one prompt at a time. A queued prompt that differs from the one that runs only in numbers of
+its sampler, such as the seed, needs nothing that is not there: its pictures can be sampled ahead. When its
+turn comes, the sampler finds them by the run's name.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from comfy_execution.utils import get_executing_context
+
+from ..engine.errors import FireRedError
+from .storage import QUEUE_SECONDS, saved_run
+
+if TYPE_CHECKING:
+    from ..engine.cluster.pool import Picture, Pool
+    from ..engine.cluster.task import Task
+
+Prompt = Mapping[str, Mapping[str, Any]]
+FEWEST_AHEAD = 4  # pictures sampled ahead, while the number of workers is not known
+
+
+def sample_ahead(pool: Pool, task_of: Callable[[Mapping[str, Any]], Task]) -> None:
+    """Give the pool the pictures of queued prompts, in their order, as many as it has workers.
+
+    task_of: the run of a prompt, from the inputs of its sampler that are no links. A thread cancels the
+    pictures whose prompt leaves the queue.
+    """
+    ahead: dict[str, list[Picture]] = {}
+    room = max(len(pool.workers), FEWEST_AHEAD)
+    for prompt_id, inputs in queued_variants():
+        if sum(map(len, ahead.values())) >= room:
+            break
+        try:
+            ahead[prompt_id] = pool.submit(task_of(inputs), saved_run)
+        except FireRedError:  # that prompt's own node will say it
+            continue
+    if ahead:
+        threading.Thread(target=_watch, args=(pool, ahead), name="FireRed: queue", daemon=True).start()
+
+
+def queued_variants() -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The queued prompts whose sampler gets the same over its links as the node that runs now.
+
+    Each with that node's other inputs.
+    """
+    queue, context = _queue(), get_executing_context()
+    if queue is None or context is None:
+        return
+    running, pending = queue.get_current_queue_volatile()
+    here = next((item[2] for item in running if item[1] == context.prompt_id), None)
+    for item in sorted(pending, key=lambda item: item[0]):
+        there = item[2]
+        if here is not None and _same_links(here, there, context.node_id):
+            inputs = there[context.node_id]["inputs"]
+            yield item[1], {name: value for name, value in inputs.items() if not _is_link(value)}
+
+
+def _same_links(here: Prompt, there: Prompt, node: str) -> bool:
+    """Whether a node of both prompts gets the same over its links."""
+    if node not in here or node not in there or here[node]["class_type"] != there[node]["class_type"]:
+        return False
+    links_here, links_there = (
+        {name: value for name, value in prompt[node]["inputs"].items() if _is_link(value)}
+        for prompt in (here, there)
+    )
+    return links_here == links_there and all(
+        _same(here, there, str(source)) for source, _ in links_here.values()
+    )
+
+
+def _same(here: Prompt, there: Prompt, node: str) -> bool:
+    """Whether a node of both prompts gives the same."""
+    if not _same_links(here, there, node):
+        return False
+    return here[node]["inputs"] == there[node]["inputs"]
+
+
+def _is_link(value: object) -> bool:
+    return isinstance(value, list)
+
+
+def _watch(pool: Pool, ahead: Mapping[str, list[Picture]]) -> None:
+    """Cancel pictures whose prompt is no longer queued, until none is left to watch."""
+    left = dict(ahead)
+    while left and pool.alive:
+        time.sleep(QUEUE_SECONDS * 5)
+        queue = _queue()
+        running, pending = queue.get_current_queue_volatile() if queue is not None else ([], [])
+        there = {item[1] for item in (*running, *pending)}
+        for prompt_id, pictures in list(left.items()):
+            if all(picture.is_done or picture.watched for picture in pictures):
+                del left[prompt_id]
+            elif prompt_id not in there:
+                pool.cancel([each for each in pictures if not each.watched and not each.is_done])
+                del left[prompt_id]
+
+
+def _queue() -> Any:
+    """ComfyUI's queue of prompts; None without a server."""
+    from server import PromptServer
+
+    return getattr(getattr(PromptServer, "instance", None), "prompt_queue", None)
