@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
@@ -81,6 +82,7 @@ class FireRedHardwarePlan(io.ComfyNode):
         plan = host.hardware_plan(found, edit, measure_cpu=True)
         placed = {there.role: there.device.card.label for there in plan.placements}
         devices = [placed.get(role, "auto") for role in ROLES]
+        plan = replace(plan, cluster=host.cluster_line(plan))
         text = "\n".join([str(plan), *_differences(plan, host.hardware_plan(found))])
         return io.NodeOutput(to_image([draw_memory_map(plan)]), text, *devices)
 

@@ -14,7 +14,7 @@ from .checkpoints import (
     get_checkpoint,
     validate_checkpoint,
 )
-from .cluster import on_card, sample_on_cluster, watch_free_requests
+from .cluster import cluster_line, on_card, sample_on_cluster, watch_free_requests
 from .components import hardware_plan, open_component
 from .devices import device_labels, free_memory
 from .loras import get_lora, lora_fingerprint, lora_names
@@ -41,6 +41,7 @@ __all__ = [
     "check_cancelled",
     "checkpoint_fingerprint",
     "checkpoint_names",
+    "cluster_line",
     "device_labels",
     "disk_cache",
     "forget_run",

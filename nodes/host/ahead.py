@@ -47,7 +47,8 @@ def sample_ahead(pool: Pool, task_of: Callable[[Mapping[str, Any]], Task]) -> No
 def queued_variants() -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The queued prompts whose sampler gets the same over its links as the node that runs now.
 
-    Each with that node's other inputs.
+    Each with that node's other inputs. What is sampled ahead lies on disk until its prompt comes, so prompts
+    with resume off are left out.
     """
     queue, context = _queue(), get_executing_context()
     if queue is None or context is None:
@@ -58,7 +59,8 @@ def queued_variants() -> Iterator[tuple[str, Mapping[str, Any]]]:
         there = item[2]
         if here is not None and _same_links(here, there, context.node_id):
             inputs = there[context.node_id]["inputs"]
-            yield item[1], {name: value for name, value in inputs.items() if not _is_link(value)}
+            if inputs.get("resume", "on") == "on":
+                yield item[1], {name: value for name, value in inputs.items() if not _is_link(value)}
 
 
 def _same_links(here: Prompt, there: Prompt, node: str) -> bool:

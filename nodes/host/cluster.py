@@ -12,7 +12,7 @@ import torch
 
 from ..engine.cards.card import Card
 from ..engine.cluster.link import Link, cluster_address, require_ray
-from ..engine.errors import InputError
+from ..engine.errors import FireRedError, InputError
 from ..engine.models.guard import STOP
 from ..engine.sampling.layout import AUTO, CFG, MODE, PICTURES
 from .ahead import sample_ahead
@@ -23,6 +23,7 @@ from .storage import saved_run
 if TYPE_CHECKING:
     from ..engine.cluster.pool import Picture, Pool
     from ..engine.cluster.task import Task
+    from ..engine.planning.plan import Plan
     from ..engine.sampling.record import RunRecord
     from ..engine.sampling.resume import SavedRun
     from ..engine.sampling.sampling import SamplingRun
@@ -156,6 +157,35 @@ def _checker() -> Callable[[str], None]:
         last = what
 
     return check
+
+
+def cluster_line(plan: Plan) -> str:
+    """What the cluster that the environment names would do, in a line; empty where it names none.
+
+    Starts no worker. Never raises.
+    """
+    from ..engine.cluster.link import ClusterError
+
+    try:
+        address = cluster_address()
+        if not address:
+            return ""
+        require_ray()
+        machines = _pool_for(None if _pool is None else _pool.wanted).machines(check_cancelled)
+    except (FireRedError, ClusterError) as error:
+        return str(error)
+    cards = sum(machine.cards for machine in machines)
+    where = f"the Ray cluster at {address} has {len(machines)} machine{'s' * (len(machines) > 1)}"
+    if not cards:
+        return f"{where} without cards: with FireRed Parallel and devices ray, their CPUs sample"
+    listed = ", ".join(f"{each}" for each in machines if each.cards)
+    free, whole = sum(machine.free for machine in machines), plan.step_seconds
+    line = f"{where} and {cards} cards, {free} of them free ({listed}). With FireRed Parallel and devices ray"
+    line += f", {cards} pictures are sampled at a time"
+    if whole is not None and plan.sharing is None:
+        rate = cards * 3600 / (whole * plan.edit.steps)
+        line += f", about {rate:.3g} an hour if each card is as fast as the one here"
+    return f"{line}; with mode cfg, two cards sample one picture in about half the time"
 
 
 _pool: Pool | None = None

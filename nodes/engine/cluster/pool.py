@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -46,6 +46,18 @@ Claim = Callable[[str, float], float]
 # Called with what is being done before the first step, or ""; with the number of steps done and of all steps;
 # and with the estimate of the first unfinished picture, normalised latents (1, 16, 1, h, w), or None.
 OnProgress = Callable[[str, int, int, torch.Tensor | None], None]
+
+
+class Machine(NamedTuple):
+    """A machine of the cluster. free: how many of its cards no program of the cluster has."""
+
+    name: str
+    cards: int
+    free: int
+    kinds: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.cards} {' and '.join(self.kinds)}".rstrip()
 
 
 @dataclass(eq=False)
@@ -144,6 +156,7 @@ class Pool:
         self._closed = False
         self._begun = time.monotonic()
         self.here = link.connect()
+        self.here.add_done_callback(self._wake)
         threading.Thread(target=self._run, name="FireRed: cluster", daemon=True).start()
 
     # For prompts
@@ -300,6 +313,23 @@ class Pool:
         with self._changed:
             return [worker for worker in self._workers if worker.ready]
 
+    def machines(self, check: Callable[[], None]) -> list[Machine]:
+        """The machines of the cluster. check: called while they are asked; may raise. Raises ClusterError."""
+        asked: Future[Any] | None = None
+        while True:
+            with self._changed:
+                if self._hopeless is not None and self._closed:
+                    raise self._hopeless
+                if asked is None and self.here.done() and self.here.exception() is None:
+                    asked = self.link.ask("nodes")
+                if asked is not None and asked.done() and asked.exception() is None:
+                    return [
+                        Machine(each["machine"], each["cards"], each["free"], tuple(each["kinds"]))
+                        for each in asked.result()
+                    ]
+                self._changed.wait(TICK)
+            check()
+
     def release(self, card: str | None = None) -> None:
         """End the workers that compute nothing: all, or the one on that card (UUID) of this machine."""
         with self._changed:
@@ -330,7 +360,8 @@ class Pool:
                 except Exception as error:  # a fault here must not leave prompts waiting
                     log.exception("the cluster's pool failed")
                     self._fail_all(ClusterError(f"the cluster's pool failed: {error}"))
-                active = self._pictures or any(each.call or not each.ready for each in self._workers)
+                busy = any(each.call or not each.ready for each in self._workers)
+                active = self._pictures or busy or not self.here.done()
                 self._changed.wait(TICK if active else IDLE_TICK)
 
     def _look(self) -> None:
@@ -433,7 +464,7 @@ class Pool:
 
     def _end_picture(self, worker: Worker, picture: Picture) -> None:
         """The call of a worker for this picture has ended."""
-        call, worker.call, worker.picture = worker.call, None, None
+        call, worker.call = worker.call, None
         assert call is not None
         try:
             result = _result(call)
@@ -441,29 +472,25 @@ class Pool:
         except WorkerFailure as failure:
             if failure.state is not None:
                 self._keep(picture, state_of(failure.state), worker.doing.get("arithmetic", ""), now=True)
-            if failure.kind == "Cancelled":
-                if picture.cancelled:
-                    self._finish(picture)
+            if failure.kind != "Cancelled":
+                wrong = failure.kind in WRONG_MACHINE
+                if wrong:
+                    self._tried[worker.node] = time.monotonic()
+                self._lose(worker, str(failure), costs=not wrong)
                 return
-            if failure.kind in WRONG_MACHINE:
-                self._tried[worker.node] = time.monotonic()
-            else:
-                picture.losses += 1
-            self._lose(worker, str(failure))
-        except errors.FireRedError as error:
-            if isinstance(error, ClusterError):
-                picture.losses += 1
-                self._lose(worker, str(error))
-            else:
-                picture.error = error
-                self._finish(picture)
+            if not picture.cancelled:  # any more
+                worker.picture = None
+                return
+        except ClusterError as error:
+            self._lose(worker, str(error))
             return
+        except errors.FireRedError as error:
+            picture.error = error
         else:
             picture.latents, picture.result = latents, result | {"worker": str(worker)}
             self._keep(picture, finished_state(latents), result["arithmetic"], now=True)
-            self._finish(picture)
-            return
-        self._require_hope(picture, worker)
+        worker.picture = None
+        self._finish(picture)
 
     def _require_latents(self, latents: Any, picture: Picture) -> torch.Tensor:
         run = self._tasks[picture.task].run
@@ -490,22 +517,21 @@ class Pool:
             self._forget(picture.task)
         self._changed.notify_all()
 
-    def _lose(self, worker: Worker, why: str) -> None:
-        """A worker is no more. Its picture goes to another one."""
+    def _lose(self, worker: Worker, why: str, costs: bool = True) -> None:
+        """A worker is no more. Its picture goes to another one. costs: whether that is the picture's loss."""
         if worker.lost:
             return
-        worker.lost = why
+        worker.lost = self._reasons[str(worker)] = why
         if worker.ready:
             self._last_loss = time.monotonic()
-        self._reasons[str(worker)] = why
         picture, worker.picture = worker.picture, None
-        if picture is not None:
-            picture.losses += 1
-            at = f"step {picture.kept.step + 1}" if picture.kept is not None else "its first step"
-            log.error("%s is lost: %s. Its picture goes on elsewhere at %s", worker, why, at)
-            self._require_hope(picture, worker)
-        else:
+        if picture is None:
             log.warning("%s is not used: %s", worker, why)
+        else:
+            picture.losses += costs
+            at = picture.kept.step + 1 if picture.kept is not None else 1
+            log.error("%s is lost: %s. Another one goes on with its picture at step %d", worker, why, at)
+            self._require_hope(picture, worker)
         self._end(worker)
         self._changed.notify_all()
 

@@ -39,6 +39,7 @@ def draw_memory_map(plan: Plan) -> Image.Image:
         top = _draw_card(draw, top, device, there, pixels=(WIDTH - 2 * MARGIN) / longest)
     chosen = [(there.description, COLOURS[there.role]) for there in plan.placements]
     chosen += [(plan.shared_line, COLOURS["transformer"])] if plan.shared_line else []
+    chosen += [(plan.cluster, COLOURS["transformer"])] if plan.cluster else []
     chosen += [(f"problem: {problem}", ALARM) for problem in plan.problems.values()]
     rejected = [(f"not {alternative}", FAINT) for alternative in plan.rejected]
     for lines in ([(LEGEND, FAINT)], chosen, rejected):

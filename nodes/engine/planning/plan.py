@@ -61,7 +61,7 @@ class Plan:
 
     step_seconds: None where a card's speeds are not known. rejected: what was not chosen, each with why.
     problems: by component, what is wrong with its files or with those beside it that it needs. sharing: the
-    cards that share the transformer; step_seconds is theirs.
+    cards that share the transformer; step_seconds is theirs. cluster: what a cluster would do, in a line.
     """
 
     machine: Machine
@@ -71,6 +71,7 @@ class Plan:
     rejected: tuple[str, ...]
     problems: Mapping[str, str] = field(default_factory=dict)
     sharing: Sharing | None = None
+    cluster: str = ""
 
     @property
     def copies(self) -> tuple[Placement, ...]:
@@ -128,7 +129,12 @@ class Plan:
         lines += [f"problem: {problem}" for problem in self.problems.values()]
         lines.append(self.shared_line)
         lines += [f"{names(turns)} take turns on {turns[0].device.card}" for turns in self.turns()]
-        lines += [self.speed, self.shortcuts, *(f"not {alternative}" for alternative in self.rejected)]
+        lines += [
+            self.speed,
+            self.shortcuts,
+            self.cluster,
+            *(f"not {alternative}" for alternative in self.rejected),
+        ]
         return "\n".join(filter(None, lines))
 
 

@@ -1,0 +1,191 @@
+"""Pictures and branches of guidance on workers of a Ray, without ComfyUI. The workers compute on the CPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import ray_nodes
+import torch
+from conftest import replica_for
+from engine.cluster.branches import on_branches
+from engine.cluster.link import Link
+from engine.cluster.pool import Pool
+from engine.cluster.task import Task
+from engine.files.cache import DiskCache
+from engine.files.checkpoint import Checkpoint
+from engine.models import loading
+from engine.models.transformer import Transformer
+from engine.sampling.conditioning import Condition
+from engine.sampling.resume import SavedRun
+from engine.sampling.sampling import SamplingRun, prepare_run, sample
+
+PICTURES, STEPS, LONG = 3, 3, 150
+Saver = Callable[[str], SavedRun | None]
+
+
+def no_file(name: str) -> None:
+    return None
+
+
+def files_in(folder: Path) -> Saver:
+    return lambda name: SavedRun(DiskCache(folder, 10**9), name)
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Checkpoint) -> SamplingRun:
+    return make_run(tiny)
+
+
+def make_run(checkpoint: Checkpoint, pictures: int = PICTURES, steps: int = STEPS, **changes) -> SamplingRun:
+    replica = replica_for(checkpoint, "transformer", "int8")
+    generator = torch.Generator().manual_seed(0)
+    conditions = {
+        name: Condition(
+            torch.randn(1, tokens, 128, generator=generator), None,
+            (torch.randn(1, 16, 1, 8, 8, generator=generator),),
+        )
+        for name, tokens in (("positive", 20), ("negative", 7))
+    }  # fmt: skip
+    samples = torch.zeros(pictures, 16, 1, 16, 16)
+    return prepare_run(
+        replica, conditions, steps=steps, true_cfg_scale=4.0, width=0, height=0, seed=3, samples=samples,
+        **changes,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def transformer(tiny: Checkpoint) -> Transformer:
+    return loading.load(replica_for(tiny, "transformer", "int8"))
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    """A Ray of this machine with two workers."""
+    with ray_nodes.ray_variables(FIRERED_WORKER_TIMEOUT="5"):
+        started = Pool(Link(""), 2)
+    yield started
+    started.close()
+
+
+def finish(pool: Pool, run: SamplingRun, saver: Saver = no_file, act=lambda done: None) -> torch.Tensor:
+    """Sample the run on the pool; `act` is told the number of steps done."""
+    return pool.wait(
+        pool.submit(Task(run, "stop"), saver), run.schedule.steps, lambda what, done, total, _: act(done)
+    )
+
+
+def once_at(step: int, act: Callable[[], None]) -> Callable[[int], None]:
+    """Calls `act` once, when that many steps are done."""
+    done = []
+
+    def check(now: int) -> None:
+        if now >= step and not done:
+            done.append(now)
+            act()
+
+    return check
+
+
+def kill(pool: Pool, signal_number: int = signal.SIGKILL) -> None:
+    """Send a signal to the worker that has the first picture."""
+    worker = next(each for each in pool.workers if each.call is not None)
+    os.kill(worker.about["pid"], signal_number)
+
+
+def test_pictures_are_bit_for_bit_those_of_one_machine(
+    pool: Pool, run: SamplingRun, transformer: Transformer
+) -> None:
+    pictures = pool.submit(Task(run, "stop"), no_file)
+    told: list[tuple[str, int, int]] = []
+    latents = pool.wait(pictures, STEPS, lambda what, done, total, _: told.append((what, done, total)))
+    assert torch.equal(latents, sample(transformer, run))
+    assert len({picture.result["worker"] for picture in pictures}) == 2
+    assert told[-1] == ("", STEPS * PICTURES, STEPS * PICTURES)
+    assert "Ray" in told[0][0]
+
+
+def test_nothing_listens_beyond_loopback(pool: Pool) -> None:
+    bridge = pool.link._process.pid
+    pids = [bridge, *(process.pid for process in ray_nodes.family(bridge))]
+    assert len(pids) > 4
+    assert ray_nodes.listening(pids) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+def test_branches_differ_by_no_more_than_rounding(
+    pool: Pool, run: SamplingRun, transformer: Transformer
+) -> None:
+    single = replace(run, draws=run.draws[:1])
+    with on_branches(pool, Task(single, "stop"), lambda what: None) as branches:
+        assert len(branches.used) == 2
+        shared = sample(branches, single)
+    alone = sample(transformer, single)
+    assert (shared - alone).abs().max() <= 1e-6 * alone.abs().max()
+
+
+def test_a_killed_worker_costs_its_picture_a_few_steps(
+    pool: Pool, tiny: Checkpoint, transformer: Transformer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, saver = make_run(tiny, 2, LONG), files_in(tmp_path)
+    latents = finish(pool, run, saver, once_at(LONG // 3, lambda: kill(pool)))
+    assert torch.equal(latents, sample(transformer, run))
+    assert "is lost" in caplog.text
+
+
+def test_a_worker_killed_in_a_step_costs_that_step(
+    pool: Pool, tiny: Checkpoint, transformer: Transformer, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(tiny, 1, LONG)
+    act = once_at(LONG // 3, lambda: kill(pool))
+    with on_branches(pool, Task(run, "stop"), lambda what: None) as branches:
+        shared = sample(branches, run, lambda done, total, denoised: act(done))
+        assert len(branches.used) == 1
+    assert (shared - sample(transformer, run)).abs().max() <= 1e-5
+    assert "goes on with" in caplog.text
+
+
+def test_a_hung_worker_is_replaced_after_the_timeout(
+    pool: Pool, tiny: Checkpoint, transformer: Transformer, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(tiny, 2, LONG)
+    stopped: list[int] = []
+
+    def stop() -> None:
+        worker = next(each for each in pool.workers if each.call is not None)
+        stopped.append(worker.about["pid"])
+        os.kill(stopped[0], signal.SIGSTOP)
+
+    assert torch.equal(finish(pool, run, act=once_at(LONG // 3, stop)), sample(transformer, run))
+    assert "has not answered for 5 s" in caplog.text
+    wait_for(lambda: not psutil.pid_exists(stopped[0]))
+
+
+def test_a_cancelled_batch_goes_on_where_it_was(
+    pool: Pool, tiny: Checkpoint, transformer: Transformer, tmp_path: Path
+) -> None:
+    run, saver = make_run(tiny, 2, LONG), files_in(tmp_path)
+
+    def cancel() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finish(pool, run, saver, once_at(LONG // 3, cancel))
+    wait_for(lambda: all(worker.is_free for worker in pool.workers))
+    pictures = pool.submit(Task(run, "stop"), saver)
+    assert all(picture.step > 0 for picture in pictures), "the states of both pictures were saved"
+    latents = pool.wait(pictures, LONG, lambda *told: None)
+    assert max(picture.result["first_step"] for picture in pictures) >= LONG // 8
+    assert torch.equal(latents, sample(transformer, run))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
