@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -142,8 +143,10 @@ def test_a_worker_killed_in_a_step_costs_that_step(
     pool: Pool, tiny: Checkpoint, transformer: Transformer, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = make_run(tiny, 1, LONG)
-    act = once_at(LONG // 3, lambda: kill(pool))
     with on_branches(pool, Task(run, "stop"), lambda what: None) as branches:
+        pid = pool.workers[0].about["pid"]
+        soon = threading.Timer(0.005, os.kill, (pid, signal.SIGKILL))  # which is inside of a step
+        act = once_at(LONG // 3, soon.start)
         shared = sample(branches, run, lambda done, total, denoised: act(done))
         assert len(branches.used) == 1
     assert (shared - sample(transformer, run)).abs().max() <= 1e-5
