@@ -79,6 +79,13 @@ def test_the_transformers_workspace_is_the_measured_one(
         assert transformer_bytes(real_size, precision, tokens) / GIB == pytest.approx(gib, rel=0.03)
 
 
+def test_what_a_lora_adds_to_unfinished_products_is_counted(real_size: Checkpoint) -> None:
+    """1.55 GiB at 8442 tokens in FP32 arithmetic, measured on an H200 with our kernels. 0.71 without it."""
+    fast, int8 = (resolve(PRECISIONS[name], P40_CARD) for name in ("int8-fast", "int8"))
+    assert transformer_bytes(real_size, fast, 8442, adapted=True) / GIB == pytest.approx(1.552, rel=0.03)
+    assert transformer_bytes(real_size, int8, 8442, adapted=True) == transformer_bytes(real_size, int8, 8442)
+
+
 def test_scores_that_no_kernel_avoids_are_counted(real_size: Checkpoint) -> None:
     """13.5 GiB at 8442 tokens beside what a fused kernel takes; torch computes 16-bit scores in FP32."""
     fp32 = resolve(PRECISIONS["fp32"], P40_CARD)

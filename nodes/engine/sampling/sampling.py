@@ -110,10 +110,10 @@ class SamplingRun:
         height, width = self.padded_size
         tokens = height * width // PATCH**2 + max(condition.tokens for condition in self.conditions.values())
         spec, shared = self.replica.spec, min(self._sharing)
-        adapters = sum(adapter.lora.nbytes for adapter in self.options.adapters if adapter.strength)
-        return (
-            transformer_bytes(spec.checkpoint, spec.precision, tokens, self.replica.fused, shared) + adapters
-        )
+        factors = sum(adapter.lora.nbytes for adapter in self.options.adapters if adapter.strength)
+        fused, adapted = self.replica.fused, factors > 0
+        beside = transformer_bytes(spec.checkpoint, spec.precision, tokens, fused, shared, adapted)
+        return beside + factors
 
     @property
     def _guided(self) -> list[bool]:

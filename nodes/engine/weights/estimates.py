@@ -169,15 +169,23 @@ def workspace_bytes(
 
 
 def transformer_bytes(
-    checkpoint: Checkpoint, precision: Precision, tokens: int, fused: bool = True, cards: int = 1
+    checkpoint: Checkpoint,
+    precision: Precision,
+    tokens: int,
+    fused: bool = True,
+    cards: int = 1,
+    adapted: bool = False,
 ) -> int:
     """Bytes a forward over so many tokens needs beside the weights. precision: resolved for its card.
 
-    cards: over how many the tokens are split. Each holds the keys and values of all of them.
+    cards: over how many the tokens are split. Each holds the keys and values of all of them. adapted: whether
+    there is a LoRA; its factors are not counted.
     """
     shape = Shape.of(checkpoint)
     scores = 0 if fused else score_bytes(shape.heads, shape.width, tokens) // cards
     products = precision.layer.product_bytes if precision.layer else 0.0
+    if precision.layer and adapted:
+        products += precision.layer.added_numbers * precision.math.itemsize
     channel = max(TRANSFORMER_VECTORS * precision.math.itemsize, products) / cards
     gathered = GATHERED_VECTORS * precision.math.itemsize if cards > 1 else 0
     return int((channel + gathered) * shape.width * tokens) + scores

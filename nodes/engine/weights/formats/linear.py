@@ -19,6 +19,8 @@ class QuantizedLinear(torch.nn.Module):
     weight_bytes: ClassVar[float]
     # Bytes that a product takes at least per token and channel of the model's width.
     product_bytes: ClassVar[float] = 0.0
+    # Numbers of the arithmetic for each token and channel that a LoRA takes beside product_bytes.
+    added_numbers: ClassVar[float] = 0.0
     # Whether activations are multiplied as integers, at the card's rate for integers.
     integer_products: ClassVar[bool] = False
     # Whether products are computed in FP16, whatever the activations' dtype.
