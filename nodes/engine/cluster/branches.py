@@ -50,7 +50,7 @@ class Branches:
         return self
 
     def predict(self, latents: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
-        """As Worker.predict, on the CPU. Raises ClusterError when the last worker is lost."""
+        """As Worker.predict, on the device of the latents. Raises ClusterError when the last worker is lost."""
         guided = self._run.options.is_guided(step, self._run.schedule.steps)
         left = [name for name in self._run.conditions if guided or name == POSITIVE]
         velocities: dict[str, torch.Tensor] = {}
@@ -60,7 +60,7 @@ class Branches:
                 worker: {"branch": branch, "latents": latents, "step": step} for worker, branch in now.items()
             }
             for worker, answer in self._on_each(arguments, "predict").items():
-                velocities[now[worker]] = answer["velocity"]
+                velocities[now[worker]] = answer["velocity"].to(latents.device)
             left = [name for name in left if name not in velocities]
         return {name: velocities[name] for name in self._run.conditions if name in velocities}
 
