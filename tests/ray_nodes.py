@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,14 @@ class Node:
             with suppress(ProcessLookupError, psutil.NoSuchProcess):
                 os.kill(process.pid, signal.SIGKILL)
         self.process.wait()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Raise AssertionError unless it holds in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def family(pid: int) -> list[psutil.Process]:

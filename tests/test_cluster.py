@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from engine.models.transformer import Transformer
 from engine.sampling.conditioning import Condition
 from engine.sampling.resume import SavedRun
 from engine.sampling.sampling import SamplingRun, prepare_run, sample
+from ray_nodes import wait_for
 
 PICTURES, STEPS, LONG = 3, 3, 150
 Saver = Callable[[str], SavedRun | None]
@@ -185,10 +185,3 @@ def test_a_cancelled_batch_goes_on_where_it_was(
     latents = pool.wait(pictures, LONG, lambda *told: None)
     assert max(picture.result["first_step"] for picture in pictures) >= LONG // 8
     assert torch.equal(latents, sample(transformer, run))
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)

@@ -50,7 +50,7 @@ class Branches:
         return self
 
     def predict(self, latents: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
-        """As Worker.predict, on the device of the latents. Raises ClusterError when the last worker is lost."""
+        """As Worker.predict, on the device of the latents. Raises ClusterError where no worker is left."""
         guided = self._run.options.is_guided(step, self._run.schedule.steps)
         left = [name for name in self._run.conditions if guided or name == POSITIVE]
         velocities: dict[str, torch.Tensor] = {}
