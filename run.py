@@ -34,7 +34,7 @@ TORCH_LEGACY_INDEX = "https://download.pytorch.org/whl/cu126"
 TORCH_NEWEST = ("torch", "torchvision", "torchaudio")  # pip chooses releases that match
 FIRST_CURRENT_CAPABILITY = 7.5
 FIRST_TRITON_CAPABILITY = 7.0
-TEST_PACKAGES = ("pytest", "pytest-xdist", "ruff", "mypy", "comfy-test==0.4.15", "playwright", "peft")
+TEST_PACKAGES = ("pytest", "pytest-xdist", "ruff", "mypy", "comfy-test==0.4.15", "playwright", "peft", "ray")
 # Compiles our kernels for Pascal in the tests. It is kept apart: torch would load it in place of its own.
 OLD_COMPILER = "nvidia-cuda-nvrtc-cu12==12.6.77"
 # Two processes, for two cores; files in the order of their names, so that the one that waits most is early.
