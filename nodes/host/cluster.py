@@ -88,7 +88,8 @@ def sample_on_cluster(
     """
     from ..engine.cluster.task import Task
 
-    pool, task = _pool_for(use.count), Task(run, guard)
+    pool, task = _connected_pool(), Task(run, guard)
+    pool.want(use.count)
     if use.mode == CFG:
         return _sample_branches(pool, task, saved, record)
     pictures = pool.submit(task, saved_run if saved is not None else lambda name: None)
@@ -164,15 +165,13 @@ def cluster_line(plan: Plan) -> str:
 
     Starts no worker. Never raises.
     """
-    from ..engine.cluster.link import ClusterError
-
     try:
         address = cluster_address()
         if not address:
             return ""
         require_ray()
-        machines = _pool_for(None if _pool is None else _pool.wanted).machines(check_cancelled)
-    except (FireRedError, ClusterError) as error:
+        machines = _connected_pool().machines(check_cancelled)
+    except FireRedError as error:
         return str(error)
     cards = sum(machine.cards for machine in machines)
     where = f"the Ray cluster at {address} has {len(machines)} machine{'s' * (len(machines) > 1)}"
@@ -191,8 +190,8 @@ def cluster_line(plan: Plan) -> str:
 _pool: Pool | None = None
 
 
-def _pool_for(count: int | None) -> Pool:
-    """The pool of the cluster that the environment names, for so many workers. Its workers stay."""
+def _connected_pool() -> Pool:
+    """The pool of the cluster that the environment names. Its workers stay for the next prompt."""
     from ..engine.cluster.pool import Pool
 
     global _pool
@@ -202,8 +201,7 @@ def _pool_for(count: int | None) -> Pool:
         _pool = None
     if _pool is None:
         log.info("connecting to %s", f"the Ray cluster at {address}" if address else "a Ray of this machine")
-        _pool = Pool(Link(address), count, _claim)
-    _pool.wanted = count
+        _pool = Pool(Link(address), None, _claim)
     return _pool
 
 

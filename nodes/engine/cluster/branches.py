@@ -13,7 +13,8 @@ from ..sampling.conditioning import POSITIVE
 from ..sampling.sampling import SamplingRun
 from ..sampling.workers import Worker as Computer
 from .link import ClusterError
-from .pool import TICK, Pool, Worker
+from .pool import Pool
+from .remote import Worker
 from .task import Task
 
 log = logging.getLogger("FireRed")
@@ -71,7 +72,7 @@ class Branches:
         try:
             for worker in arguments:
                 while not self._pool.finished(worker):
-                    self._pool.pause(TICK)
+                    self._pool.pause()
                     self._check(worker.preparing if method == "prepare" else "")
             answers, lost = {}, None
             for worker in arguments:

@@ -39,7 +39,7 @@ from .wire import packed, unpacked
 log = logging.getLogger("FireRed")
 
 CALLS = ("describe", "sample", "prepare", "predict", "progress", "cancel", "release")
-LIBRARIES = ("torch", "diffusers", "transformers", "bitsandbytes")  # whose versions decide bits
+LIBRARIES = ("torch", "diffusers")  # whose versions decide bits
 CACHE_VARIABLE = "FIRERED_CACHE_DIR"
 CACHE_BYTES = 100 * 10**9
 KEPT_LINES = 100  # of the log, until the next progress call

@@ -1,0 +1,272 @@
+"""The workers of a cluster: where they are started, and which of them are taken."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+
+from ..errors import FireRedError
+from ..sampling.sampling import SamplingRun
+from ..weights.room import has_room
+from .link import ClusterError, Link
+from .remote import Machine, Worker, WorkerFailure, result_of
+from .wire import packed
+from .worker import LIBRARIES, library_version
+
+log = logging.getLogger("FireRed")
+
+CONNECT_SECONDS = 30.0  # that joining a cluster may take
+START_SECONDS = 120.0  # that a worker may take to start: it imports torch
+RECRUIT_SECONDS = 1.0  # between two looks for cards to start workers on
+RETRY_SECONDS = 60.0  # until a machine whose cards did not do is tried again
+GRACE_SECONDS = 15.0  # in which the cluster notices that a card is free again
+SPARE = 4  # workers that are started beside those wanted, to choose from
+
+# A card's number (UUID) and the bytes that a worker needs on it, to the bytes that are free there then.
+Claim = Callable[[str, float], float]
+
+
+class Crew:
+    """The workers of one cluster. Whoever calls it holds the lock `changed`, if nothing else is said."""
+
+    def __init__(self, link: Link, wanted: int | None, claim: Claim, changed: threading.Condition):
+        """wanted: how many workers; None for every card of the cluster. claim: makes room on a card that
+        this process uses too.
+        """
+        self.link, self.wanted = link, wanted
+        self.workers: list[Worker] = []
+        self.needs: SamplingRun | None = None  # the last one: what a worker must have room for
+        self._claim, self._changed = claim, changed
+        self._numbers = itertools.count(1)
+        self._reasons: dict[str, str] = {}  # why workers did not do, by who
+        self._tried: dict[str, float] = {}  # nodes whose cards did not do, and when
+        self._nodes: Future[Any] | None = None
+        self._last_loss = self._recruited = -RETRY_SECONDS
+        self._begun = time.monotonic()
+        self._here = self._woken(link.connect())
+
+    @property
+    def where(self) -> str:
+        return f"the Ray cluster at {self.link.address}" if self.link.address else "this machine's Ray"
+
+    @property
+    def connected(self) -> bool:
+        return self._here.done() and self._here.exception() is None
+
+    def require_connected(self) -> None:
+        """Raise ClusterError for a cluster that does not answer, answers something else, or is gone."""
+        why: object = self._here.exception() if self._here.done() else None
+        if not self._here.done() and time.monotonic() - self._begun > CONNECT_SECONDS:
+            why = f"it did not answer within {CONNECT_SECONDS:.0f} s"
+            self.link.kill()
+        elif why is None and not self.link.alive:
+            why = "the process that Ray runs in has ended"
+        if why is not None:
+            raise ClusterError(f"{self.where} cannot be used: {why}. What was computed is saved.")
+
+    def hope(self) -> None:
+        """Before new work: what was in the way may be gone."""
+        if not self.workers:
+            self._tried.clear()
+            self._reasons.clear()
+
+    def ask(
+        self, worker: Worker, method: str, arguments: Mapping[str, Any], task: str | None = None
+    ) -> Future[Any]:
+        """Call a worker's method. task: the key of a shared task that it is about."""
+        content = packed(arguments)
+        asked = self.link.ask("call", worker=worker.number, method=method, content=content, task=task)
+        return self._woken(asked)
+
+    def machines(self, check: Callable[[], None]) -> list[Machine]:
+        """The machines of the cluster. Called without the lock. Raises ClusterError.
+
+        check: called while they are asked; may raise.
+        """
+        asked: Future[Any] | None = None
+        while asked is None or not asked.done():
+            with self._changed:
+                self.require_connected()
+                if asked is None and self.connected:
+                    asked = self._woken(self.link.ask("nodes"))
+                self._changed.wait(RECRUIT_SECONDS)
+            check()
+        return [
+            Machine(each["machine"], each["cards"], each["free"], tuple(each["kinds"]))
+            for each in asked.result()
+        ]
+
+    def look(self, now: float) -> None:
+        """Meet the workers that have started, and take those that do. now: on the monotonic clock."""
+        for worker in list(self.workers):
+            if worker.described is not None and worker.described.done():
+                self._meet(worker)
+            elif worker.described is not None and now - worker.started > START_SECONDS:
+                self._refuse(worker, f"it did not start within {START_SECONDS:.0f} s")
+        self._choose()
+
+    def recruit(self) -> bool:
+        """Start workers where there are fewer than wanted. Returns whether it has looked for places now.
+
+        Raises ClusterError where there is no worker and no place for one.
+        """
+        now = time.monotonic()
+        if self._nodes is None:
+            if not all(worker.ready for worker in self.workers) or not self.connected:
+                return False
+            if self.wanted is not None and len(self.workers) >= self.wanted:
+                return True
+            if now - self._recruited > RECRUIT_SECONDS:
+                self._nodes = self._woken(self.link.ask("nodes"))
+            return False
+        if not self._nodes.done():
+            return False
+        asked, self._nodes, self._recruited = self._nodes, None, now
+        for node, on_card in self._places(asked.result()):
+            if now - self._tried.get(node, -RETRY_SECONDS) >= RETRY_SECONDS:
+                self._start(node, on_card, now)
+        if not self.workers and now - self._last_loss > GRACE_SECONDS:
+            why = "; ".join(f"{who}: {reason}" for who, reason in self._reasons.items())
+            why = why or "other programs of the cluster have all cards"
+            raise ClusterError(f"No card of {self.where} can sample this. {why}.")
+        return True
+
+    def make_room(self) -> None:
+        """Unload models of this process where a worker needs their card.
+
+        For the thread of a prompt, which calls it without the lock.
+        """
+        for worker in [each for each in self.workers if each.needs_claim]:
+            run = self.needs
+            assert run is not None
+            free = self._claim(worker.about["uuid"], run.replica.spec.nbytes() + run.working_bytes())
+            with self._changed:
+                worker.needs_claim = False
+                if worker in self.workers and (reason := self._too_full(worker, free)):
+                    self._refuse(worker, reason)
+
+    def lose(self, worker: Worker, why: str, again: bool = True) -> None:
+        """A worker is no more. again: whether another one may be started on its machine soon."""
+        worker.lost = self._reasons[str(worker)] = why
+        if worker.ready:
+            self._last_loss = time.monotonic()
+        if not again:
+            self._tried[worker.node] = time.monotonic()
+        self.end(worker)
+
+    def end(self, worker: Worker) -> None:
+        self.workers.remove(worker)
+        self.link.ask("stop", worker=worker.number)
+        self._changed.notify_all()
+
+    def _start(self, node: str, on_card: bool, now: float) -> None:
+        number = next(self._numbers)
+        settings = {"number": number, "threads": torch.get_num_threads()}
+        self.link.ask("start", worker=number, node=node, card=on_card, settings=settings)
+        worker = Worker(number, node, on_card, now)
+        worker.described = self.ask(worker, "describe", {})
+        self.workers.append(worker)
+
+    def _places(self, nodes: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, bool]]:
+        """Where to start workers: a machine each, and whether on a card of it."""
+        count = None if self.wanted is None else self.wanted - len(self.workers)
+        if any(node["cards"] for node in nodes):
+            # In turns, so that few workers are on different machines.
+            free = [[node["id"]] * node["free"] for node in nodes if node["free"]]
+            places = [place for turn in itertools.zip_longest(*free) for place in turn if place is not None]
+            yield from ((node, True) for node in places[: None if count is None else count + SPARE])
+            return
+        taken = [worker.node for worker in self.workers]
+        if count is None:
+            yield from ((node["id"], False) for node in nodes if node["id"] not in taken)
+            return
+        order = sorted((node["id"] for node in nodes), key=lambda node: taken.count(node))
+        yield from ((node, False) for node in itertools.islice(itertools.cycle(order), max(count, 0)))
+
+    def _meet(self, worker: Worker) -> None:
+        """A worker has started and says what it is."""
+        described, worker.described = worker.described, None
+        assert described is not None
+        try:
+            worker.about = result_of(described)
+        except (WorkerFailure, FireRedError) as error:
+            self._refuse(worker, str(error))
+            return
+        if reason := _difference(worker.about["versions"]):
+            self._refuse(worker, reason)
+        elif reason := self._too_full(worker, float(worker.about["free"])):
+            here = worker.about["uuid"] is not None and worker.node == self._here.result()
+            worker.needs_claim = here
+            if not here:
+                self._refuse(worker, reason)
+
+    def _refuse(self, worker: Worker, reason: str) -> None:
+        log.warning("%s is not used: %s", worker, reason)
+        self.lose(worker, reason, again=False)
+
+    def _choose(self) -> None:
+        """Take every worker that does or, once all have said what they are, as many as wanted.
+
+        Those with the most room come first.
+        """
+        new = [worker for worker in self.workers if not worker.ready]
+        met = [worker for worker in new if worker.described is None and not worker.needs_claim]
+        count = len(met)
+        if self.wanted is not None:
+            if len(met) < len(new):
+                return
+            count = max(self.wanted - (len(self.workers) - len(new)), 0)
+        met.sort(key=lambda worker: -worker.about["free"])
+        for worker in met[count:]:
+            self.end(worker)
+        for worker in met[:count]:
+            worker.ready = True
+            log.info("%s is ready, %.1f GiB free", worker, worker.about["free"] / 2**30)
+
+    def _too_full(self, worker: Worker, free: float) -> str:
+        """Why a worker has no room for the transformer; empty where it has. free: bytes on its card."""
+        run = self.needs
+        if run is None:
+            return ""
+        working = run.working_bytes()
+        if not worker.on_card:
+            free /= sum(each.node == worker.node for each in self.workers)
+        if has_room(run.replica, working, free):
+            return ""
+        needed = (run.replica.spec.nbytes() + working) / 2**30
+        return f"it has {free / 2**30:.1f} GiB free, and this edit takes {needed:.1f} GiB"
+
+    def _woken(self, asked: Future[Any]) -> Future[Any]:
+        """The future, which wakes who waits for news."""
+
+        def wake(done: Future[Any]) -> None:
+            with self._changed:
+                self._changed.notify_all()
+
+        asked.add_done_callback(wake)
+        return asked
+
+
+def _difference(versions: Mapping[str, str | None]) -> str:
+    """Which libraries differ from this process's; empty where none does."""
+    ours = {name: library_version(name) for name in LIBRARIES}
+    differing = [
+        f"{name} {versions.get(name) or 'is missing'} (here {version})"
+        for name, version in ours.items()
+        if version is not None and _release(versions.get(name)) != _release(version)
+    ]
+    if not differing:
+        return ""
+    return f"it has other libraries: {', '.join(differing)}. Install the same ones there, and start Ray again"
+
+
+def _release(version: str | None) -> str | None:
+    """Without the part that names a build, such as +cu130."""
+    return version if version is None else version.partition("+")[0]
