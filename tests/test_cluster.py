@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,52 +13,22 @@ import psutil
 import pytest
 import ray_nodes
 import torch
+from cluster_runs import LONG, PICTURES, STEPS, files_in, finish, make_run, no_file, once_at
 from conftest import replica_for
 from engine.cluster.branches import on_branches
 from engine.cluster.link import Link
 from engine.cluster.pool import Pool
 from engine.cluster.task import Task
-from engine.files.cache import DiskCache
 from engine.files.checkpoint import Checkpoint
 from engine.models import loading
 from engine.models.transformer import Transformer
-from engine.sampling.conditioning import Condition
-from engine.sampling.resume import SavedRun
-from engine.sampling.sampling import SamplingRun, prepare_run, sample
+from engine.sampling.sampling import SamplingRun, sample
 from ray_nodes import wait_for
-
-PICTURES, STEPS, LONG = 3, 3, 150
-Saver = Callable[[str], SavedRun | None]
-
-
-def no_file(name: str) -> None:
-    return None
-
-
-def files_in(folder: Path) -> Saver:
-    return lambda name: SavedRun(DiskCache(folder, 10**9), name)
 
 
 @pytest.fixture(scope="module")
 def run(tiny: Checkpoint) -> SamplingRun:
     return make_run(tiny)
-
-
-def make_run(checkpoint: Checkpoint, pictures: int = PICTURES, steps: int = STEPS, **changes) -> SamplingRun:
-    replica = replica_for(checkpoint, "transformer", "int8")
-    generator = torch.Generator().manual_seed(0)
-    conditions = {
-        name: Condition(
-            torch.randn(1, tokens, 128, generator=generator), None,
-            (torch.randn(1, 16, 1, 8, 8, generator=generator),),
-        )
-        for name, tokens in (("positive", 20), ("negative", 7))
-    }  # fmt: skip
-    samples = torch.zeros(pictures, 16, 1, 16, 16)
-    return prepare_run(
-        replica, conditions, steps=steps, true_cfg_scale=4.0, width=0, height=0, seed=3, samples=samples,
-        **changes,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -73,25 +43,6 @@ def pool() -> Iterator[Pool]:
         started = Pool(Link(""), 2)
     yield started
     started.close()
-
-
-def finish(pool: Pool, run: SamplingRun, saver: Saver = no_file, act=lambda done: None) -> torch.Tensor:
-    """Sample the run on the pool; `act` is told the number of steps done."""
-    return pool.wait(
-        pool.submit(Task(run, "stop"), saver), run.schedule.steps, lambda what, done, total, _: act(done)
-    )
-
-
-def once_at(step: int, act: Callable[[], None]) -> Callable[[int], None]:
-    """Calls `act` once, when that many steps are done."""
-    done = []
-
-    def check(now: int) -> None:
-        if now >= step and not done:
-            done.append(now)
-            act()
-
-    return check
 
 
 def kill(pool: Pool, signal_number: int = signal.SIGKILL) -> None:

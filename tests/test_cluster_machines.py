@@ -23,7 +23,6 @@ from engine.models import loading
 from engine.models.transformer import Transformer
 from engine.sampling.sampling import sample
 from ray_nodes import TOKEN, Node, family, ray_variables, wait_for
-from test_cluster import LONG, STEPS, finish, make_run, no_file, once_at
 
 from launcher.server import free_port
 
