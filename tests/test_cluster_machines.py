@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from cluster_runs import LONG, STEPS, finish, make_run, no_file, once_at
 from engine.cluster.link import ClusterError, Link
 from engine.cluster.pool import Pool
 from engine.cluster.task import Task

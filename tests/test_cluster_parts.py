@@ -31,11 +31,8 @@ from safetensors.torch import save_file
 
 def test_values_cross_as_they_are() -> None:
     matrix = torch.randn(3, 4).bfloat16()
-    value = {
-        "a": [1, None, "x", 2.5, True, matrix, matrix[:2], matrix.T],
-        "b": torch.empty(0),
-        "c": 2**64 - 1,
-    }
+    sent = [1, None, "x", 2.5, True, matrix, matrix[:2], matrix.T]
+    value = {"a": sent, "b": torch.empty(0), "c": 2**64 - 1}
     there = unpacked(packed(value))
     assert there["a"][:5] == [1, None, "x", 2.5, True] and there["c"] == 2**64 - 1
     for tensor, before in zip(there["a"][5:], sent[5:], strict=True):
