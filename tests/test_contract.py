@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import replica_for
 from engine.cards.libraries import OLDEST
+from engine.cluster.task import Task
+from engine.cluster.wire import packed
+from engine.files.checkpoint import Checkpoint
+from engine.models.guard import STOP
 from PIL import Image
+from test_sampling import plan
 
 from launcher.client import Client
 from launcher.folders import ROOT
@@ -177,6 +185,29 @@ def imported_modules(path: Path) -> list[tuple[int, str]]:
 def test_importing_the_pack_costs_comfyui_less_than_a_second(server: Server, client: Client) -> None:
     (seconds,) = re.findall(r"([\d.]+) seconds: \S*firered-image-edit", server.text())
     assert float(seconds) < 1.0
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+def test_a_worker_of_a_cluster_imports_only_what_the_transformer_needs(
+    tiny: Checkpoint, precision: str
+) -> None:
+    """The other libraries take seconds and 300 MB. A process of its own is used, as this one has them."""
+    code = """if True:
+        import sys
+        from engine.cluster.worker import EngineWorker
+        worker = EngineWorker({"number": 0, "threads": 1})
+        result = worker.sample(sys.stdin.buffer.read(), "run", 0, None, "")
+        assert result["latents"].isfinite().all()
+        print(*sys.modules)
+    """
+    run = replace(plan(tiny), replica=replica_for(tiny, "transformer", precision))
+    task = packed(Task(run, STOP).plain())
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "nodes"), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], input=task, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr.decode()
+    imported = set(done.stdout.decode().split())
+    assert "torch" in imported
+    assert not imported & {"diffusers", "transformers", "bitsandbytes", "peft", "scipy"}
 
 
 def test_every_node_has_a_help_page(client: Client) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import replica_for
+from diffusers.models.embeddings import get_timestep_embedding
 from engine.cards.card import Card
 from engine.files.cache import DiskCache
 from engine.files.checkpoint import Checkpoint
 from engine.models import loading
 from engine.models.config import TransformerConfig
-from engine.models.modulation import Modulation, Table, is_folded
+from engine.models.modulation import TIME_CHANNELS, TIME_SCALE, Modulation, Table, is_folded, time_waves
 from engine.units import GIB
 from engine.weights.components import Replica
 from safetensors.torch import load_file, save_file
@@ -33,6 +34,16 @@ def modulation_of(replica: Replica, cache: DiskCache | None = None) -> Modulatio
 def test_folding_leaves_out_a_third_of_the_weights(tiny: Checkpoint) -> None:
     names = loading.load(replica_for(tiny, "transformer")).model.state_dict()
     assert names and not [name for name in names if "_mod." in name or "time_text_embed" in name]
+
+
+def test_the_time_embedding_has_the_bits_of_diffusers() -> None:
+    timesteps = torch.cat(
+        [torch.linspace(1, 0, 41), torch.tensor([0.9999, 1 / 3, 1e-3, 1e-7]), torch.rand(99)]
+    )
+    reference = get_timestep_embedding(
+        timesteps, TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0, scale=TIME_SCALE
+    )
+    assert reference.shape == (144, 256) and torch.equal(time_waves(timesteps), reference)
 
 
 def test_the_schedules_last_used_are_kept(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,14 @@
-"""The transformer's sizes, from its config.json."""
+"""The transformer's sizes, from its config.json, and the error about a config that describes no model."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from ..errors import CheckpointError
+from ..files.checkpoint import Component
 
 
 @dataclass(frozen=True)
@@ -36,3 +41,15 @@ class TransformerConfig:
             axes=tuple(config.get("axes_dims_rope", cls.axes)),
             zero_cond_t=bool(config.get("zero_cond_t")),
         )
+
+
+@contextlib.contextmanager
+def config_errors(component: Component) -> Iterator[None]:
+    """Turn a library's error about a config into a CheckpointError that names the config.json."""
+    try:
+        yield
+    except Exception as error:  # the libraries raise many types
+        raise CheckpointError(
+            f"{component.path}: its configuration does not describe a model that can be built ({error}). "
+            "Download this file again."
+        ) from error

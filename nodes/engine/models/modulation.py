@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.embeddings import get_timestep_embedding
 
 from ..arithmetic import computing_environment, exact_fp32
 from ..errors import AGAIN, CheckpointError
@@ -33,7 +33,7 @@ log = logging.getLogger("FireRed")
 RECIPE = 2  # raise it when the results of this file change
 STREAMS = ("img", "txt")  # their order in StepModulation.blocks
 KEPT_BYTES = 3 * 2**29  # of tables in memory; one of 40 steps has 354 MB
-TIME_CHANNELS, TIME_SCALE = 256, 1000  # of the sinusoidal embedding
+TIME_CHANNELS, TIME_SCALE, LONGEST_PERIOD = 256, 1000, 10_000  # of the sinusoidal embedding
 TIME_EMBEDDER = "time_text_embed.timestep_embedder."
 BLOCKS, OUT = "blocks", "out"  # the tensors of a table
 
@@ -235,11 +235,21 @@ class Modulation:
         weights = {
             name.removeprefix(TIME_EMBEDDER): encoded.to(device).decode().float() for name, encoded in stored
         }
-        x = get_timestep_embedding(
-            levels.to(device), TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0, scale=TIME_SCALE
-        )
+        x = time_waves(levels.to(device))
         x = F.silu(F.linear(x, weights["linear_1.weight"], weights["linear_1.bias"]))
         return F.silu(F.linear(x, weights["linear_2.weight"], weights["linear_2.bias"]))
+
+
+def time_waves(timesteps: torch.Tensor) -> torch.Tensor:
+    """The sinusoidal embedding (n, TIME_CHANNELS), cosines first, of timesteps (n,) from 0 to 1; both FP32.
+
+    The bits are those of diffusers' get_timestep_embedding, whose module takes seconds to import.
+    """
+    half = TIME_CHANNELS // 2
+    numbers = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    frequencies = torch.exp(-math.log(LONGEST_PERIOD) * numbers / half)
+    angles = TIME_SCALE * (timesteps[:, None] * frequencies)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def _results(table: Table) -> dict[str, torch.Tensor]:

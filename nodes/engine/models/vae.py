@@ -1,4 +1,4 @@
-"""The VAE: pictures to reference latents, and latents to pictures, whole or in tiles."""
+"""The VAE: its loader, pictures to reference latents, and latents to pictures, whole or in tiles."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from typing import Any
 
 import diffusers
 import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from PIL import Image
 
 from ..arithmetic import exact_fp32
 from ..cards.kernels import is_out_of_memory
 from ..cards.transfer import copy_to
+from ..files.cache import DiskCache
 from ..images import from_pixels, mirrored
 from ..latents import (
     MEGAPIXEL,
@@ -29,9 +33,12 @@ from ..latents import (
     require_latents,
 )
 from ..limits import REFERENCE_MEGAPIXELS, TILING
+from ..progress import OnProgress
 from ..weights.components import Replica
 from ..weights.estimates import SMALLEST_TILE, decode_bytes
+from ..weights.filling import fill
 from ..weights.room import require_room
+from .config import config_errors
 from .guard import STOP, Guard, require_finite_input
 
 log = logging.getLogger("FireRed")
@@ -44,10 +51,47 @@ TILES = (96, 64, SMALLEST_TILE)  # latents on a side, with the halo
 
 @dataclass(frozen=True)
 class VAE:
-    """A loaded VAE. model: reduced to single frames, see layers.keep_single_frames."""
+    """A loaded VAE. model: reduced to single frames, see keep_single_frames."""
 
     replica: Replica
     model: diffusers.AutoencoderKLQwenImage
+
+
+def load_vae(replica: Replica, on_progress: OnProgress, cache: DiskCache | None) -> VAE:
+    component = replica.spec.checkpoint.component("vae")
+    config = component.config()
+    with config_errors(component), init_empty_weights():
+        model = diffusers.AutoencoderKLQwenImage.from_config(config)
+    fill(model, replica, on_progress)
+    keep_single_frames(model)
+    return VAE(replica, model.eval())
+
+
+class FrameConv(torch.nn.Module):
+    """A causal 3-D convolution for a single frame. Past frames are zeros, so only its last time tap counts.
+
+    Equal to the 3-D one on (B, C, 1, H, W), with a third of its weights and arithmetic.
+    """
+
+    def __init__(self, conv: QwenImageCausalConv3d):
+        super().__init__()
+        self.weight = torch.nn.Parameter(conv.weight[:, :, -1].clone(), requires_grad=False)
+        self.bias = conv.bias
+        self.padding = tuple(size // 2 for size in conv.kernel_size[1:])  # all of this model keep the size
+        self.stride = conv.stride[1:]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x[:, :, 0], self.weight, self.bias, self.stride, self.padding).unsqueeze(2)
+
+
+def keep_single_frames(vae: diffusers.AutoencoderKLQwenImage) -> None:
+    """Reduce a loaded AutoencoderKLQwenImage to single frames: 2-D convolutions and none over time."""
+    for module in list(vae.modules()):
+        if hasattr(module, "time_conv"):
+            del module.time_conv
+        for name, child in list(module.named_children()):
+            if isinstance(child, QwenImageCausalConv3d):
+                setattr(module, name, FrameConv(child))
 
 
 @torch.inference_mode()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 
@@ -43,6 +42,8 @@ def make_schedule(
     last steps of a schedule that is longer by this factor, as core's KSampler does. Raises InputError for
     `steps` out of bounds and CheckpointError for a config that diffusers refuses.
     """
+    import diffusers  # takes seconds, which a process that is given its schedule does not spend
+
     steps = STEPS.require(steps)
     if shift:
         config = config | {"use_dynamic_shifting": False, "shift": shift, "shift_terminal": None}

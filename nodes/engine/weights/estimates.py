@@ -122,7 +122,7 @@ def weight_bytes(
             continue
         shape, numel = stored.shape, torch.Size(stored.shape).numel()
         if role == "vae" and len(shape) == CONV_3D:
-            # for single frames one time tap is kept, and nothing across time (layers.keep_single_frames)
+            # for single frames one time tap is kept, and nothing across time (vae.keep_single_frames)
             numel = 0 if "time_conv" in name else numel // shape[2]
         if len(shape) != 2 or not name.endswith(".weight"):
             total += numel * precision.math.itemsize

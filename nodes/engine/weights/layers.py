@@ -1,4 +1,4 @@
-"""Layers that replace a model's own: stored in one dtype and used in another, or faster for one frame."""
+"""Layers that replace a model's own: stored in one dtype and used in another."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLQwenImage
-from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 
 from ..files.encodings import Encoded
 from .names import is_big_matrix
@@ -71,30 +69,3 @@ def has_storage_dtype(module: torch.nn.Module, parameter: str) -> bool:
     """Whether this parameter has the precision's storage dtype (a matrix), not its compute dtype."""
     layers = (UpcastLinear, UpcastEmbedding, torch.nn.Linear, torch.nn.Embedding)
     return parameter == "weight" and isinstance(module, layers)
-
-
-class FrameConv(torch.nn.Module):
-    """A causal 3-D convolution for a single frame. Past frames are zeros, so only its last time tap counts.
-
-    Equal to the 3-D one on (B, C, 1, H, W), with a third of its weights and arithmetic.
-    """
-
-    def __init__(self, conv: QwenImageCausalConv3d):
-        super().__init__()
-        self.weight = torch.nn.Parameter(conv.weight[:, :, -1].clone(), requires_grad=False)
-        self.bias = conv.bias
-        self.padding = tuple(size // 2 for size in conv.kernel_size[1:])  # all of this model keep the size
-        self.stride = conv.stride[1:]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(x[:, :, 0], self.weight, self.bias, self.stride, self.padding).unsqueeze(2)
-
-
-def keep_single_frames(vae: AutoencoderKLQwenImage) -> None:
-    """Reduce a loaded AutoencoderKLQwenImage to single frames: 2-D convolutions and none over time."""
-    for module in list(vae.modules()):
-        if hasattr(module, "time_conv"):
-            del module.time_conv
-        for name, child in list(module.named_children()):
-            if isinstance(child, QwenImageCausalConv3d):
-                setattr(module, name, FrameConv(child))
