@@ -16,7 +16,7 @@ from engine.sampling.conditioning import Condition
 from engine.sampling.resume import SavedRun
 from engine.sampling.sampling import SamplingRun, prepare_run
 
-PICTURES, STEPS, LONG = 3, 3, 150
+PICTURES, STEPS, LONG = 3, 3, 90
 Saver = Callable[[str], SavedRun | None]
 
 

@@ -126,22 +126,10 @@ def test_a_checkpoint_that_a_machine_lacks_is_named(
 ) -> None:
     moved = shutil.copytree(tiny.folder, tmp_path / "here")
     run = make_run(Checkpoint(moved))
-    pictures = Task(run, "stop")
-    plain = pictures.plain()
-    assert plain["checkpoint"]["path"] == str(moved)
+    pictures = connected.submit(Task(run, "stop"), no_file)
     shutil.move(moved, tmp_path / "elsewhere")
     with pytest.raises(ClusterError, match=r"There is no here.*FIRERED_MODELS"):
-        connected.wait(connected.submit(_Fixed(pictures, plain), no_file), STEPS, lambda *told: None)
-
-
-class _Fixed:
-    """A task whose files were there when it was made."""
-
-    def __init__(self, task: Task, plain: object):
-        self.run, self.guard, self._plain = task.run, task.guard, plain
-
-    def plain(self) -> object:
-        return self._plain
+        connected.wait(pictures, STEPS, lambda *told: None)
 
 
 def test_a_lost_head_is_said_within_seconds_and_ends_only_the_process_of_ray(
@@ -168,12 +156,10 @@ class _Other(http.server.BaseHTTPRequestHandler):
         self.send_error(404)
 
 
-@pytest.mark.parametrize("answers", [False, True])
-def test_an_address_without_a_cluster_is_said(answers: bool, variables: None, tiny: Checkpoint) -> None:
+def test_an_address_with_another_program_is_said(variables: None, tiny: Checkpoint) -> None:
     address = f"127.0.0.1:{free_port()}"
-    if answers:
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", int(address.split(":")[1])), _Other)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", int(address.split(":")[1])), _Other)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     started = time.monotonic()
     pool = Pool(Link(address), 1)
     with pytest.raises(ClusterError, match=f"the Ray cluster at {address} cannot be used"):
@@ -182,13 +168,19 @@ def test_an_address_without_a_cluster_is_said(answers: bool, variables: None, ti
     wait_for(lambda: not pool.link.alive)
 
 
+def test_an_address_where_nothing_listens_is_said_at_once(variables: None) -> None:
+    started = time.monotonic()
+    with pytest.raises(ClusterError, match="Nothing answers at RAY_ADDRESS=127"):
+        Link(f"127.0.0.1:{free_port()}")
+    assert time.monotonic() - started < 5
+
+
 OWNER = """
 import sys, time
 from engine.cluster.link import Link
-from engine.cluster.pool import Pool
-pool = Pool(Link(""), 1)
-pool.here.result()
-print(pool.link._folder, flush=True)
+link = Link("")
+link.connect().result()
+print(link._folder, flush=True)
 time.sleep(600)
 """
 

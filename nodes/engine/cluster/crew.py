@@ -14,7 +14,8 @@ import torch
 
 from ..errors import FireRedError
 from ..sampling.sampling import SamplingRun
-from ..weights.room import has_room
+from ..units import GIB
+from ..weights.estimates import fits
 from .link import ClusterError, Link
 from .remote import Machine, Worker, WorkerFailure, result_of
 from .wire import packed
@@ -23,6 +24,7 @@ from .worker import LIBRARIES, library_version
 log = logging.getLogger("FireRed")
 
 CONNECT_SECONDS = 30.0  # that joining a cluster may take
+ANSWER_SECONDS = 15.0  # that the cluster's head may take to list its machines
 START_SECONDS = 120.0  # that a worker may take to start: it imports torch
 RECRUIT_SECONDS = 1.0  # between two looks for cards to start workers on
 RETRY_SECONDS = 60.0  # until a machine whose cards did not do is tried again
@@ -42,12 +44,13 @@ class Crew:
         """
         self.link, self.wanted = link, wanted
         self.workers: list[Worker] = []
-        self.needs: SamplingRun | None = None  # the last one: what a worker must have room for
+        self._needs = 0, 0  # bytes of the weights and beside them, which a worker must have room for
         self._claim, self._changed = claim, changed
         self._numbers = itertools.count(1)
         self._reasons: dict[str, str] = {}  # why workers did not do, by who
         self._tried: dict[str, float] = {}  # nodes whose cards did not do, and when
         self._nodes: Future[Any] | None = None
+        self._asked = 0.0  # when, for _nodes
         self._last_loss = self._recruited = -RETRY_SECONDS
         self._begun = time.monotonic()
         self._here = self._woken(link.connect())
@@ -66,13 +69,17 @@ class Crew:
         if not self._here.done() and time.monotonic() - self._begun > CONNECT_SECONDS:
             why = f"it did not answer within {CONNECT_SECONDS:.0f} s"
             self.link.kill()
+        elif why is None and self._nodes is not None and time.monotonic() - self._asked > ANSWER_SECONDS:
+            why = f"its head has not answered for {ANSWER_SECONDS:.0f} s"
+            self.link.kill()
         elif why is None and not self.link.alive:
             why = "the process that Ray runs in has ended"
         if why is not None:
             raise ClusterError(f"{self.where} cannot be used: {why}. What was computed is saved.")
 
-    def hope(self) -> None:
-        """Before new work: what was in the way may be gone."""
+    def hope(self, run: SamplingRun) -> None:
+        """Before new work: what was in the way may be gone. run: what workers must have room for."""
+        self._needs = run.replica.spec.nbytes(), run.working_bytes()
         if not self.workers:
             self._tried.clear()
             self._reasons.clear()
@@ -124,7 +131,7 @@ class Crew:
             if self.wanted is not None and len(self.workers) >= self.wanted:
                 return True
             if now - self._recruited > RECRUIT_SECONDS:
-                self._nodes = self._woken(self.link.ask("nodes"))
+                self._nodes, self._asked = self._woken(self.link.ask("nodes")), now
             return False
         if not self._nodes.done():
             return False
@@ -144,9 +151,7 @@ class Crew:
         For the thread of a prompt, which calls it without the lock.
         """
         for worker in [each for each in self.workers if each.needs_claim]:
-            run = self.needs
-            assert run is not None
-            free = self._claim(worker.about["uuid"], run.replica.spec.nbytes() + run.working_bytes())
+            free = self._claim(worker.about["uuid"], sum(self._needs))
             with self._changed:
                 worker.needs_claim = False
                 if worker in self.workers and (reason := self._too_full(worker, free)):
@@ -228,20 +233,15 @@ class Crew:
             self.end(worker)
         for worker in met[:count]:
             worker.ready = True
-            log.info("%s is ready, %.1f GiB free", worker, worker.about["free"] / 2**30)
+            log.info("%s is ready, %.1f GiB free", worker, worker.about["free"] / GIB)
 
     def _too_full(self, worker: Worker, free: float) -> str:
         """Why a worker has no room for the transformer; empty where it has. free: bytes on its card."""
-        run = self.needs
-        if run is None:
-            return ""
-        working = run.working_bytes()
         if not worker.on_card:
             free /= sum(each.node == worker.node for each in self.workers)
-        if has_room(run.replica, working, free):
+        if fits(*self._needs, free):
             return ""
-        needed = (run.replica.spec.nbytes() + working) / 2**30
-        return f"it has {free / 2**30:.1f} GiB free, and this edit takes {needed:.1f} GiB"
+        return f"it has {free / GIB:.1f} GiB free, and this edit takes {sum(self._needs) / GIB:.1f} GiB"
 
     def _woken(self, asked: Future[Any]) -> Future[Any]:
         """The future, which wakes who waits for news."""

@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..arithmetic import ENVIRONMENT, KERNEL_SWITCH
-from ..errors import FireRedError
+from ..errors import FireRedError, first_line
 from .frames import read_frame, write_frame
 
 log = logging.getLogger("FireRed")
@@ -27,6 +28,7 @@ log = logging.getLogger("FireRed")
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 LOCAL_PREFIX = "firered-ray-"  # of the folders of local Rays, with their owners' process numbers
 ENGINE = Path(__file__).resolve().parents[1]
+PROBE_SECONDS = 5.0
 KEPT_LINES = 20  # of what the process prints
 
 
@@ -38,8 +40,12 @@ class Link:
     """A process of its own that Ray runs in. It ends with this process, however that ends."""
 
     def __init__(self, address: str):
-        """address: of a cluster; empty for a Ray of this machine that starts and ends with this link."""
+        """address: of a cluster; empty for a Ray of this machine that starts and ends with this link.
+
+        Raises FireRedError without Ray, and ClusterError where nothing answers at the address.
+        """
         require_ray()
+        _require_answer(address)
         self.address = address
         self._folder = None if address else _make_folder()
         self._numbers = itertools.count()
@@ -149,6 +155,20 @@ def cluster_address() -> str:
             f"(ray start --address=HOST:6379) and set {ADDRESS_VARIABLE} to HOST:6379."
         )
     return "" if address == "local" else address
+
+
+def _require_answer(address: str) -> None:
+    """Raise ClusterError where nothing listens: Ray itself would try for half a minute."""
+    host, separator, port = address.rpartition(":")
+    if not separator or not port.isdecimal():  # such as auto
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PROBE_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(
+            f"Nothing answers at {ADDRESS_VARIABLE}={address} ({first_line(error)}). Start the cluster's head "
+            f"there, or unset {ADDRESS_VARIABLE}."
+        ) from None
 
 
 def _make_folder() -> Path:

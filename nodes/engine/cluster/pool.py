@@ -86,7 +86,7 @@ class Pool:
         """
         key, pictures = task.run.name(task.guard), []
         with self._changed:
-            self._hope()
+            self._hope(task)
             for number in range(task.run.batch):
                 name = single(task.run, number).name(task.guard)
                 picture = self._pictures.get(name)
@@ -151,7 +151,7 @@ class Pool:
         """
         key = task.run.name(task.guard)
         with self._changed:
-            self._hope()
+            self._hope(task)
             self._share(key, task)
         taken: list[Worker] = []
         looked = False  # for more workers than there are
@@ -433,7 +433,6 @@ class Pool:
 
     def _share(self, key: str, task: Task) -> None:
         """Let workers have the task, under that key."""
-        self._crew.needs = task.run
         if key not in self._tasks:
             self.link.ask("share", key=key, content=packed(task.plain()))
             self._tasks[key] = task
@@ -442,12 +441,12 @@ class Pool:
         if self._tasks.pop(key, None) is not None:
             self.link.ask("forget", key=key)
 
-    def _hope(self) -> None:
+    def _hope(self, task: Task) -> None:
         """Before new work. Raises ClusterError where the cluster is gone."""
         if self._closed:
             raise self._failed or ClusterError(f"{self._crew.where} was left.")
         self._failed = None
-        self._crew.hope()
+        self._crew.hope(task.run)
 
     def _fail(self, error: ClusterError) -> None:
         """Give up all pictures."""
