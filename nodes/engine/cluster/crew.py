@@ -23,7 +23,7 @@ from .worker import LIBRARIES, library_version
 
 log = logging.getLogger("FireRed")
 
-CONNECT_SECONDS = 30.0  # that joining a cluster may take
+CONNECT_SECONDS = 25.0  # that joining a cluster may take
 ANSWER_SECONDS = 15.0  # that the cluster's head may take to list its machines
 START_SECONDS = 120.0  # that a worker may take to start: it imports torch
 RECRUIT_SECONDS = 1.0  # between two looks for cards to start workers on
@@ -52,6 +52,7 @@ class Crew:
         self._nodes: Future[Any] | None = None
         self._asked = 0.0  # when, for _nodes
         self._last_loss = self._recruited = -RETRY_SECONDS
+        self._hoped = 0.0  # when there was new work
         self._begun = time.monotonic()
         self._here = self._woken(link.connect())
 
@@ -79,7 +80,7 @@ class Crew:
 
     def hope(self, run: SamplingRun) -> None:
         """Before new work: what was in the way may be gone. run: what workers must have room for."""
-        self._needs = run.replica.spec.nbytes(), run.working_bytes()
+        self._needs, self._hoped = (run.replica.spec.nbytes(), run.working_bytes()), time.monotonic()
         if not self.workers:
             self._tried.clear()
             self._reasons.clear()
@@ -139,9 +140,10 @@ class Crew:
         for node, on_card in self._places(asked.result()):
             if now - self._tried.get(node, -RETRY_SECONDS) >= RETRY_SECONDS:
                 self._start(node, on_card, now)
-        if not self.workers and now - self._last_loss > GRACE_SECONDS:
+        waited = now - (self._last_loss if self._reasons else self._hoped)
+        if not self.workers and waited > GRACE_SECONDS:
             why = "; ".join(f"{who}: {reason}" for who, reason in self._reasons.items())
-            why = why or "other programs of the cluster have all cards"
+            why = why or "Other programs of the cluster have all cards"
             raise ClusterError(f"No card of {self.where} can sample this. {why}.")
         return True
 

@@ -166,8 +166,8 @@ def _require_answer(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), PROBE_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise ClusterError(
-            f"Nothing answers at {ADDRESS_VARIABLE}={address} ({first_line(error)}). Start the cluster's head "
-            f"there, or unset {ADDRESS_VARIABLE}."
+            f"Nothing answers at {ADDRESS_VARIABLE}={address} ({first_line(error)}). Start the cluster's "
+            f"head there, or unset {ADDRESS_VARIABLE}."
         ) from None
 
 
