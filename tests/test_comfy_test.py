@@ -1,4 +1,9 @@
-"""comfy-test, a checker for node packs, at every level, attached to a running server, without internet."""
+"""comfy-test, a checker for node packs, attached to a running server, without internet.
+
+It gets what the registry's users get, and executes the workflows of the built-in model at their full sizes.
+test_workflows.py checks in the same browser what two of its levels would do: static_capture opens every
+workflow, and execution queues from the page what execution_light queues from outside.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +27,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-CONFIG = tomllib.loads((ROOT / "comfy-test.toml").read_text(encoding="utf-8"))["test"]
+CONFIG_FILE = "comfy-test.toml"
+CONFIG = tomllib.loads((ROOT / CONFIG_FILE).read_text(encoding="utf-8"))["test"]
+CHECKER = (sys.executable, "-m", "comfy_test")
 # Where the browser that Playwright brings has its two programs, in a folder of its revision
 PROGRAMS = {
     "chromium": "chrome-linux64/chrome",
@@ -36,7 +43,7 @@ def test_comfy_test_passes_at_every_level(own_work: Path, tmp_path: Path) -> Non
     with Server(own_work, SERVER_ARGUMENTS) as server:
         (tmp_path / "server.log").write_text(server.text(), encoding="utf-8")
         run = subprocess.run(
-            [sys.executable, "-m", "comfy_test", "run", "--server-url", server.address],
+            [*CHECKER, "run", "--server-url", server.address],
             cwd=pack,
             env=os.environ
             | {"COMFY_TEST_LOGS_DIR": str(tmp_path), "PLAYWRIGHT_BROWSERS_PATH": str(browsers(tmp_path))},
@@ -49,8 +56,17 @@ def test_comfy_test_passes_at_every_level(own_work: Path, tmp_path: Path) -> Non
     passed = re.findall(r"^\[(\w+)\] PASSED", run.stdout, re.MULTILINE)
     assert [level.lower() for level in passed] == CONFIG["levels"]
     assert "registered nodes used across" in run.stdout and "(100%)" in run.stdout
+    # The level hazards only reports. These are its two groups of findings that are hardly ever wrong.
+    assert "=== A -- presence proves it" not in run.stdout and "=== B -- near-certain" not in run.stdout
     executed = dict(re.findall(r"(\w+)\.json \[\d+/\d+\] - (\w+)", run.stdout))
     assert executed == dict.fromkeys(CONFIG["workflows"]["cpu"], "PASS")
+
+
+def test_what_is_not_published_passes_its_lint_too(tmp_path: Path) -> None:
+    """The tests, the launcher and the training: characters that Windows has, no device written down."""
+    pack = copy_pack(tmp_path / PACK_FOLDER, set())
+    run = subprocess.run([*CHECKER, "lint", pack], capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def browsers(folder: Path) -> Path:
@@ -69,12 +85,26 @@ def browsers(folder: Path) -> Path:
 
 
 def install_pack(comfyui: Path) -> Path:
-    """A copy of this pack in a copy of ComfyUI made of links, which is what comfy-test needs."""
+    """What the registry publishes of this pack, in a copy of ComfyUI made of links: comfy-test needs one."""
     comfyui.mkdir()
     for entry in comfyui_folder().iterdir():
         if entry.is_file():
             shutil.copy(entry, comfyui)
         elif entry.name != "custom_nodes":
             link_folder(comfyui / entry.name, entry)
-    left_out = shutil.ignore_patterns(".*", "__pycache__")
-    return Path(shutil.copytree(ROOT, comfyui / "custom_nodes" / PACK_FOLDER, ignore=left_out))
+    unpublished = {line.strip("/") for line in (ROOT / ".comfyignore").read_text(encoding="utf-8").split()}
+    return copy_pack(comfyui / "custom_nodes" / PACK_FOLDER, unpublished - {CONFIG_FILE})
+
+
+def copy_pack(target: Path, left_out: set[str]) -> Path:
+    """A copy of this repository without its hidden files and without the paths in left_out."""
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        within = Path(folder).relative_to(ROOT)
+        return {
+            name
+            for name in names
+            if name.startswith(".") or name == "__pycache__" or (within / name).as_posix() in left_out
+        }
+
+    return Path(shutil.copytree(ROOT, target, ignore=ignored))

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 from browser import open_page, show_graph
-from conftest import SERVER_ARGUMENTS
 
 from launcher.client import Client
 from launcher.folders import ROOT
@@ -83,14 +81,14 @@ def named(page: str) -> set[str]:
     return {*re.findall(r"`(.+?)`", cells), *re.findall(r"\((\w+\.png)\)", page)}
 
 
-def test_a_page_shows_the_nodes_and_their_help_in_chinese(own_work: Path) -> None:
+def test_a_page_shows_the_nodes_and_their_help_in_chinese(server: Server, client: Client) -> None:
     workflow = json.loads((ROOT / "workflows" / "firered_demo.json").read_text(encoding="utf-8"))
     shown = """() => Object.fromEntries(window.app.graph.nodes.map(node => [node.type, [
         node.title,
         ...node.widgets.map(widget => widget.label),
         ...node.outputs.map(output => output.localized_name),
     ]]))"""
-    with Server(own_work, SERVER_ARGUMENTS) as server:
+    try:
         for language in CHARACTERS:
             with open_page(server.address, Comfy_Locale=language) as page:
                 show_graph(page, workflow, "firered_demo")
@@ -105,6 +103,8 @@ def test_a_page_shows_the_nodes_and_their_help_in_chinese(own_work: Path) -> Non
                     page.click("[data-testid='info-button']")
                 assert answer.value.ok
                 page.wait_for_selector(f"h1:has-text('{sampler['display_name']}')")
+    finally:
+        client.post("/settings", json={"Comfy.Locale": "en"})  # for the pages of the tests that follow
 
 
 def test_nodes_are_found_by_the_names_of_what_they_replace(nodes: Nodes) -> None:

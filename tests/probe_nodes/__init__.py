@@ -18,13 +18,10 @@ import comfy.samplers
 import comfy.sd
 import comfy.text_encoders.qwen_image as qwen_image
 import comfy.text_encoders.qwen_vl as qwen_vl
-import execution
 import folder_paths
 import psutil
 import torch
-from aiohttp import web
 from comfy_extras import nodes_differential_diffusion
-from server import PromptServer
 
 
 def pack_host(part):
@@ -423,11 +420,3 @@ PROBES = (
     ProbeKSampler,
 )
 NODE_CLASS_MAPPINGS = {probe.__name__: probe for probe in PROBES}
-
-
-@PromptServer.instance.routes.post("/validate")
-async def validate(request):
-    """Check a prompt as POST /prompt does, without queueing it: comfy-test's execution level asks for it."""
-    prompt = (await request.json())["prompt"]
-    valid, error, _, node_errors = await execution.validate_prompt("validate", prompt, None)
-    return web.json_response({"error": error, "node_errors": node_errors}, status=200 if valid else 400)
