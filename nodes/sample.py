@@ -124,8 +124,9 @@ class FireRedSampler(io.ComfyNode):
             log.warning("the latent stays as it is: denoise is 0, or its noise mask is empty (black)")
             samples = require_latents(given.samples, "The latent")
             return io.NodeOutput(kept_keys(latent or {}) | {"samples": samples}, "nothing was sampled")
-        prepare = functools.partial(_prepare, transformer, positive, negative, given)
-        run = prepare(steps, cfg, width, height, seed)
+        numbers: dict[str, Any] = {"steps": steps, "cfg": cfg, "width": width, "height": height, "seed": seed}
+        prepare = functools.partial(_prepare, transformer, positive, negative, given, **numbers)
+        run = prepare()
         _log_unused_inputs(negative is not None, cfg, given, run)
         saved = host.saved_run(run.name(guard)) if resume == "on" else None
         record = RunRecord()
@@ -144,11 +145,11 @@ def _prepare(
     positive: Any,
     negative: Any,
     given: LatentInput | None,
-    steps: int = 40,
-    cfg: float = 4.0,
-    width: int = 0,
-    height: int = 0,
-    seed: int = 0,
+    steps: int,
+    cfg: float,
+    width: int,
+    height: int,
+    seed: int,
     **others: Any,
 ) -> SamplingRun:
     """The checked run. others: inputs of the node that do not belong to it."""

@@ -29,10 +29,14 @@ def files_in(folder: Path) -> Saver:
 
 
 def make_run(
-    checkpoint: Checkpoint, pictures: int = PICTURES, steps: int = STEPS, **changes: Any
+    checkpoint: Checkpoint,
+    pictures: int = PICTURES,
+    steps: int = STEPS,
+    precision: str = "int8",
+    **changes: Any,
 ) -> SamplingRun:
     """A guided run of pictures of 128x128. changes: of prepare_run's arguments."""
-    replica = replica_for(checkpoint, "transformer", "int8")
+    replica = replica_for(checkpoint, "transformer", precision)
     generator = torch.Generator().manual_seed(0)
     conditions = {
         name: Condition(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +14,21 @@ from pathlib import Path
 import psutil
 import pytest
 import ray_nodes
+import tiny_checkpoint
 import torch
 from cluster_runs import LONG, PICTURES, STEPS, files_in, finish, make_run, no_file, once_at
 from conftest import replica_for
+from engine.cluster import pool as pools
 from engine.cluster.branches import on_branches
 from engine.cluster.link import Link
 from engine.cluster.pool import Pool
+from engine.cluster.remote import Picture
 from engine.cluster.task import Task
-from engine.files.checkpoint import Checkpoint
+from engine.errors import NonFiniteError
+from engine.files.checkpoint import Checkpoint, open_checkpoint
 from engine.models import loading
 from engine.models.transformer import Transformer
+from engine.sampling.resume import RunState
 from engine.sampling.sampling import SamplingRun, sample
 from ray_nodes import wait_for
 
@@ -68,6 +75,47 @@ def test_nothing_listens_beyond_loopback(pool: Pool) -> None:
     pids = [bridge, *(process.pid for process in ray_nodes.family(bridge))]
     assert len(pids) > 4
     assert ray_nodes.listening(pids) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+def test_answers_that_come_late_belong_to_their_picture(
+    pool: Pool, tiny: Checkpoint, transformer: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pools, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(pools, "STATE_SECONDS", 0.0)
+    kept: dict[str, list[int]] = {}
+    keep = Pool._keep
+
+    def noted(self: Pool, picture: Picture, state: RunState, arithmetic: str, now: bool = False) -> None:
+        assert now or not state.finished, "a finished picture's state"
+        if not now:
+            steps = kept.setdefault(picture.name, [])
+            assert not steps or state.step >= steps[-1]
+            steps.append(state.step)
+        keep(self, picture, state, arithmetic, now)
+
+    monkeypatch.setattr(Pool, "_keep", noted)
+    run = make_run(tiny, 12, 6)
+    assert torch.equal(finish(pool, run, files_in(tmp_path)), sample(transformer, run))
+    assert kept
+
+
+def test_workers_that_died_idle_do_not_count_against_a_picture(
+    pool: Pool, run: SamplingRun, transformer: Transformer
+) -> None:
+    for worker in pool.workers:
+        os.kill(worker.about["pid"], signal.SIGKILL)
+    time.sleep(0.5)
+    pictures = pool.submit(Task(run, "stop"), no_file)
+    latents = pool.wait(pictures, STEPS, lambda *told: None)
+    assert torch.equal(latents, sample(transformer, run))
+    assert not any(picture.losses for picture in pictures)
+
+
+def test_an_error_of_the_guard_names_the_machine(pool: Pool, tmp_path: Path) -> None:
+    folder = tiny_checkpoint.build(tmp_path / "overflowing", overflow_block=1)
+    run = make_run(open_checkpoint(folder), 1, precision="fp16")
+    with pytest.raises(NonFiniteError, match=rf"Step 1 of 3.*on {socket.gethostname()} cpu \d.*img_mlp"):
+        finish(pool, run)
 
 
 def test_branches_differ_by_no_more_than_rounding(

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from cluster_runs import make_run
+from engine.arithmetic import apply_settings, settings_now
 from engine.cluster import link
 from engine.cluster.copies import describe_checkpoint, describe_lora, find_checkpoint, find_lora
 from engine.cluster.crew import _difference
 from engine.cluster.frames import read_frame, write_frame
-from engine.cluster.link import ADDRESS_VARIABLE, cluster_address, require_ray
-from engine.cluster.pool import Pool
+from engine.cluster.link import ADDRESS_VARIABLE, Link, cluster_address, require_ray
 from engine.cluster.task import Task, single
 from engine.cluster.wire import WireError, packed, unpacked
 from engine.cluster.worker import LIBRARIES, EngineWorker, library_version
@@ -95,6 +95,11 @@ def test_a_lora_is_found_below_the_model_folders(tmp_path: Path, monkeypatch: py
     assert find_lora(described) == there
 
 
+def make_worker() -> EngineWorker:
+    settings = {"number": 1, "card": False, "threads": torch.get_num_threads(), "torch": settings_now()}
+    return EngineWorker(settings)
+
+
 def test_a_task_gives_the_same_bits_in_a_worker(tiny: Checkpoint) -> None:
     """With everything that a run may have: masks, denoise, a schedule's end, the step cache, guidance."""
     options = SamplingOptions(
@@ -105,10 +110,10 @@ def test_a_task_gives_the_same_bits_in_a_worker(tiny: Checkpoint) -> None:
     run = make_run(tiny, samples=samples, mask=mask, options=options, draws=(4, 0, 2), steps=6)
     transformer = loading.load(run.replica)
     expected = sample(transformer, run)
-    worker = EngineWorker({"number": 1, "threads": torch.get_num_threads()})
+    worker = make_worker()
     task = packed(Task(run, "stop").plain())
     for number in range(3):
-        asked = {"key": "k", "number": number, "state": None, "arithmetic": ""}
+        asked = {"key": "k", "turn": number, "number": number, "state": None, "arithmetic": ""}
         answer = unpacked(worker.answer("sample", packed(asked), task))
         assert torch.equal(answer["result"]["latents"], expected[number : number + 1]), answer
         assert torch.equal(sample(transformer, single(run, number)), expected[number : number + 1])
@@ -116,8 +121,8 @@ def test_a_task_gives_the_same_bits_in_a_worker(tiny: Checkpoint) -> None:
 
 
 def test_a_worker_answers_faults_and_never_raises(tiny: Checkpoint) -> None:
-    worker = EngineWorker({"number": 1, "threads": 1})
-    branch = {"key": "k", "branch": "positive", "latents": torch.ones(1), "step": 0}
+    worker = make_worker()
+    branch = {"key": "k", "turn": 1, "branch": "positive", "latents": torch.ones(1), "step": 0}
     for method, content, said in [
         ("nothing", packed({}), "no nothing"),
         ("sample", b"rubbish", "not a message"),
@@ -129,6 +134,18 @@ def test_a_worker_answers_faults_and_never_raises(tiny: Checkpoint) -> None:
         ),
     ]:
         assert said in unpacked(worker.answer(method, content))["message"]
+
+
+def test_a_worker_computes_with_comfyuis_settings_of_torch() -> None:
+    before = settings_now()
+    assert {"cudnn.benchmark", "mkldnn.enabled", "deterministic", "math_sdp"} <= set(before)
+    try:
+        for name, value in before.items():
+            apply_settings({name: not value})
+            assert settings_now()[name] is not value, name
+    finally:
+        apply_settings(before)
+    assert settings_now() == before
 
 
 def test_versions_that_decide_bits_must_be_the_same() -> None:
@@ -148,7 +165,7 @@ def test_what_is_missing_or_wrong_around_ray_is_said(monkeypatch: pytest.MonkeyP
     assert cluster_address() == "10.0.0.1:6379"
     monkeypatch.setenv("FIRERED_WORKER_TIMEOUT", "soon")
     with pytest.raises(InputError, match="FIRERED_WORKER_TIMEOUT is 'soon'"):
-        Pool(object(), 1)  # type: ignore[arg-type]
+        Link("")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FireRedError, match="pip install ray"):
         require_ray()

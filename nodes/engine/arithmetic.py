@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import operator
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,56 @@ def _switches() -> Iterator[Switch]:
         yield Switch(
             functools.partial(setattr, backends.cudnn, "allow_tf32"), backends.cudnn.allow_tf32, False
         )
+
+
+# What of torch.backends decides bits and is set by programs that use torch.
+FLAGS = (
+    "mkldnn.enabled",
+    *(f"cudnn.{name}" for name in ("enabled", "benchmark", "deterministic")),
+    *(f"cuda.matmul.{name}" for name in REDUCED_SUMS),
+)
+SDP_FLAGS = ("flash_sdp", "mem_efficient_sdp", "math_sdp", "cudnn_sdp", "fp16_bf16_reduction_math_sdp")
+
+
+def settings_now() -> dict[str, bool]:
+    """This process's settings of torch that decide bits, for apply_settings in another process."""
+    backends: Any = torch.backends
+    found = {name: operator.attrgetter(name)(backends) for name in FLAGS if _has(backends, name)}
+    found |= {name: _sdp_is_on(name) for name in SDP_FLAGS}
+    found["deterministic"] = torch.are_deterministic_algorithms_enabled()
+    return {name: value for name, value in found.items() if isinstance(value, bool)}
+
+
+def apply_settings(settings: Mapping[str, bool]) -> None:
+    """Compute as the process whose settings_now these are."""
+    backends: Any = torch.backends
+    now = settings_now()
+    for name, value in settings.items():
+        if now.get(name) in (None, value):
+            continue
+        if name == "deterministic":
+            torch.use_deterministic_algorithms(value, warn_only=True)
+        elif name in SDP_FLAGS:
+            allow = name.startswith("fp16")
+            getattr(backends.cuda, f"{'allow' if allow else 'enable'}_{name}")(value)
+        else:
+            owner, _, flag = name.rpartition(".")
+            setattr(operator.attrgetter(owner)(backends), flag, value)
+
+
+def _sdp_is_on(name: str) -> bool:
+    cuda: Any = torch.backends.cuda
+    asked = f"{name}_allowed" if name.startswith("fp16") else f"{name}_enabled"
+    return bool(getattr(cuda, asked)())
+
+
+def _has(owner: Any, name: str) -> bool:
+    """Whether this torch has a setting and lets it be read."""
+    try:
+        operator.attrgetter(name)(owner)
+    except (AttributeError, RuntimeError):
+        return False
+    return True
 
 
 def computing_environment(device: torch.device, *libraries: str) -> tuple[object, ...]:

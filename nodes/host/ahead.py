@@ -7,6 +7,7 @@ turn comes, the sampler finds them by the run's name.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,34 +15,59 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_execution.utils import get_executing_context
 
-from ..engine.errors import FireRedError
+from ..engine.cluster.link import ClusterError
+from ..engine.errors import first_line
 from .storage import QUEUE_SECONDS, saved_run
 
 if TYPE_CHECKING:
     from ..engine.cluster.pool import Picture, Pool
     from ..engine.cluster.task import Task
 
+log = logging.getLogger("FireRed")
+
 Prompt = Mapping[str, Mapping[str, Any]]
 FEWEST_AHEAD = 4  # pictures sampled ahead, while the number of workers is not known
+LOOK_SECONDS = 1.0  # between two looks into the queue
 
 
-def sample_ahead(pool: Pool, task_of: Callable[[Mapping[str, Any]], Task]) -> None:
-    """Give the pool the pictures of queued prompts, in their order, as many as it has workers.
+class LookAhead:
+    """Gives a pool the pictures of queued prompts, in their order, about as many as it has workers.
 
-    task_of: the run of a prompt, from the inputs of its sampler that are no links. A thread cancels the
-    pictures whose prompt leaves the queue.
+    A thread cancels the pictures whose prompt leaves the queue.
     """
-    ahead: dict[str, list[Picture]] = {}
-    room = max(len(pool.workers), FEWEST_AHEAD)
-    for prompt_id, inputs in queued_variants():
-        if sum(map(len, ahead.values())) >= room:
-            break
+
+    def __init__(self, pool: Pool, task_of: Callable[[Mapping[str, Any]], Task]):
+        """task_of: the run of a prompt, from the inputs of its sampler that are no links."""
+        self._pool, self._task_of = pool, task_of
+        self._ahead: dict[str, list[Picture]] = {}
+        self._next = 0.0  # when to look, on the monotonic clock
+
+    def look(self) -> None:
+        """Look into the queue, not more than once in LOOK_SECONDS."""
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + LOOK_SECONDS
+        room = max(len(self._pool.workers), FEWEST_AHEAD)
+        new: dict[str, list[Picture]] = {}
+        for prompt_id, inputs in queued_variants():
+            unfinished = [each for pictures in self._ahead.values() for each in pictures if not each.is_done]
+            if len(unfinished) >= room:
+                break
+            if prompt_id not in self._ahead:
+                new[prompt_id] = self._ahead[prompt_id] = self._submit(inputs)
+        if new:
+            threading.Thread(
+                target=_watch, args=(self._pool, new), name="FireRed: queue", daemon=True
+            ).start()
+
+    def _submit(self, inputs: Mapping[str, Any]) -> list[Picture]:
         try:
-            ahead[prompt_id] = pool.submit(task_of(inputs), saved_run)
-        except FireRedError:  # that prompt's own node will say it
-            continue
-    if ahead:
-        threading.Thread(target=_watch, args=(pool, ahead), name="FireRed: queue", daemon=True).start()
+            return self._pool.submit(self._task_of(inputs), saved_run)
+        except ClusterError:
+            raise
+        except Exception as error:  # that prompt's own node will say it
+            log.info("a queued prompt is not sampled ahead: %s", first_line(error))
+            return []
 
 
 def queued_variants() -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -99,7 +125,7 @@ def _watch(pool: Pool, ahead: Mapping[str, list[Picture]]) -> None:
             if all(picture.is_done or picture.watched for picture in pictures):
                 del left[prompt_id]
             elif prompt_id not in there:
-                pool.cancel([each for each in pictures if not each.watched and not each.is_done])
+                pool.cancel(pictures, watched=False)
                 del left[prompt_id]
 
 

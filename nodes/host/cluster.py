@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,9 +15,8 @@ import torch
 from ..engine.cards.card import Card
 from ..engine.cluster.link import Link, cluster_address, require_ray
 from ..engine.errors import FireRedError, InputError
-from ..engine.models.guard import STOP
 from ..engine.sampling.layout import AUTO, CFG, MODE, PICTURES
-from .ahead import sample_ahead
+from .ahead import LookAhead
 from .devices import accelerators, free_memory
 from .progress import check_cancelled, sampling_reporter, show_text
 from .storage import saved_run
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("FireRed")
 
 LABEL = re.compile(r"ray(?::(?P<count>\d+))?")
+RELEASE_SECONDS = 10.0  # that a worker may take to leave its card
 SHARES = {PICTURES: "a picture a worker", CFG: "a branch a worker"}
 
 
@@ -93,20 +95,22 @@ def sample_on_cluster(
     if use.mode == CFG:
         return _sample_branches(pool, task, saved, record)
     pictures = pool.submit(task, saved_run if saved is not None else lambda name: None)
+    look = None
     if saved is not None:  # what is sampled ahead has to stay on disk until its prompt comes
-        sample_ahead(pool, lambda inputs: Task(queued(inputs), inputs.get("guard", STOP)))
-    return _finish_pictures(pool, task, pictures, saved, record)
+        look = LookAhead(pool, lambda inputs: Task(queued(inputs), inputs.get("guard", guard))).look
+    record.start(())
+    latents = pool.wait(pictures, run.schedule.steps, _reporter(record, look))
+    return _finished(pictures, latents, saved, record)
 
 
-def _finish_pictures(
-    pool: Pool, task: Task, pictures: Sequence[Picture], saved: SavedRun | None, record: RunRecord
+def _finished(
+    pictures: Sequence[Picture], latents: torch.Tensor, saved: SavedRun | None, record: RunRecord
 ) -> torch.Tensor:
+    """The latents of a run whose pictures are all done, which are saved as one from now on."""
     from ..engine.sampling.resume import finished_state
 
-    record.start(())
-    latents = pool.wait(pictures, task.run.schedule.steps, _reporter(record))
     record.add_workers([each.result for each in pictures if each.result])
-    if saved is not None and task.run.batch > 1:
+    if saved is not None and len(pictures) > 1:
         saved.arithmetic = ""  # what is finished goes on anywhere
         saved.update(finished_state(latents), now=True)
         for picture in pictures:
@@ -126,14 +130,21 @@ def _sample_branches(pool: Pool, task: Task, saved: SavedRun | None, record: Run
     return latents
 
 
-def _reporter(record: RunRecord) -> Callable[[str, int, int, torch.Tensor | None], None]:
-    """What Pool.wait tells, for the node. It is told often, so only news is passed on."""
+def _reporter(
+    record: RunRecord, look: Callable[[], None] | None
+) -> Callable[[str, int, int, torch.Tensor | None], None]:
+    """What Pool.wait tells, for the node. It is told often, so only news is passed on.
+
+    look: called as often, for the queue.
+    """
     report: Callable[[int, int, torch.Tensor | None], None] | None = None
     check, last = _checker(), -1
 
     def tell(what: str, done: int, total: int, denoised: torch.Tensor | None) -> None:
         nonlocal last, report
         check(what)
+        if look is not None:
+            look()
         if last < 0:
             record.first_step = done
         for _ in range(done - max(last, record.first_step)):
@@ -200,8 +211,9 @@ def _connected_pool() -> Pool:
         _pool.close()
         _pool = None
     if _pool is None:
-        log.info("connecting to %s", f"the Ray cluster at {address}" if address else "a Ray of this machine")
-        _pool = Pool(Link(address), None, _claim)
+        link = Link(address)
+        log.info("connecting to %s", link.where)
+        _pool = Pool(link, None, _claim)
     return _pool
 
 
@@ -217,10 +229,19 @@ def _claim(uuid: str, nbytes: float) -> float:
     return float(free_memory(device))
 
 
-def release_card(device: torch.device) -> None:
-    """End the worker that holds a card of this machine, if it computes nothing."""
-    if _pool is not None and _pool.alive and (uuid := card_uuid(device)) is not None:
-        _pool.release(uuid)
+def release_card(device: torch.device, is_enough: Callable[[], bool]) -> None:
+    """End the worker that holds a card of this machine, unless this prompt waits for it.
+
+    is_enough: whether there is room on the card then. The driver takes a moment.
+    """
+    uuid = card_uuid(device)
+    if uuid is None or _pool is None or not _pool.alive or not _pool.release_card(uuid):
+        return
+    log.info("the worker of the cluster on %s ends, to make room for this prompt", device)
+    deadline = time.monotonic() + RELEASE_SECONDS
+    while not is_enough() and time.monotonic() < deadline:
+        check_cancelled()
+        time.sleep(RELEASE_SECONDS / 100)
 
 
 def release_workers() -> None:
@@ -246,7 +267,7 @@ def watch_free_requests() -> None:
             except ValueError:
                 return
             if isinstance(asked, dict) and (asked.get("unload_models") or asked.get("free_memory")):
-                release_workers()
+                await asyncio.get_running_loop().run_in_executor(None, release_workers)
 
     server = getattr(PromptServer, "instance", None)
     if server is not None:

@@ -101,6 +101,10 @@ class Handle:
         """The same transformer, whose runs go to a cluster."""
         return replace(self.alone(self.replica.card), cluster=use)
 
+    def off_cluster(self) -> Handle:
+        """The same transformer, whose runs stay on this machine."""
+        return replace(self, cluster=None)
+
     def alone(self, card: Card) -> Handle:
         """The same transformer whole on one card."""
         whole = replace(self.replica, card=card).holding(None)
@@ -152,8 +156,12 @@ def borrow(handle: Handle, working: float | None = None) -> Iterator[Any]:
     if working is None:
         working = working_bytes(replica)
     at_least = working - RESERVED_BYTES  # the driver's part is not counted as free in room()
-    if not has_room(replica, at_least, room(replica)):
-        release_card(replica.device)
+
+    def has_enough() -> bool:
+        return has_room(replica, at_least, room(replica))
+
+    if not has_enough():
+        release_card(replica.device, has_enough)
     remedy = "Choose another device, or a precision that takes less."
     require_room(replica, at_least, room(replica), "This", remedy)
     _release_replaced(replica)

@@ -10,13 +10,14 @@ from ..engine.limits import require_text, shown
 from ..engine.planning.sharing import Sharer, Sharing
 from ..engine.sampling.layout import AUTO, MODE
 from ..engine.weights.precision import runs_on
+from . import cluster
 from .cluster import cluster_use
 from .devices import machine
 from .memory import Handle
 
 log = logging.getLogger("FireRed")
 
-LABEL = re.compile(r"gpu:\d+|ray(:\d+)?")
+LABEL = re.compile(rf"gpu:\d+|{cluster.LABEL.pattern}")
 
 
 def share(handle: Handle, devices: str, mode: str) -> Handle:
@@ -30,6 +31,7 @@ def share(handle: Handle, devices: str, mode: str) -> Handle:
     if (use := cluster_use(wanted, mode)) is not None:
         log.info("the transformer goes to a Ray cluster: %s", use.card.name)
         return handle.on_cluster(use)
+    handle = handle.off_cluster()
     mode, here, lead = MODE.require(mode), machine(), handle.replica.card
     if wanted is None and not lead.is_gpu:
         log.info("the transformer stays on %s, as its loader says", lead)

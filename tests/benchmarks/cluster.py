@@ -205,7 +205,7 @@ def make_run(checkpoint: Checkpoint, args: argparse.Namespace) -> SamplingRun:
 def simulate(args: argparse.Namespace) -> None:
     print(f"{args.steps} steps of {args.step} s, {args.each} pictures a card, results over 1 Gbit/s")
     for cards in args.cards:
-        network = Network(cards, args.step * args.steps)
+        network = Network(cards, args.steps, args.step)
         pool = Pool(network, None)  # type: ignore[arg-type]
         run = simulated_run(cards * args.each, args.steps)
         finish(pool, replace(run, draws=run.draws[:1]))
@@ -227,16 +227,17 @@ def simulate(args: argparse.Namespace) -> None:
 class Network:
     """Stands for Link: workers that wait instead of computing. Time runs SCALE times as fast."""
 
-    address = "simulated"
-    alive = True
+    address = where = "simulated"
+    alive, timeout = True, 60.0
 
-    def __init__(self, cards: int, seconds: float):
-        self._cards, self._seconds = cards, seconds / SCALE
+    def __init__(self, cards: int, steps: int, step: float):
+        self._cards, self._steps, self._seconds = cards, steps, steps * step / SCALE
         self._events: list[tuple[float, int, int, Callable[[], None]]] = []
         self._changed, self._number = threading.Condition(), 0
         self._free_at = 0.0  # when the network link has sent everything
         self.received = 0
         self._started: dict[int, float] = {}
+        self._turns: dict[int, int] = {}
         threading.Thread(target=self._run, daemon=True).start()
 
     def connect(self) -> Future[str]:
@@ -256,15 +257,25 @@ class Network:
             return self._after(0.01, packed({"result": about}))
         if method == "sample":
             self._started[worker] = time.monotonic()
+            self._turns[worker] = unpacked(arguments["content"])["turn"]
             latents = torch.zeros(1, 16, 1, 128, 128)
             result = {"latents": latents, "arithmetic": "", "first_step": 0, "skipped": 0, "peak": 0}
             return self._after(self._seconds, packed({"result": result}))
         asked = unpacked(arguments["content"])
         part = min((time.monotonic() - self._started.get(worker, 0.0)) / self._seconds, 1.0)
         state = {"step": 1, "latents": torch.zeros(1, 4096, 64), "finished": [], "step_cache": {}}
-        doing = {"what": "", "done": 0, "total": 0, "beats": int(part * 1e4), "step": int(part * 40),
-                 "arithmetic": "", "log": [], "state": state if asked.get("state") else None,
-                 "denoised": torch.zeros(1, 16, 1, 128, 128) if asked.get("picture") else None}  # fmt: skip
+        doing = {
+            "turn": self._turns.get(worker, 0),
+            "what": "",
+            "done": 0,
+            "total": 0,
+            "beats": int(part * 1e4),
+            "step": int(part * self._steps),
+            "arithmetic": "simulated",
+            "log": [],
+            "state": state if asked.get("state") else None,
+            "denoised": torch.zeros(1, 16, 1, 128, 128) if asked.get("picture") else None,
+        }
         return self._after(0.001, packed({"result": doing}))
 
     def close(self) -> None:

@@ -16,9 +16,12 @@ import threading
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from frames import read_frame, write_frame  # type: ignore[import-not-found]
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, HERE)  # some Pythons for Windows do not
+from frames import read_frame, write_frame  # type: ignore[import-not-found] # noqa: E402
 
-sys.path.pop(0)  # this program's folder, which Ray would give to the workers
+while HERE in sys.path:
+    sys.path.remove(HERE)  # Ray would give it to the workers
 
 LOOPBACK = "127.0.0.1"
 STORE_BYTES = 512 * 2**20  # of a local Ray's shared memory
@@ -151,7 +154,7 @@ class Bridge:
         if actor is not None:
             ray.kill(actor)
 
-    def wanted(self) -> bool:
+    def others_wait(self) -> bool:
         """Whether other programs of the cluster wait for a card."""
         import ray
         from ray.autoscaler.v2.sdk import get_cluster_status

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,8 +13,8 @@ from typing import Any
 
 import torch
 
+from ..arithmetic import settings_now
 from ..errors import FireRedError
-from ..sampling.sampling import SamplingRun
 from ..units import GIB
 from ..weights.estimates import fits
 from .link import ClusterError, Link
@@ -24,6 +25,8 @@ from .worker import LIBRARIES, library_version
 log = logging.getLogger("FireRed")
 
 CONNECT_SECONDS = 25.0  # that joining a cluster may take
+LOCAL_SECONDS = 120.0  # that starting a Ray of this machine may take
+CHOOSE_SECONDS = 5.0  # that workers wait for others to choose from
 ANSWER_SECONDS = 15.0  # that the cluster's head may take to list its machines
 START_SECONDS = 120.0  # that a worker may take to start: it imports torch
 RECRUIT_SECONDS = 1.0  # between two looks for cards to start workers on
@@ -44,21 +47,17 @@ class Crew:
         """
         self.link, self.wanted = link, wanted
         self.workers: list[Worker] = []
-        self._needs = 0, 0  # bytes of the weights and beside them, which a worker must have room for
+        self._needs = 0, 0
         self._claim, self._changed = claim, changed
         self._numbers = itertools.count(1)
         self._reasons: dict[str, str] = {}  # why workers did not do, by who
         self._tried: dict[str, float] = {}  # nodes whose cards did not do, and when
         self._nodes: Future[Any] | None = None
         self._asked = 0.0  # when, for _nodes
-        self._last_loss = self._recruited = -RETRY_SECONDS
-        self._hoped = 0.0  # when there was new work
+        self._last_end = self._recruited = -RETRY_SECONDS  # when a ready worker ended
+        self._expected = 0.0  # when there was new work
         self._begun = time.monotonic()
         self._here = self._woken(link.connect())
-
-    @property
-    def where(self) -> str:
-        return f"the Ray cluster at {self.link.address}" if self.link.address else "this machine's Ray"
 
     @property
     def connected(self) -> bool:
@@ -67,8 +66,9 @@ class Crew:
     def require_connected(self) -> None:
         """Raise ClusterError for a cluster that does not answer, answers something else, or is gone."""
         why: object = self._here.exception() if self._here.done() else None
-        if not self._here.done() and time.monotonic() - self._begun > CONNECT_SECONDS:
-            why = f"it did not answer within {CONNECT_SECONDS:.0f} s"
+        limit = CONNECT_SECONDS if self.link.address else LOCAL_SECONDS
+        if not self._here.done() and time.monotonic() - self._begun > limit:
+            why = f"it did not answer within {limit:.0f} s"
             self.link.kill()
         elif why is None and self._nodes is not None and time.monotonic() - self._asked > ANSWER_SECONDS:
             why = f"its head has not answered for {ANSWER_SECONDS:.0f} s"
@@ -76,11 +76,14 @@ class Crew:
         elif why is None and not self.link.alive:
             why = "the process that Ray runs in has ended"
         if why is not None:
-            raise ClusterError(f"{self.where} cannot be used: {why}. What was computed is saved.")
+            raise ClusterError(f"{self.link.where} cannot be used: {why}. What was computed is saved.")
 
-    def hope(self, run: SamplingRun) -> None:
-        """Before new work: what was in the way may be gone. run: what workers must have room for."""
-        self._needs, self._hoped = (run.replica.spec.nbytes(), run.working_bytes()), time.monotonic()
+    def expect(self, needs: tuple[int, int]) -> None:
+        """New work comes, and what was in the way may be gone.
+
+        needs: bytes of the weights and beside them, which a worker must have room for.
+        """
+        self._needs, self._expected = needs, time.monotonic()
         if not self.workers:
             self._tried.clear()
             self._reasons.clear()
@@ -99,13 +102,16 @@ class Crew:
         check: called while they are asked; may raise.
         """
         asked: Future[Any] | None = None
+        deadline = math.inf
         while asked is None or not asked.done():
             with self._changed:
                 self.require_connected()
                 if asked is None and self.connected:
-                    asked = self._woken(self.link.ask("nodes"))
+                    asked, deadline = self._woken(self.link.ask("nodes")), time.monotonic() + ANSWER_SECONDS
                 self._changed.wait(RECRUIT_SECONDS)
             check()
+            if time.monotonic() > deadline:
+                raise ClusterError(f"{self.link.where} has not answered for {ANSWER_SECONDS:.0f} s.")
         return [
             Machine(each["machine"], each["cards"], each["free"], tuple(each["kinds"]))
             for each in asked.result()
@@ -140,11 +146,11 @@ class Crew:
         for node, on_card in self._places(asked.result()):
             if now - self._tried.get(node, -RETRY_SECONDS) >= RETRY_SECONDS:
                 self._start(node, on_card, now)
-        waited = now - (self._last_loss if self._reasons else self._hoped)
+        waited = now - (self._last_end if self._reasons else max(self._last_end, self._expected))
         if not self.workers and waited > GRACE_SECONDS:
             why = "; ".join(f"{who}: {reason}" for who, reason in self._reasons.items())
             why = why or "Other programs of the cluster have all cards"
-            raise ClusterError(f"No card of {self.where} can sample this. {why}.")
+            raise ClusterError(f"No card of {self.link.where} can sample this. {why}.")
         return True
 
     def make_room(self) -> None:
@@ -162,8 +168,6 @@ class Crew:
     def lose(self, worker: Worker, why: str, again: bool = True) -> None:
         """A worker is no more. again: whether another one may be started on its machine soon."""
         worker.lost = self._reasons[str(worker)] = why
-        if worker.ready:
-            self._last_loss = time.monotonic()
         if not again:
             self._tried[worker.node] = time.monotonic()
         self.end(worker)
@@ -171,11 +175,15 @@ class Crew:
     def end(self, worker: Worker) -> None:
         self.workers.remove(worker)
         self.link.ask("stop", worker=worker.number)
+        if worker.ready:
+            self._last_end = time.monotonic()
         self._changed.notify_all()
 
     def _start(self, node: str, on_card: bool, now: float) -> None:
         number = next(self._numbers)
-        settings = {"number": number, "threads": torch.get_num_threads()}
+        settings = {
+            "number": number, "card": on_card, "threads": torch.get_num_threads(), "torch": settings_now(),
+        }  # fmt: skip
         self.link.ask("start", worker=number, node=node, card=on_card, settings=settings)
         worker = Worker(number, node, on_card, now)
         worker.described = self.ask(worker, "describe", {})
@@ -201,6 +209,7 @@ class Crew:
         """A worker has started and says what it is."""
         described, worker.described = worker.described, None
         assert described is not None
+        worker.met = time.monotonic()
         try:
             worker.about = result_of(described)
         except (WorkerFailure, FireRedError) as error:
@@ -227,9 +236,10 @@ class Crew:
         met = [worker for worker in new if worker.described is None and not worker.needs_claim]
         count = len(met)
         if self.wanted is not None:
-            if len(met) < len(new):
-                return
             count = max(self.wanted - (len(self.workers) - len(new)), 0)
+            first = min((worker.met for worker in met), default=math.inf)
+            if len(met) < len(new) and (len(met) < count or time.monotonic() - first < CHOOSE_SECONDS):
+                return
         met.sort(key=lambda worker: -worker.about["free"])
         for worker in met[count:]:
             self.end(worker)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import itertools
 import logging
+import math
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -20,12 +23,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..arithmetic import ENVIRONMENT, KERNEL_SWITCH
-from ..errors import FireRedError, first_line
+from ..errors import FireRedError, InputError, first_line
 from .frames import read_frame, write_frame
 
 log = logging.getLogger("FireRed")
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
+TIMEOUT_VARIABLE = "FIRERED_WORKER_TIMEOUT"
+DEFAULT_TIMEOUT = 60.0  # seconds
+OLDEST_RAY = (2, 52)  # the first that asks for a token
 LOCAL_PREFIX = "firered-ray-"  # of the folders of local Rays, with their owners' process numbers
 ENGINE = Path(__file__).resolve().parents[1]
 PROBE_SECONDS = 5.0
@@ -42,9 +48,11 @@ class Link:
     def __init__(self, address: str):
         """address: of a cluster; empty for a Ray of this machine that starts and ends with this link.
 
-        Raises FireRedError without Ray, and ClusterError where nothing answers at the address.
+        Raises FireRedError without Ray, InputError for a TIMEOUT_VARIABLE that is no number, and ClusterError
+        where nothing answers at the address.
         """
         require_ray()
+        self.timeout = worker_timeout()
         _require_answer(address)
         self.address = address
         self._folder = None if address else _make_folder()
@@ -61,6 +69,11 @@ class Link:
         for target in (self._read, self._keep_printed):
             threading.Thread(target=target, name="FireRed: Ray", daemon=True).start()
 
+    @property
+    def where(self) -> str:
+        """Which cluster it is, for people."""
+        return f"the Ray cluster at {self.address}" if self.address else "this machine's Ray"
+
     def connect(self) -> Future[str]:
         """Join the cluster, or start one. Gives the number of this machine's node."""
         names = (*ENVIRONMENT, KERNEL_SWITCH)
@@ -69,7 +82,7 @@ class Link:
             "connect",
             engine=str(ENGINE),
             address=self.address,
-            folder=str(self._folder or ""),
+            folder=str(self._folder / "ray") if self._folder else "",  # Ray lets everybody write there
             token=secrets.token_hex(32),
             variables=variables,
         )
@@ -127,9 +140,8 @@ class Link:
                 self._printed.append(text)
 
     def _ended(self) -> ClusterError:
-        where = f"the Ray cluster at {self.address}" if self.address else "Ray on this machine"
         last = next((line for line in reversed(self._printed) if "rror" in line or "ail" in line), "")
-        return ClusterError(f"{where} ended" + (f": {last}" if last else ""))
+        return ClusterError(f"{self.where} ended" + (f": {last}" if last else ""))
 
 
 def _binary(stream: Any) -> BinaryIO:
@@ -144,6 +156,24 @@ def require_ray() -> None:
             f"devices ray needs Ray, which is not installed. Install it with: {sys.executable} -m pip "
             "install ray. Or name cards of this machine, such as gpu:0, gpu:1."
         )
+    version = importlib.metadata.version("ray")
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_RAY:
+        raise FireRedError(
+            f"Ray {version} is too old: a cluster of it has no lock. On every machine, install a newer one: "
+            f"{sys.executable} -m pip install --upgrade ray."
+        )
+
+
+def worker_timeout() -> float:
+    """Seconds without an answer, after which a worker counts as hung. Raises InputError."""
+    given = os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT)
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 1 <= seconds < math.inf:
+        raise InputError(f"{TIMEOUT_VARIABLE} is {given!r}; set it to a number of seconds, 1 or more.")
+    return seconds
 
 
 def cluster_address() -> str:
@@ -176,12 +206,12 @@ def _make_folder() -> Path:
 
     Deletes folders whose owner was killed together with its bridge.
     """
-    root = Path(tempfile.gettempdir())
+    root = Path("/tmp" if os.name == "posix" else tempfile.gettempdir())
     for left in root.glob(f"{LOCAL_PREFIX}*"):
         owner = left.name.removeprefix(LOCAL_PREFIX).partition("-")[0]
         if owner.isdecimal() and not _runs(int(owner)):
             shutil.rmtree(left, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{LOCAL_PREFIX}{os.getpid()}-"))
+    return Path(tempfile.mkdtemp(prefix=f"{LOCAL_PREFIX}{os.getpid()}-", dir=root))
 
 
 def _runs(process: int) -> bool:

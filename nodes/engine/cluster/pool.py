@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from ..errors import FireRedError, InputError
+from ..errors import FireRedError
 from ..sampling.resume import RunState, SavedRun, finished_state
 from .crew import Claim, Crew
 from .link import ClusterError, Link
@@ -23,9 +22,7 @@ from .wire import packed
 
 log = logging.getLogger("FireRed")
 
-TIMEOUT_VARIABLE = "FIRERED_WORKER_TIMEOUT"
-DEFAULT_TIMEOUT = 60.0  # seconds without an answer, after which a worker counts as hung
-STUCK = 10  # times as long without a block done, for a worker that does answer
+STUCK = 10  # times the link's timeout without a block done, for a worker that does answer
 TICK, IDLE_TICK = 0.05, 10.0  # seconds between two looks at the workers
 CANCEL_SECONDS = 5.0  # that a cancelled worker has to save what it computed
 POLL_SECONDS = 0.5  # between two questions to a worker how far it is
@@ -43,8 +40,7 @@ class Pool:
     """Workers of one cluster, and the pictures that wait for them. It has a thread of its own."""
 
     def __init__(self, link: Link, wanted: int | None, claim: Claim = lambda card, nbytes: 0.0):
-        """wanted, claim: as in Crew. Raises InputError for a TIMEOUT_VARIABLE that is no number."""
-        self._timeout = _seconds(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT)
+        """wanted, claim: as in Crew."""
         self._changed = threading.Condition()
         self._crew = Crew(link, wanted, claim, self._changed)
         self._pictures: dict[str, Picture] = {}  # not yet done, by name, in their order
@@ -68,6 +64,9 @@ class Pool:
         """How many workers there shall be from now on; None for every card of the cluster."""
         with self._changed:
             self._crew.wanted = count
+            surplus = 0 if count is None else max(len(self._crew.workers) - count, 0)
+            for worker in [each for each in self._crew.workers if each.is_free][:surplus]:
+                self._crew.end(worker)
 
     @property
     def workers(self) -> list[Worker]:
@@ -84,20 +83,22 @@ class Pool:
 
         A picture that is already being sampled is not begun again.
         """
-        key, pictures = task.run.name(task.guard), []
+        key = task.run.name(task.guard)
+        names = [single(task.run, number).name(task.guard) for number in range(task.run.batch)]
+        made = [Picture(name, key, number, saved(name)) for number, name in enumerate(names)]
+        for picture in made:
+            _open(picture)
+        needs = task.needs()
+        plain = None if all(picture.is_done for picture in made) else packed(task.plain())
         with self._changed:
-            self._hope(task)
-            for number in range(task.run.batch):
-                name = single(task.run, number).name(task.guard)
-                picture = self._pictures.get(name)
-                if picture is None:
-                    picture = Picture(name, key, number, saved(name))
-                    _open(picture)
-                    if not picture.is_done:
-                        self._share(key, task)
-                        self._pictures[name] = picture
+            self._expect(needs)
+            pictures = [self._pictures.get(picture.name, picture) for picture in made]
+            for picture in pictures:
                 picture.cancelled = False
-                pictures.append(picture)
+                if not picture.is_done and picture.name not in self._pictures:
+                    assert plain is not None
+                    self._share(key, task, plain)
+                    self._pictures[picture.name] = picture
             self._changed.notify_all()
         return pictures
 
@@ -133,10 +134,14 @@ class Pool:
                 picture.watched = False
         return torch.cat([picture.latents for picture in pictures if picture.latents is not None])
 
-    def cancel(self, pictures: Sequence[Picture]) -> None:
-        """Do not finish these pictures. Waits until their states are saved, but not for a hung worker."""
+    def cancel(self, pictures: Sequence[Picture], watched: bool = True) -> None:
+        """Do not finish these pictures. Waits until their states are saved, but not for a hung worker.
+
+        watched: whether also those that a prompt waits for.
+        """
         deadline = time.monotonic() + CANCEL_SECONDS
         with self._changed:
+            pictures = [picture for picture in pictures if watched or not picture.watched]
             for picture in pictures:
                 picture.cancelled = True
             self._changed.notify_all()
@@ -149,10 +154,10 @@ class Pool:
 
         check: called while none is free; may raise, to cancel.
         """
-        key = task.run.name(task.guard)
+        key, needs, plain = task.run.name(task.guard), task.needs(), packed(task.plain())
         with self._changed:
-            self._hope(task)
-            self._share(key, task)
+            self._expect(needs)
+            self._share(key, task, plain)
         taken: list[Worker] = []
         looked = False  # for more workers than there are
         try:
@@ -180,8 +185,7 @@ class Pool:
     def call(self, worker: Worker, method: str, key: str, **arguments: Any) -> None:
         """Let a reserved worker compute. `result` gives what."""
         with self._changed:
-            task = key if method == "prepare" else None
-            worker.calls(self._crew.ask(worker, method, arguments | {"key": key}, task), time.monotonic())
+            self._compute(worker, method, arguments | {"key": key}, key if method == "prepare" else None)
 
     def pause(self) -> None:
         """Wait a moment for news of any worker."""
@@ -219,12 +223,26 @@ class Pool:
                 self._lose(worker, "it did not stop when the work was cancelled")
             worker.call = None
 
-    def release(self, card: str | None = None) -> None:
-        """End the workers that compute nothing: all, or the one on that card (UUID) of this machine."""
+    def release(self) -> None:
+        """End the workers that compute nothing."""
         with self._changed:
             for worker in [each for each in self._crew.workers if each.is_free]:
-                if card is None or worker.about.get("uuid") == card:
+                self._crew.end(worker)
+
+    def release_card(self, card: str) -> bool:
+        """End the worker on that card (UUID) of this machine, unless a prompt waits for what it computes.
+
+        Returns whether there was one. A picture of a queued prompt goes on elsewhere.
+        """
+        with self._changed:
+            for worker in self._crew.workers:
+                picture = worker.picture
+                unused = worker.is_free or (picture is not None and not picture.watched)
+                if unused and not worker.reserved and worker.about.get("uuid") == card:
+                    worker.picture = None
                     self._crew.end(worker)
+                    return True
+        return False
 
     def close(self) -> None:
         """Leave the cluster."""
@@ -279,17 +297,19 @@ class Pool:
 
     def _look_at(self, worker: Worker, now: float) -> None:
         if worker.poll is not None and worker.poll.done():
-            self._hear(worker, now)
+            self._note_progress(worker, now)
         if worker.call is None or worker.lost:
             return
-        picture = worker.picture
+        picture, timeout = worker.picture, self.link.timeout
         if worker.call.done():
             if picture is not None:
                 self._end_picture(worker, picture)
-        elif now - worker.heard > self._timeout:
-            self._lose(worker, f"it has not answered for {self._timeout:.0f} s")
-        elif now - worker.moved > self._timeout * STUCK:
-            self._lose(worker, f"it has computed nothing for {self._timeout * STUCK:.0f} s")
+            elif not worker.reserved:  # what it computed was given up
+                worker.call = None
+        elif worker.poll is not None and now - worker.polled > timeout:
+            self._lose(worker, f"it has not answered for {timeout:.0f} s")
+        elif now - worker.moved > timeout * STUCK:
+            self._lose(worker, f"it has computed nothing for {timeout * STUCK:.0f} s")
         elif worker.poll is None and now - worker.polled > self._poll_seconds(picture):
             if picture is not None and picture.cancelled:
                 self._crew.ask(worker, "cancel", {})
@@ -308,28 +328,39 @@ class Pool:
     def _first_watched(self) -> Picture | None:
         return next((each for each in self._pictures.values() if each.watched and not each.is_done), None)
 
-    def _hear(self, worker: Worker, now: float) -> None:
+    def _note_progress(self, worker: Worker, now: float) -> None:
+        """A worker has answered how far it is."""
         poll, worker.poll = worker.poll, None
         assert poll is not None
         try:
-            worker.doing = result_of(poll)
+            doing = result_of(poll)
+            current = worker.noted(doing, now)
+            for line in doing["log"]:
+                log.warning("%s: %s", worker, line)
+            picture = worker.picture
+            if not current or picture is None or picture.is_done:
+                return
+            picture.step = max(picture.step, doing["step"])
+            if doing["denoised"] is not None:
+                picture.denoised = doing["denoised"]
+            self._keep_plain(picture, doing["state"], doing["arithmetic"])
         except (WorkerFailure, FireRedError):
-            return  # the call ends too, or the worker stays silent until the timeout
-        worker.heard = now
-        if worker.doing["beats"] != worker.beats:
-            worker.beats, worker.moved = worker.doing["beats"], now
-        for line in worker.doing["log"]:
-            log.warning("%s: %s", worker, line)
-        picture = worker.picture
-        if picture is not None and not picture.is_done and worker.doing["step"] >= picture.step:
-            picture.step = worker.doing["step"] or picture.step
-            if worker.doing["denoised"] is not None:
-                picture.denoised = worker.doing["denoised"]
-            if worker.doing["state"] is not None:
-                self._keep(picture, state_of(worker.doing["state"]), worker.doing["arithmetic"])
+            return  # the call fails too, or gives its result
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+            self._lose(worker, f"it answered something else ({type(error).__name__}: {error})")
+
+    def _keep_plain(
+        self, picture: Picture, plain: Mapping[str, Any] | None, arithmetic: str, now: bool = False
+    ) -> None:
+        """As _keep, for what a worker sent, if it is a state to go on from."""
+        if plain is not None and arithmetic and not plain["finished"]:
+            self._keep(picture, state_of(plain), arithmetic, now)
 
     def _keep(self, picture: Picture, state: RunState, arithmetic: str, now: bool = False) -> None:
         """Note a picture's state, and save it where that is due."""
+        before = picture.kept
+        if before is not None and picture.computed_by == arithmetic and state.step < before.step and not now:
+            return  # it was begun again
         picture.kept, picture.computed_by = state, arithmetic
         if picture.saved is not None:
             picture.saved.arithmetic = arithmetic
@@ -343,18 +374,19 @@ class Pool:
             "state": None if picture.kept is None else plain_state(picture.kept),
             "arithmetic": picture.computed_by,
         }
-        worker.calls(self._crew.ask(worker, "sample", arguments, picture.task), now)
+        self._compute(worker, "sample", arguments, picture.task)
 
     def _end_picture(self, worker: Worker, picture: Picture) -> None:
         """The call of a worker for this picture has ended."""
-        call, worker.call = worker.call, None
+        call, worker.call, worker.poll = worker.call, None, None
         assert call is not None
         try:
             result = result_of(call)
-            latents = self._require_latents(result["latents"], picture)
+            picture.latents = self._require_latents(result["latents"], picture)
+            picture.result = result | {"worker": str(worker)}
+            self._keep(picture, finished_state(picture.latents), result["arithmetic"], now=True)
         except WorkerFailure as failure:
-            if failure.state is not None:
-                self._keep(picture, state_of(failure.state), worker.doing.get("arithmetic", ""), now=True)
+            self._keep_plain(picture, failure.state, failure.arithmetic, now=True)
             if failure.kind != "Cancelled":
                 self._lose(worker, str(failure), again=failure.kind not in WRONG_MACHINE)
                 return
@@ -366,9 +398,9 @@ class Pool:
             return
         except FireRedError as error:
             picture.error = error
-        else:
-            picture.latents, picture.result = latents, result | {"worker": str(worker)}
-            self._keep(picture, finished_state(latents), result["arithmetic"], now=True)
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+            self._lose(worker, f"it answered something else ({type(error).__name__}: {error})")
+            return
         worker.picture = None
         self._finish(picture)
 
@@ -379,7 +411,7 @@ class Pool:
             raise ClusterError("it answered something else than latents")
         return latents
 
-    def _require_hope(self, picture: Picture, worker: Worker) -> None:
+    def _give_up(self, picture: Picture, worker: Worker) -> None:
         """Give a picture up that took along too many workers."""
         if picture.losses >= MAX_LOSSES and not picture.is_done:
             picture.error = ClusterError(
@@ -408,10 +440,10 @@ class Pool:
         if picture is None:
             log.error("%s is lost: %s", worker, why)
             return
-        picture.losses += again
+        picture.losses += again and bool(worker.doing)  # else it had died before
         at = picture.kept.step + 1 if picture.kept is not None else 1
         log.error("%s is lost: %s. Another one goes on with its picture at step %d", worker, why, at)
-        self._require_hope(picture, worker)
+        self._give_up(picture, worker)
 
     def _give_way(self, now: float) -> None:
         """End the workers while nothing is sampled and another program of the cluster waits for a card."""
@@ -429,28 +461,36 @@ class Pool:
                     if worker.is_free and worker in self._crew.workers:
                         self._crew.end(worker)
 
-        self.link.ask("wanted").add_done_callback(told)
+        self.link.ask("others_wait").add_done_callback(told)
 
-    def _share(self, key: str, task: Task) -> None:
+    def _compute(self, worker: Worker, method: str, arguments: Mapping[str, Any], task: str | None) -> None:
+        """Let a worker compute. task: the key of the task that it needs for that."""
+        worker.turn += 1
+        call = self._crew.ask(worker, method, {**arguments, "turn": worker.turn}, task)
+        worker.calls(call, time.monotonic())
+
+    def _share(self, key: str, task: Task, plain: bytes) -> None:
         """Let workers have the task, under that key."""
         if key not in self._tasks:
-            self.link.ask("share", key=key, content=packed(task.plain()))
+            self.link.ask("share", key=key, content=plain)
             self._tasks[key] = task
 
     def _forget(self, key: str) -> None:
         if self._tasks.pop(key, None) is not None:
             self.link.ask("forget", key=key)
 
-    def _hope(self, task: Task) -> None:
-        """Before new work. Raises ClusterError where the cluster is gone."""
+    def _expect(self, needs: tuple[int, int]) -> None:
+        """New work comes. needs: as in Crew.expect. Raises ClusterError where the cluster is gone."""
         if self._closed:
-            raise self._failed or ClusterError(f"{self._crew.where} was left.")
+            raise self._failed or ClusterError(f"{self.link.where} was left. Run the prompt again.")
         self._failed = None
-        self._crew.hope(task.run)
+        self._crew.expect(needs)
 
     def _fail(self, error: ClusterError) -> None:
         """Give up all pictures."""
         self._failed = error
+        for worker in self._crew.workers:
+            worker.picture = None
         for picture in list(self._pictures.values()):
             picture.error = error
             self._finish(picture)
@@ -459,11 +499,11 @@ class Pool:
     def _what(self, picture: Picture) -> str:
         """What is done before a picture's first step."""
         if not self._crew.connected:
-            return f"connecting to {self._crew.where}"
+            return f"connecting to {self.link.where}"
         worker = next((each for each in self._crew.workers if each.picture is picture), None)
         if worker is None:
             ready = any(each.ready for each in self._crew.workers)
-            return "" if ready else f"starting workers of {self._crew.where}"
+            return "" if ready else f"starting workers of {self.link.where}"
         return "" if worker.doing.get("step") else worker.preparing
 
 
@@ -477,10 +517,3 @@ def _open(picture: Picture) -> None:
     if picture.latents is None and not state.finished and bool(state.latents.isfinite().all()):
         picture.kept, picture.computed_by, picture.step = state, arithmetic, state.step
         log.info("resuming picture %d at step %d", picture.number + 1, state.step + 1)
-
-
-def _seconds(variable: str, default: float) -> float:
-    try:
-        return max(float(os.environ.get(variable, default)), 1.0)
-    except ValueError:
-        raise InputError(f"{variable} is {os.environ[variable]!r}; set it to seconds.") from None

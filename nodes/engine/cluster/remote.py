@@ -34,14 +34,17 @@ class Worker:
     """A worker as ComfyUI's process sees it.
 
     about: what it says of itself, once `described` is done. call: what it computes now; poll: the question
-    how far it is. started, heard, moved: when it was started, when it last answered, and when it last had
-    computed another block, on the monotonic clock. lost: why it is no more.
+    how far it is. turn: the number of the last call. started, met, polled, moved: when it was started, when
+    it had said what it is, when it was asked last, and when it last had computed another block, on the
+    monotonic clock. lost: why it is no more.
     """
 
     number: int
     node: str
     on_card: bool
     started: float
+    met: float = 0.0
+    turn: int = 0
     described: Future[Any] | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
     ready: bool = False
@@ -51,7 +54,6 @@ class Worker:
     poll: Future[Any] | None = None
     polled: float = 0.0
     stated: float = 0.0
-    heard: float = 0.0
     moved: float = 0.0
     beats: int = 0
     doing: Mapping[str, Any] = field(default_factory=dict)
@@ -63,9 +65,18 @@ class Worker:
         return f"{label} ({name})" if name and name not in label else label
 
     def calls(self, call: Future[Any], now: float) -> None:
-        """It begins to compute."""
-        self.call, self.doing = call, {}
-        self.heard = self.moved = self.polled = self.stated = now
+        """It begins to compute, in the turn that the call was sent with."""
+        self.call, self.poll, self.doing = call, None, {}
+        self.moved = self.polled = self.stated = now
+
+    def noted(self, doing: Mapping[str, Any], now: float) -> bool:
+        """Note how far it is. Returns whether that is about what it computes now."""
+        if doing["turn"] != self.turn:
+            return False
+        if doing["beats"] != self.beats:
+            self.beats, self.moved = doing["beats"], now
+        self.doing = doing
+        return True
 
     @property
     def preparing(self) -> str:
@@ -107,11 +118,14 @@ class Picture:
 
 
 class WorkerFailure(Exception):
-    """A worker's own error, which another worker may not have. state: of the picture, as in task.py."""
+    """A worker's own error, which another worker may not have.
 
-    def __init__(self, kind: str, message: str, state: Mapping[str, Any] | None):
+    kind: the error's type. state: of the picture, as in task.py, computed by `arithmetic`.
+    """
+
+    def __init__(self, kind: str, message: str, state: Mapping[str, Any] | None, arithmetic: str):
         super().__init__(message)
-        self.kind, self.state = kind, state
+        self.kind, self.state, self.arithmetic = kind, state, arithmetic
 
 
 def result_of(future: Future[Any]) -> Any:
@@ -121,9 +135,10 @@ def result_of(future: Future[Any]) -> Any:
         answer = unpacked(content)
         if "result" in answer:
             return answer["result"]
-        kind, message, state = answer["error"], answer["message"], answer["state"]
+        kind, message = answer["error"], answer["message"]
+        failure = WorkerFailure(kind, message, answer["state"], answer["arithmetic"])
     except (WireError, TypeError, KeyError) as error:
         raise ClusterError(f"it answered something else ({error})") from error
     if kind in FOR_THE_USER:
         raise getattr(errors, kind)(message)
-    raise WorkerFailure(kind, message, state)
+    raise failure

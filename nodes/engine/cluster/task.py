@@ -50,6 +50,10 @@ class Task:
             "mask": run.mask,
         }
 
+    def needs(self) -> tuple[int, int]:
+        """Bytes of the weights, and of what computes beside them."""
+        return self.run.replica.spec.nbytes(), self.run.working_bytes()
+
     @staticmethod
     def of(plain: Plain, card: Card) -> Task:
         """The run on a card of this machine, with this machine's files. Raises CheckpointError."""

@@ -18,9 +18,11 @@ from typing import Any
 import psutil
 import torch
 
+from ..arithmetic import apply_settings
 from ..cards.card import Card
 from ..cards.kernels import architecture, as_current, require_kernels
 from ..cards.preflight import unfused_attention
+from ..cuda.compiler import keep_kernels_in
 from ..errors import FireRedError, first_line
 from ..files.cache import DiskCache
 from ..models import loading
@@ -53,11 +55,15 @@ class EngineWorker:
     """Holds one transformer on one card and computes what tasks ask for."""
 
     def __init__(self, settings: Plain):
-        """settings: `number`: the worker's, for its name on machines without accelerators. `threads`: of the
-        CPU, which decide the bits of what it computes.
+        """settings: `number`: the worker's, for its name on machines without accelerators. `card`: whether it
+        has one of its machine's cards. `threads` and `torch`: the CPU's threads and the settings of torch
+        that ComfyUI's process has, as they decide the bits of what is computed.
         """
         torch.set_num_threads(settings["threads"])
-        self._card = own_card(settings["number"])
+        apply_settings(settings["torch"])
+        self._card = own_card(settings["number"], settings["card"])
+        if disk_cache() is not None:
+            keep_kernels_in(disk_cache)
         self._held: Transformer | None = None
         self._task: tuple[str, Task] | None = None
         self._branches: tuple[str, LocalWorker] | None = None
@@ -65,23 +71,24 @@ class EngineWorker:
         self._at_work = threading.Lock()
         self._doing = Doing()
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
-        handler = _Lines(self._lines)
-        log.addHandler(handler)
+        log.addHandler(_Lines(self._lines))
 
     def answer(self, method: str, content: bytes, task: bytes | None = None) -> bytes:
         """The packed result of one of CALLS, or its error. Never raises.
 
         content: its packed arguments. task: the packed run that the call is about.
         """
+        turn = None
         try:
             if method not in CALLS:
                 raise FireRedError(f"a worker has no {method}")
             arguments = unpacked(content)
+            turn = arguments.get("turn")
             if task is not None:
                 arguments["task"] = task
             return packed({"result": getattr(self, method)(**arguments)})
         except BaseException as error:
-            return packed({"error": type(error).__name__, "message": _told(error), "state": self._lost()})
+            return packed({"error": type(error).__name__, "message": _told(error), **self._lost(turn)})
 
     def describe(self) -> Plain:
         """Which card of which machine this is, what is free there, and the versions of the libraries."""
@@ -98,12 +105,15 @@ class EngineWorker:
             "versions": {name: library_version(name) for name in LIBRARIES},
         }
 
-    def sample(self, task: bytes, key: str, number: int, state: Plain | None, arithmetic: str) -> Plain:
+    def sample(
+        self, task: bytes, key: str, turn: int, number: int, state: Plain | None, arithmetic: str
+    ) -> Plain:
         """One picture of a run: its raw latents (1, 16, 1, h, w), and how it was computed.
 
-        key: the run's name. number: the picture's, from 0. state: to go on from, computed by `arithmetic`.
+        key: the run's name. turn: the call's number, which `progress` tells. number: the picture's, from 0.
+        state: to go on from, computed by `arithmetic`.
         """
-        with self._working():
+        with self._working(turn):
             asked = self._read(task, key)
             transformer, run = self._transformer(asked), single(asked.run, number)
             saved, record = _State(self, state, arithmetic), RunRecord()
@@ -125,9 +135,9 @@ class EngineWorker:
                 "peak": max(record.peaks.values(), default=0),
             }
 
-    def prepare(self, task: bytes, key: str) -> Plain:
+    def prepare(self, task: bytes, key: str, turn: int) -> Plain:
         """Make a run's branches ready for `predict`. Returns how they are computed."""
-        with self._working():
+        with self._working(turn):
             asked = self._read(task, key)
             transformer, run = self._transformer(asked), asked.run
             if self._branches is None or self._branches[0] != key:
@@ -136,9 +146,9 @@ class EngineWorker:
                 self._branches = key, run_worker(transformer, run, asked.guard, told)
             return {"arithmetic": self._arithmetic(Cards([transformer]).arithmetic(run))}
 
-    def predict(self, key: str, branch: str, latents: torch.Tensor, step: int) -> Plain:
+    def predict(self, key: str, turn: int, branch: str, latents: torch.Tensor, step: int) -> Plain:
         """A branch's velocity, as Worker.predict gives it. `prepare` comes before it."""
-        with self._working():
+        with self._working(turn):
             if self._branches is None or self._branches[0] != key or self._held is None:
                 raise FireRedError("the worker was not prepared for this run")
             with self._stoppable(self._held):
@@ -152,6 +162,7 @@ class EngineWorker:
         while self._lines:
             lines.append(self._lines.popleft())
         return {
+            "turn": doing.turn,
             "what": doing.what,
             "done": doing.done,
             "total": doing.total,
@@ -173,11 +184,11 @@ class EngineWorker:
             self._free()
 
     @contextmanager
-    def _working(self) -> Iterator[None]:
+    def _working(self, turn: int) -> Iterator[None]:
         """One call computes at a time."""
         with self._at_work, as_current(self._card.device):
             self._cancelled.clear()
-            self._doing = Doing(beats=self._doing.beats + 1)
+            self._doing = Doing(turn, self._doing.beats + 1)
             yield
 
     def _read(self, content: bytes, key: str) -> Task:
@@ -231,23 +242,26 @@ class EngineWorker:
 
         return report
 
-    def _lost(self) -> Plain | None:
-        """The state that an error or a cancel leaves behind."""
-        state = self._doing.state
+    def _lost(self, turn: int | None) -> Plain:
+        """The state that the error of a call leaves behind, and how it was computed."""
+        doing = self._doing
+        left = doing.state if doing.turn == turn else None
         try:
-            return None if state is None else plain_state(state)
+            state = None if left is None else unpacked(packed(plain_state(left)))
         except RuntimeError:  # latents of a card that failed
-            return None
+            state = None
+        return {"state": state, "arithmetic": doing.arithmetic}
 
 
 class Doing:
     """What a worker does, for `progress`.
 
-    what, done, total: before the first step. beats: grows with every block. step: the steps done.
+    turn: the number of the call. what, done, total: before the first step. beats: grows with every block.
+    step: the steps done.
     """
 
-    def __init__(self, beats: int = 0):
-        self.beats = beats
+    def __init__(self, turn: int = 0, beats: int = 0):
+        self.turn, self.beats = turn, beats
         self.what, self.done, self.total = "", 0, 0
         self.step = 0
         self.arithmetic = ""
@@ -292,13 +306,15 @@ class _Lines(logging.Handler):
         self._kept.append(record.getMessage())
 
 
-def own_card(number: int) -> Card:
+def own_card(number: int, on_card: bool) -> Card:
     """The card that this process has, or the CPU. number: of the worker, to tell CPU workers apart.
+
+    on_card: whether Ray gave it a card. Others of the machine may be another program's.
 
     Raises FireRedError for a card on which this torch does not run.
     """
     machine, cpu = socket.gethostname(), torch.device("cpu")
-    if not torch.cuda.is_available():
+    if not on_card or not torch.cuda.is_available():
         memory = int(psutil.virtual_memory().total)
         label = f"{machine} cpu {number}"
         return Card(label, "cpu", cpu, False, memory, is_gpu=False, unfused=unfused_attention(cpu))
