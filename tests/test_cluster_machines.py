@@ -131,25 +131,6 @@ def test_a_machine_with_other_libraries_is_named(
         pool.close()
 
 
-def test_a_lost_head_is_said_within_seconds_and_ends_only_the_process_of_ray(
-    folder: Path, variables: None, tiny: Checkpoint
-) -> None:
-    head = Node(folder / "h")
-    pool = Pool(Link(head.address), 1)
-    lost_at: list[float] = []
-
-    def lose() -> None:
-        head.kill()
-        lost_at.append(time.monotonic())
-
-    with pytest.raises(ClusterError) as raised:
-        finish(pool, make_run(tiny, 2, 10 * LONG), act=once_at(LONG // 3, lose))
-    assert time.monotonic() - lost_at[0] < 30
-    assert head.address in str(raised.value) or "failed on" in str(raised.value)
-    pool.close()
-    wait_for(lambda: not pool.link.alive)
-
-
 class _Other(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_error(404)
@@ -203,3 +184,22 @@ def test_a_folder_whose_owner_and_bridge_were_killed_is_deleted_by_the_next_star
     assert not left.exists() and link._folder is not None and link._folder.exists()
     link.close()
     wait_for(lambda: not link.alive and not link._folder.exists())
+
+
+def test_a_lost_head_is_said_within_seconds_and_ends_only_the_process_of_ray(
+    head: Node, tiny: Checkpoint
+) -> None:
+    """The last test of the file: it ends the head that the others share."""
+    pool = Pool(Link(head.address), 1)
+    lost_at: list[float] = []
+
+    def lose() -> None:
+        head.kill()
+        lost_at.append(time.monotonic())
+
+    with pytest.raises(ClusterError) as raised:
+        finish(pool, make_run(tiny, 2, 10 * LONG), act=once_at(LONG // 3, lose))
+    assert time.monotonic() - lost_at[0] < 30
+    assert head.address in str(raised.value) or "failed on" in str(raised.value)
+    pool.close()
+    wait_for(lambda: not pool.link.alive)

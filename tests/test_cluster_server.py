@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -26,13 +29,13 @@ from prompts import (
     succeed,
     with_node,
 )
-from ray_nodes import family, ray_variables, wait_for
+from ray_nodes import TOKEN, Node, family, ray_variables, wait_for
 
 from launcher.client import Client, Prompt, ServerError
-from launcher.server import Server, free_port
+from launcher.server import Server
 
 SHARED, BATCH = "30", "31"
-PICTURES, STEPS, LONG = 2, 3, 120
+PICTURES, STEPS, LONG, SAVED = 2, 3, 100, 200
 
 
 @pytest.fixture(scope="module")
@@ -172,30 +175,43 @@ def test_workers_go_when_comfyui_is_asked_for_its_memory(server: Server, client:
     wait_for(lambda: not any(map(psutil.Process.is_running, there)))
 
 
-def test_a_killed_comfyui_leaves_nothing_and_its_batch_goes_on(own_work: Path) -> None:
-    graph = batch(steps=5 * LONG, resume="on", seed=8)
-    with Server(own_work, SERVER_ARGUMENTS) as server:
-        processes: list[psutil.Process] = []
+def test_a_killed_comfyui_leaves_nothing_and_its_batch_goes_on_in_a_cluster(
+    server: Server, client: Client, work: Path
+) -> None:
+    """The last test of the file: it ends the server that the others share."""
+    graph = batch(steps=SAVED, resume="on", seed=8)
+    saved = work / "models" / "firered_cache" / "runs"
+    before = set(saved.glob("*.safetensors"))
+    processes: list[psutil.Process] = []
 
-        def kill() -> None:
-            saved = own_work / "models" / "firered_cache" / "runs"
-            wait_for(lambda: len(list(saved.glob("*.safetensors"))) == PICTURES)
-            processes.extend(family(server.process.pid))
-            os.kill(server.process.pid, signal.SIGKILL)
+    def kill() -> None:
+        wait_for(lambda: set(saved.glob("*.safetensors")) > before)
+        processes.extend(family(server.process.pid))
+        os.kill(server.process.pid, signal.SIGKILL)
 
-        with pytest.raises(ServerError):
-            server.client.run(graph, at_step(LONG, kill))
-        assert len(processes) > 6
-        wait_for(lambda: not any(map(psutil.Process.is_running, processes)))
-    address = f"127.0.0.1:{free_port()}"
-    with Server(own_work, SERVER_ARGUMENTS) as server:
-        shared = sampled(server.client, own_work, graph)
-        assert "resuming picture 1 at step" in server.text()
-        assert torch.equal(shared, sampled(server.client, own_work, batch(None, steps=5 * LONG, seed=8)))
-    with ray_variables(RAY_ADDRESS=address), Server(own_work, SERVER_ARGUMENTS) as server:
-        said = failure(server.client, batch(seed=9))
-        assert f"Nothing answers at RAY_ADDRESS={address}" in said
+    with pytest.raises(ServerError):
+        client.run(graph, at_step(STEPS, kill))
+    assert len(processes) > 6
+    wait_for(lambda: not any(map(psutil.Process.is_running, processes)))
+    with a_cluster() as address, Server(work, SERVER_ARGUMENTS) as second:
+        shared = sampled(second.client, work, graph)
+        assert re.search(r"resuming picture \d at step", second.text())
+        alone = sampled(second.client, work, batch(None, pictures=1, steps=SAVED, seed=8))
+        assert torch.equal(shared[:1], alone)
         plan = with_node({}, "1", "FireRedHardwarePlan", checkpoint="tiny")
         plan = with_node(plan, "2", "PreviewAny", source=["1", 1])
-        shown = json.dumps(succeed(server.client, plan).outputs)
-        assert f"Nothing answers at RAY_ADDRESS={address}" in shown
+        shown = json.dumps(succeed(second.client, plan).outputs)
+        assert f"the Ray cluster at {address} has 1 machine without cards" in shown
+
+
+@contextmanager
+def a_cluster() -> Iterator[str]:
+    """The address of a cluster of one node, which programs find in the environment."""
+    folder = Path(tempfile.mkdtemp(prefix="fr"))
+    node = Node(folder)
+    try:
+        with ray_variables(RAY_ADDRESS=node.address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN):
+            yield node.address
+    finally:
+        node.kill()
+        shutil.rmtree(folder, ignore_errors=True)

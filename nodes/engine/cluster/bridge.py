@@ -13,6 +13,7 @@ import queue
 import shutil
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -89,7 +90,7 @@ class Bridge:
                 "address": "local",
                 "include_dashboard": False,
                 "object_store_memory": STORE_BYTES,
-                "_temp_dir": folder,
+                "_temp_dir": os.path.join(folder, "ray"),  # where Ray lets everybody write
             }
         ray.init(
             **options,
@@ -190,8 +191,9 @@ class Bridge:
 
     def clean_up(self) -> None:
         """Delete a local Ray's files."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while self._folder is not None and self._folder.exists() and time.monotonic() < deadline:
+            shutil.rmtree(self._folder, ignore_errors=True)  # what still ends may still write
 
 
 def _reason(error: BaseException) -> str:

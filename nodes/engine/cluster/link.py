@@ -82,7 +82,7 @@ class Link:
             "connect",
             engine=str(ENGINE),
             address=self.address,
-            folder=str(self._folder / "ray") if self._folder else "",  # Ray lets everybody write there
+            folder=str(self._folder or ""),
             token=secrets.token_hex(32),
             variables=variables,
         )
