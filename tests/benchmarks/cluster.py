@@ -18,6 +18,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
@@ -41,7 +42,6 @@ from engine.weights.components import ComponentSpec, Replica
 from engine.weights.precision import ROLE_PRECISIONS, resolve
 
 TEXT_TOKENS = 250  # of a sentence with one picture
-SCALE = 10  # times faster than life the simulation runs
 GIGABIT = 125e6  # bytes a second
 
 
@@ -61,6 +61,7 @@ def main() -> None:
     simulating.add_argument("--steps", type=int, default=40)
     simulating.add_argument("--each", type=int, default=4, help="pictures a card")
     simulating.add_argument("--cards", type=int, nargs="+", default=[8, 64, 512])
+    simulating.add_argument("--scale", type=float, default=4.0, help="times faster than life")
     args = parser.parse_args()
     (measure if args.command == "measure" else simulate)(args)
 
@@ -205,39 +206,41 @@ def make_run(checkpoint: Checkpoint, args: argparse.Namespace) -> SamplingRun:
 def simulate(args: argparse.Namespace) -> None:
     print(f"{args.steps} steps of {args.step} s, {args.each} pictures a card, results over 1 Gbit/s")
     for cards in args.cards:
-        network = Network(cards, args.steps, args.step)
+        network = Network(cards, args.steps, args.step, args.scale)
         pool = Pool(network, None)  # type: ignore[arg-type]
         run = simulated_run(cards * args.each, args.steps)
         finish(pool, replace(run, draws=run.draws[:1]))
         busy = time.process_time()
         started = time.monotonic()
         finish(pool, replace(run, seed=2))
-        seconds = (time.monotonic() - started) * SCALE
+        seconds = (time.monotonic() - started) * args.scale
         ideal = args.each * args.step * args.steps
-        busy = (time.process_time() - busy) * SCALE / seconds
+        busy = (time.process_time() - busy) / seconds
         rate = cards * args.each * 3600 / seconds
         print(
             f"{cards:4} cards: {rate:8.0f} pictures an hour, {ideal / seconds:.3f} of ideal; "
-            f"ComfyUI's process {busy / SCALE:.2f} of a core; {network.received / seconds / 1e6:.1f} MB/s",
+            f"ComfyUI's process {busy:.2f} of a core; {network.received / seconds / 1e6:.1f} MB/s",
             flush=True,
         )
         pool.close()
 
 
 class Network:
-    """Stands for Link: workers that wait instead of computing. Time runs SCALE times as fast."""
+    """Stands for Link: workers that wait instead of computing. Time runs `scale` times as fast."""
 
     address = where = "simulated"
     alive, timeout = True, 60.0
 
-    def __init__(self, cards: int, steps: int, step: float):
-        self._cards, self._steps, self._seconds = cards, steps, steps * step / SCALE
+    def __init__(self, cards: int, steps: int, step: float, scale: float):
+        self._cards, self._steps, self._scale = cards, steps, scale
+        self._seconds = steps * step / scale
         self._events: list[tuple[float, int, int, Callable[[], None]]] = []
         self._changed, self._number = threading.Condition(), 0
         self._free_at = 0.0  # when the network link has sent everything
         self.received = 0
         self._started: dict[int, float] = {}
         self._turns: dict[int, int] = {}
+        self._taken: Counter[str] = Counter()
         threading.Thread(target=self._run, daemon=True).start()
 
     def connect(self) -> Future[str]:
@@ -245,9 +248,14 @@ class Network:
 
     def ask(self, request: str, **arguments: Any) -> Future[Any]:
         if request == "nodes":
-            each = [{"id": f"n{n}", "machine": f"n{n}", "cards": 8, "free": 8, "kinds": []}
-                    for n in range(self._cards // 8)]  # fmt: skip
-            return self._after(0.001, each)
+            nodes = [
+                {"id": f"n{number}", "machine": f"n{number}", "cards": 8, "kinds": [],
+                 "free": 8 - self._taken[f"n{number}"]}
+                for number in range(self._cards // 8)
+            ]  # fmt: skip
+            return self._after(0.001, nodes)
+        if request == "start":
+            self._taken[arguments["node"]] += 1
         if request != "call":
             return self._after(0.0, None)
         method, worker = arguments["method"], arguments["worker"]
@@ -281,6 +289,9 @@ class Network:
     def close(self) -> None:
         """Nothing has to end."""
 
+    def kill(self) -> None:
+        """Nothing has to end."""
+
     def _after(self, seconds: float, result: Any) -> Future[Any]:
         """The result after that time and, for bytes, after those that the network has to move before."""
         future: Future[Any] = Future()
@@ -303,7 +314,7 @@ class Network:
                     self._changed.wait(wait)
                 _, _, size, act = heapq.heappop(self._events)
             if size:
-                self._free_at = max(self._free_at, time.monotonic()) + size / GIGABIT / SCALE
+                self._free_at = max(self._free_at, time.monotonic()) + size / GIGABIT / self._scale
                 time.sleep(max(self._free_at - time.monotonic(), 0.0))
             act()
 

@@ -45,6 +45,7 @@ class Pool:
         self._crew = Crew(link, wanted, claim, self._changed)
         self._pictures: dict[str, Picture] = {}  # not yet done, by name, in their order
         self._tasks: dict[str, Task] = {}
+        self._shown: Picture | None = None  # the first that a prompt waits for, which gets previews
         self._asked_wanted = 0.0
         self._failed: ClusterError | None = None  # why nothing can be computed
         self._closed = False
@@ -280,10 +281,11 @@ class Pool:
             self.link.close()
             raise
         self._crew.look(now)
+        self._shown = next((each for each in self._pictures.values() if each.watched), None)
         for worker in list(self._crew.workers):
             self._look_at(worker, now)
-        at_work = [worker.picture for worker in self._crew.workers]
-        waiting = [each for each in self._pictures.values() if each not in at_work]
+        at_work = {id(worker.picture) for worker in self._crew.workers}
+        waiting = [each for each in self._pictures.values() if id(each) not in at_work]
         for picture in [each for each in waiting if each.cancelled]:
             self._finish(picture)
         waiting = sorted((each for each in waiting if not each.cancelled), key=lambda each: not each.watched)
@@ -315,7 +317,7 @@ class Pool:
                 self._crew.ask(worker, "cancel", {})
             state = picture is not None and now - worker.stated > STATE_SECONDS
             worker.stated, worker.polled = now if state else worker.stated, now
-            shown = picture is not None and picture is self._first_watched
+            shown = picture is not None and picture is self._shown
             worker.poll = self._crew.ask(worker, "progress", {"state": state, "picture": shown})
 
     def _poll_seconds(self, picture: Picture | None) -> float:
@@ -323,10 +325,6 @@ class Pool:
         if picture is not None and picture.cancelled:
             return 2 * TICK
         return max(POLL_SECONDS, len(self._crew.workers) / POLLS_A_SECOND)
-
-    @property
-    def _first_watched(self) -> Picture | None:
-        return next((each for each in self._pictures.values() if each.watched and not each.is_done), None)
 
     def _note_progress(self, worker: Worker, now: float) -> None:
         """A worker has answered how far it is."""
