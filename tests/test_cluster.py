@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,6 +98,16 @@ def test_answers_that_come_late_belong_to_their_picture(
     run = make_run(tiny, 12, 6)
     assert torch.equal(finish(pool, run, files_in(tmp_path)), sample(transformer, run))
     assert kept
+
+
+def test_an_answer_of_the_head_that_nobody_needed_is_not_taken_for_silence(
+    pool: Pool, run: SamplingRun, transformer: Transformer
+) -> None:
+    answered: Future[list[object]] = Future()
+    answered.set_result([])
+    pool._crew._nodes, pool._crew._asked = answered, time.monotonic() - 100
+    assert torch.equal(finish(pool, run), sample(transformer, run))
+    assert pool.alive
 
 
 def test_workers_that_died_idle_do_not_count_against_a_picture(

@@ -70,13 +70,18 @@ class Crew:
         if not self._here.done() and time.monotonic() - self._begun > limit:
             why = f"it did not answer within {limit:.0f} s"
             self.link.kill()
-        elif why is None and self._nodes is not None and time.monotonic() - self._asked > ANSWER_SECONDS:
+        elif why is None and self._is_silent():
             why = f"its head has not answered for {ANSWER_SECONDS:.0f} s"
             self.link.kill()
         elif why is None and not self.link.alive:
             why = "the process that Ray runs in has ended"
         if why is not None:
             raise ClusterError(f"{self.link.where} cannot be used: {why}. What was computed is saved.")
+
+    def _is_silent(self) -> bool:
+        """Whether the cluster's head does not answer."""
+        waits = self._nodes is not None and not self._nodes.done()
+        return waits and time.monotonic() - self._asked > ANSWER_SECONDS
 
     def expect(self, needs: tuple[int, int]) -> None:
         """New work comes, and what was in the way may be gone.
@@ -142,7 +147,10 @@ class Crew:
             return False
         if not self._nodes.done():
             return False
-        asked, self._nodes, self._recruited = self._nodes, None, now
+        asked, self._nodes = self._nodes, None
+        if now - self._asked > ANSWER_SECONDS:  # there was no need to look, and it may have changed
+            return False
+        self._recruited = now
         for node, on_card in self._places(asked.result()):
             if now - self._tried.get(node, -RETRY_SECONDS) >= RETRY_SECONDS:
                 self._start(node, on_card, now)
