@@ -28,6 +28,7 @@ CANCEL_SECONDS = 5.0  # that a cancelled worker has to save what it computed
 POLL_SECONDS = 0.5  # between two questions to a worker how far it is
 POLLS_A_SECOND = 200  # of all workers
 STATE_SECONDS = 5.0  # between two states of a picture that cross the network
+STATES_A_SECOND = 20  # of all pictures; one of 1024x1024 has 1 MB
 MAX_LOSSES = 3  # of workers that a picture may take along
 WRONG_MACHINE = ("CheckpointError", "DoesNotFitError", "FireRedError")  # another machine may do
 
@@ -315,7 +316,8 @@ class Pool:
         elif worker.poll is None and now - worker.polled > self._poll_seconds(picture):
             if picture is not None and picture.cancelled:
                 self._crew.ask(worker, "cancel", {})
-            state = picture is not None and now - worker.stated > STATE_SECONDS
+            between = max(STATE_SECONDS, len(self._crew.workers) / STATES_A_SECOND)
+            state = picture is not None and now - worker.stated > between
             worker.stated, worker.polled = now if state else worker.stated, now
             shown = picture is not None and picture is self._shown
             worker.poll = self._crew.ask(worker, "progress", {"state": state, "picture": shown})
