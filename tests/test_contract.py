@@ -195,7 +195,7 @@ def test_a_worker_of_a_cluster_imports_only_what_the_transformer_needs(
     code = """if True:
         import sys
         from engine.cluster.worker import EngineWorker
-        worker = EngineWorker({"number": 0, "threads": 1})
+        worker = EngineWorker({"number": 1, "card": False, "threads": 1, "torch": {}})
         result = worker.sample(sys.stdin.buffer.read(), "run", 0, None, "")
         assert result["latents"].isfinite().all()
         print(*sys.modules)

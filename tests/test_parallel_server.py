@@ -136,7 +136,10 @@ def test_a_transformer_on_the_cpu_stays_there(server: Server, latents: Latents) 
     ("shared", "told"),
     [
         (dict(devices="gpu:0, gpu:0"), "devices names gpu:0 twice. Name every card once."),
-        (dict(devices="cuda:0"), "devices names 'cuda:0'. Write auto, or cards such as gpu:0, gpu:1."),
+        (
+            dict(devices="cuda:0"),
+            "devices names 'cuda:0'. Write auto, cards such as gpu:0, gpu:1, or ray for a cluster.",
+        ),
         (dict(devices="gpu:1", mode="cfg"), "Mode cfg takes several cards, and devices names one."),
         (dict(devices="gpu:0, gpu:1, gpu:2", mode="cfg"), "Mode cfg takes two cards"),
         (dict(devices="gpu:0, gpu:1, gpu:2", mode="cfg+sequence"), "an even number of cards, not 3"),
