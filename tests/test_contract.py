@@ -196,7 +196,7 @@ def test_a_worker_of_a_cluster_imports_only_what_the_transformer_needs(
         import sys
         from engine.cluster.worker import EngineWorker
         worker = EngineWorker({"number": 1, "card": False, "threads": 1, "torch": {}})
-        result = worker.sample(sys.stdin.buffer.read(), "run", 0, None, "")
+        result = worker.sample(sys.stdin.buffer.read(), "run", 1, 0, None, "")
         assert result["latents"].isfinite().all()
         print(*sys.modules)
     """
