@@ -56,15 +56,3 @@ def finish(pool: Pool, run: SamplingRun, saver: Saver = no_file, act=lambda done
     return pool.wait(
         pool.submit(Task(run, "stop"), saver), run.schedule.steps, lambda what, done, total, _: act(done)
     )
-
-
-def once_at(step: int, act: Callable[[], None]) -> Callable[[int], None]:
-    """Calls `act` once, when that many steps are done."""
-    done = []
-
-    def check(now: int) -> None:
-        if now >= step and not done:
-            done.append(now)
-            act()
-
-    return check

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from launcher.folders import ROOT
 LOADERS = {"1": "transformer", "2": "text_encoder", "3": "vae"}
 COMPONENTS = {"transformer", "text encoder", "vae"}  # as their descriptions begin
 ENCODE, SAMPLE, DECODE, SAVE, PHOTO, COMPARE = "4", "5", "6", "7", "10", "11"
+PARALLEL = "30"  # the node that through_parallel adds
 
 
 def edit_prompt(checkpoint: str = "tiny") -> Prompt:
@@ -48,6 +50,12 @@ def with_node(prompt: Prompt, node: str, class_type: str, /, **inputs: Any) -> P
     }
 
 
+def through_parallel(prompt: Prompt, **inputs: Any) -> Prompt:
+    """A copy of the prompt whose transformer goes through FireRed Parallel."""
+    graph = with_node(prompt, PARALLEL, "FireRedParallel", transformer=["1", 0], **inputs)
+    return changed(graph, SAMPLE, transformer=[PARALLEL, 0])
+
+
 def keep_tensor(prompt: Prompt, source: list[Any], name: str) -> Prompt:
     """A copy of the prompt that also writes what `source` gives to output/NAME.pt."""
     return with_node(prompt, f"keep_{name}", "ProbeKeep", value=source, name=name)
@@ -56,6 +64,42 @@ def keep_tensor(prompt: Prompt, source: list[Any], name: str) -> Prompt:
 def kept_tensor(work: Path, name: str) -> Any:
     """What keep_tensor wrote."""
     return torch.load(work / "output" / f"{name}.pt", weights_only=True)
+
+
+def once_at(step: int, act: Callable[[], object]) -> Callable[[int], None]:
+    """Calls `act` once, when that many steps are done."""
+    done: list[int] = []
+
+    def check(now: int) -> None:
+        if now >= step and not done:
+            done.append(now)
+            act()
+
+    return check
+
+
+def at_step(
+    step: int, act: Callable[[], object], of: int | None = None
+) -> Callable[[str, dict[str, Any]], None]:
+    """A listener to a prompt's events that acts once, when the sampler has done that many steps.
+
+    of: how many there are in all, where the sampler has other progress too.
+    """
+    check = once_at(step, act)
+
+    def on_event(name: str, data: dict[str, Any]) -> None:
+        if name == "progress" and data["node"] == SAMPLE and of in (None, data["max"]):
+            check(data["value"])
+
+    return on_event
+
+
+def soon(condition: Callable[[], bool], seconds: float = 10) -> bool:
+    """Whether it becomes true in time. ComfyUI does not tell nodes when a prompt has ended."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return condition()
 
 
 def succeed(client: Client, prompt: Prompt) -> Run:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
+from prompts import soon
 
 from launcher.server import free_port
 
@@ -58,10 +60,7 @@ class Node:
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
     """Raise AssertionError unless it holds in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    assert soon(condition, seconds)
 
 
 def family(pid: int) -> list[psutil.Process]:
@@ -75,16 +74,10 @@ def family(pid: int) -> list[psutil.Process]:
 @contextmanager
 def ray_variables(**variables: str) -> Iterator[None]:
     """Environment variables of this process, inside the block."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def listening(pids: list[int]) -> set[Any]:

@@ -17,7 +17,7 @@ import pytest
 import ray_nodes
 import tiny_checkpoint
 import torch
-from cluster_runs import LONG, PICTURES, STEPS, files_in, finish, make_run, no_file, once_at
+from cluster_runs import LONG, PICTURES, STEPS, files_in, finish, make_run, no_file
 from conftest import replica_for
 from engine.cluster import pool as pools
 from engine.cluster.branches import on_branches
@@ -31,6 +31,7 @@ from engine.models import loading
 from engine.models.transformer import Transformer
 from engine.sampling.resume import RunState
 from engine.sampling.sampling import SamplingRun, sample
+from prompts import once_at
 from ray_nodes import wait_for
 
 

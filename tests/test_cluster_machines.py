@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from cluster_runs import LONG, STEPS, finish, make_run, no_file, once_at
+from cluster_runs import LONG, STEPS, finish, make_run, no_file
 from engine.cluster.link import ClusterError, Link
 from engine.cluster.pool import Pool
 from engine.cluster.task import Task
@@ -23,6 +23,7 @@ from engine.files.checkpoint import Checkpoint
 from engine.models import loading
 from engine.models.transformer import Transformer
 from engine.sampling.sampling import sample
+from prompts import once_at
 from ray_nodes import TOKEN, Node, family, ray_variables, wait_for
 
 from launcher.server import free_port

@@ -9,7 +9,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +19,9 @@ import pytest
 import torch
 from conftest import SERVER_ARGUMENTS, make_work_folder
 from prompts import (
+    PARALLEL,
     SAMPLE,
+    at_step,
     changed,
     edit_prompt,
     failure,
@@ -27,6 +29,7 @@ from prompts import (
     kept_tensor,
     loaded_components,
     succeed,
+    through_parallel,
     with_node,
 )
 from ray_nodes import TOKEN, Node, family, ray_variables, wait_for
@@ -34,7 +37,7 @@ from ray_nodes import TOKEN, Node, family, ray_variables, wait_for
 from launcher.client import Client, Prompt, ServerError
 from launcher.server import Server
 
-SHARED, BATCH = "30", "31"
+BATCH = "31"
 PICTURES, STEPS, LONG, SAVED = 2, 3, 100, 200
 
 
@@ -62,8 +65,7 @@ def batch(
     graph = with_node(graph, BATCH, "EmptyLatentImage", width=128, height=128, batch_size=pictures)
     graph = changed(graph, SAMPLE, latent=[BATCH, 0], **{"resume": "off", "steps": STEPS} | sampler)
     if devices is not None:
-        graph = with_node(graph, SHARED, "FireRedParallel", transformer=["1", 0], devices=devices, mode=mode)
-        graph = changed(graph, SAMPLE, transformer=[SHARED, 0])
+        graph = through_parallel(graph, devices=devices, mode=mode)
     return keep_tensor(graph, [SAMPLE, 0], "latent")
 
 
@@ -75,19 +77,6 @@ def sampled(client: Client, work: Path, graph: Prompt) -> torch.Tensor:
 def workers(server: Server) -> list[psutil.Process]:
     """The processes that compute. Ray names them after the class that they run."""
     return [each for each in family(server.process.pid) if "ray::Actor" in " ".join(each.cmdline()[:1])]
-
-
-def at_step(step: int, act: Callable[[], object]) -> Callable[[str, dict], None]:
-    """A listener that acts once, when that many steps are done."""
-    acted: list[int] = []
-
-    def on_event(name: str, data: dict) -> None:
-        sampling = name == "progress" and data["node"] == SAMPLE
-        if sampling and data["value"] >= step and not acted:
-            acted.append(data["value"])
-            act()
-
-    return on_event
 
 
 def test_pictures_are_those_of_one_machine(server: Server, client: Client, work: Path) -> None:
@@ -164,7 +153,7 @@ def test_a_killed_worker_does_not_end_the_prompt(server: Server, client: Client,
     ],
 )
 def test_what_a_cluster_cannot_do_is_said(client: Client, devices: str, mode: str, said: str) -> None:
-    assert said in failure(client, batch(devices, mode), SHARED)
+    assert said in failure(client, batch(devices, mode), PARALLEL)
 
 
 def test_workers_go_when_comfyui_is_asked_for_its_memory(server: Server, client: Client) -> None:

@@ -12,6 +12,7 @@ from conftest import SERVER_ARGUMENTS, make_work_folder
 from prompts import (
     DECODE,
     ENCODE,
+    PARALLEL,
     SAMPLE,
     SAVE,
     changed,
@@ -21,6 +22,7 @@ from prompts import (
     kept_tensor,
     loaded_components,
     succeed,
+    through_parallel,
     wait_until_empty,
     with_node,
 )
@@ -28,7 +30,6 @@ from prompts import (
 from launcher.client import Client, Prompt
 from launcher.server import Server
 
-SHARED = "30"
 Latents = Callable[[Prompt], torch.Tensor]
 
 
@@ -54,8 +55,7 @@ def prompt(device: str = "gpu:0", **shared: str) -> Prompt:
     graph = changed(edit_prompt(), "1", precision="int8", math="fp32", device=device)
     graph = changed(graph, SAMPLE, resume="off", steps=3)
     if shared:
-        graph = with_node(graph, SHARED, "FireRedParallel", transformer=["1", 0], **shared)
-        graph = changed(graph, SAMPLE, transformer=[SHARED, 0])
+        graph = through_parallel(graph, **shared)
     return keep_tensor(graph, [SAMPLE, 0], "latent")
 
 
@@ -146,7 +146,7 @@ def test_a_transformer_on_the_cpu_stays_there(server: Server, latents: Latents) 
     ],
 )
 def test_what_cannot_be_shared_is_refused(client: Client, shared: dict[str, str], told: str) -> None:
-    assert told in failure(client, prompt(**shared), SHARED)
+    assert told in failure(client, prompt(**shared), PARALLEL)
 
 
 def test_cancelling_stops_all_cards_and_the_next_prompt_runs(
@@ -174,7 +174,7 @@ def test_every_copy_is_comfyuis_to_unload(client: Client, work: Path, latents: L
 def test_numerics_looks_at_one_card(client: Client) -> None:
     graph = prompt(devices="gpu:0, gpu:1", mode="layers")
     graph = with_node(
-        graph, "8", "FireRedNumerics", transformer=[SHARED, 0], positive=[ENCODE, 0], look_at="1", steps=2,
+        graph, "8", "FireRedNumerics", transformer=[PARALLEL, 0], positive=[ENCODE, 0], look_at="1", steps=2,
         width=64, height=64,
     )  # fmt: skip
     for node in (SAMPLE, DECODE, SAVE, "keep_latent"):

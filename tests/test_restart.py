@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from prompts import (
     PHOTO,
     SAMPLE,
     SAVE,
+    at_step,
     changed,
     edit_prompt,
     fail,
     keep_tensor,
     kept_tensor,
     loaded_roles,
+    soon,
     succeed,
     with_node,
 )
@@ -43,35 +45,14 @@ def long_prompt(**inputs: Any) -> Prompt:
     return keep_tensor(prompt, [SAMPLE, 0], "latent")
 
 
-def at_step(step: int, act: Callable[[], object]) -> Callable[[str, dict], None]:
-    """A websocket listener that acts once, when the sampler has come that far."""
-    acted: list[int] = []
-
-    def on_event(name: str, data: dict) -> None:
-        sampling = name == "progress" and data["node"] == SAMPLE and data["max"] == LONG
-        if sampling and data["value"] >= step and not acted:
-            acted.append(data["value"])
-            act()
-
-    return on_event
-
-
 def runs(work: Path) -> set[Path]:
     """The files of unfinished runs."""
     return set((work / "models" / "firered_cache" / "runs").glob(f"*{SUFFIX}"))
 
 
-def soon(condition: Callable[[], bool]) -> bool:
-    """Whether it becomes true within ten seconds. ComfyUI does not tell nodes when a prompt has ended."""
-    deadline = time.monotonic() + 10
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return condition()
-
-
 def test_a_cancelled_prompt_goes_on_at_the_step_it_reached(client: Client, server: Server) -> None:
     prompt = long_prompt(seed=12)
-    assert client.run(prompt, at_step(10, lambda: client.post("/interrupt"))).status == "interrupted"
+    assert client.run(prompt, at_step(10, lambda: client.post("/interrupt"), LONG)).status == "interrupted"
     log_before = len(server.text())
     succeed(client, prompt)
     (line,) = [line for line in server.text()[log_before:].splitlines() if "resuming" in line]
@@ -129,7 +110,7 @@ def left(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Left:
         assert fail(server.client, decode_with_repaired())["node_type"] == "FireRedDecode"
         (undecoded,) = runs(work)
         with pytest.raises(ServerError, match="it ended while the prompt ran"):
-            server.client.run(long_prompt(seed=11), at_step(10, server.process.kill))
+            server.client.run(long_prompt(seed=11), at_step(10, server.process.kill, LONG))
     (unfinished,) = runs(work) - {undecoded}
     shutil.copy(tiny_folder / WEIGHTS["vae"], damaged / WEIGHTS["vae"])
     return Left(work, undecoded, unfinished)

@@ -128,7 +128,11 @@ def computing_environment(device: torch.device, *libraries: str) -> tuple[object
     That is: versions of torch and `libraries`, torch's settings, and the CPU's threads and instruction set.
     """
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
-    settings: list[object] = [*map(_version, libraries), torch.__version__, *map(os.environ.get, ENVIRONMENT)]
+    settings: list[object] = [
+        *map(library_version, libraries),
+        torch.__version__,
+        *map(os.environ.get, ENVIRONMENT),
+    ]
     settings += [torch.are_deterministic_algorithms_enabled(), torch.backends.mkldnn.enabled]
     settings += [cudnn.version(), cudnn.enabled, cudnn.benchmark, cudnn.deterministic]
     settings += [cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled()]
@@ -146,7 +150,8 @@ def own_kernels_off() -> bool:
     return os.environ.get(KERNEL_SWITCH, "").lower() in ("off", "0", "false", "no")
 
 
-def _version(library: str) -> str | None:
+def library_version(library: str) -> str | None:
+    """Of an installed package; None for one that is not."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:

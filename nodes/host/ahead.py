@@ -17,6 +17,7 @@ from comfy_execution.utils import get_executing_context
 
 from ..engine.cluster.link import ClusterError
 from ..engine.errors import first_line
+from .server import prompt_queue
 from .storage import QUEUE_SECONDS, saved_run
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def queued_variants() -> Iterator[tuple[str, Mapping[str, Any]]]:
     Each with that node's other inputs. What is sampled ahead lies on disk until its prompt comes, so prompts
     with resume off are left out.
     """
-    queue, context = _queue(), get_executing_context()
+    queue, context = prompt_queue(), get_executing_context()
     if queue is None or context is None:
         return
     running, pending = queue.get_current_queue_volatile()
@@ -118,7 +119,7 @@ def _watch(pool: Pool, ahead: Mapping[str, list[Picture]]) -> None:
     left = dict(ahead)
     while left and pool.alive:
         time.sleep(QUEUE_SECONDS * 5)
-        queue = _queue()
+        queue = prompt_queue()
         running, pending = queue.get_current_queue_volatile() if queue is not None else ([], [])
         there = {item[1] for item in (*running, *pending)}
         for prompt_id, pictures in list(left.items()):
@@ -127,10 +128,3 @@ def _watch(pool: Pool, ahead: Mapping[str, list[Picture]]) -> None:
             elif prompt_id not in there:
                 pool.cancel(pictures, watched=False)
                 del left[prompt_id]
-
-
-def _queue() -> Any:
-    """ComfyUI's queue of prompts; None without a server."""
-    from server import PromptServer
-
-    return getattr(getattr(PromptServer, "instance", None), "prompt_queue", None)

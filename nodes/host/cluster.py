@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..engine.cards.card import Card
+from ..engine.cards.kernels import card_uuid
 from ..engine.cluster.link import Link, cluster_address, require_ray
 from ..engine.errors import FireRedError, InputError
 from ..engine.sampling.layout import AUTO, CFG, MODE, PICTURES
 from .ahead import LookAhead
 from .devices import accelerators, free_memory
 from .progress import check_cancelled, sampling_reporter, show_text
+from .server import prompt_server
 from .storage import saved_run
 
 if TYPE_CHECKING:
@@ -250,15 +252,9 @@ def release_workers() -> None:
         _pool.release()
 
 
-def card_uuid(device: torch.device) -> str | None:
-    """The card's number, the same in every process of this machine; None for another kind of device."""
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
-
-
 def watch_free_requests() -> None:
     """Let the workers go where ComfyUI is asked to unload its models (POST /free)."""
     from aiohttp import web
-    from server import PromptServer
 
     async def on_response(request: web.Request, response: web.StreamResponse) -> None:
         if request.method == "POST" and request.path.removeprefix("/api") == "/free":
@@ -269,8 +265,7 @@ def watch_free_requests() -> None:
             if isinstance(asked, dict) and (asked.get("unload_models") or asked.get("free_memory")):
                 await asyncio.get_running_loop().run_in_executor(None, release_workers)
 
-    server = getattr(PromptServer, "instance", None)
-    if server is not None:
+    if (server := prompt_server()) is not None:
         server.app.on_response_prepare.append(on_response)
 
 

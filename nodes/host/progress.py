@@ -11,6 +11,7 @@ import torch
 from comfy_execution.utils import get_executing_context
 
 from ..engine.progress import StepTimer
+from .server import prompt_server
 
 log = logging.getLogger("FireRed")
 
@@ -24,11 +25,9 @@ def check_cancelled() -> None:
 
 def show_text(text: str) -> None:
     """Write on the node that runs what it does, where this ComfyUI can."""
-    from server import PromptServer
-
-    context, server = get_executing_context(), getattr(PromptServer, "instance", None)
+    context, server = get_executing_context(), prompt_server()
     if context is not None and hasattr(server, "send_progress_text"):
-        server.send_progress_text(text, context.node_id)  # type: ignore[union-attr]
+        server.send_progress_text(text, context.node_id)
 
 
 def progress_reporter(what: str) -> Callable[[int, int], None]:

@@ -17,6 +17,7 @@ from ..engine.cuda.compiler import keep_kernels_in
 from ..engine.errors import FireRedError
 from ..engine.files.cache import DiskCache
 from ..engine.sampling.resume import SavedRun, is_run_name
+from .server import prompt_queue
 
 DEFAULT_CACHE_GB = 100
 RUN_KEY = "firered_run"  # in a LATENT: the name of the run that made it
@@ -67,10 +68,7 @@ def forget_run_after_prompt(run: SavedRun) -> None:
 
     ComfyUI does not tell nodes how a prompt ended, so a thread watches the queue and the history.
     """
-    from server import PromptServer
-
-    queue = getattr(getattr(PromptServer, "instance", None), "prompt_queue", None)
-    context = get_executing_context()
+    queue, context = prompt_queue(), get_executing_context()
     if queue is None or context is None:
         return
     prompt_id = context.prompt_id

@@ -41,6 +41,11 @@ def card_name(device: torch.device) -> str:
         raise no_answer(label, error) from error
 
 
+def card_uuid(device: torch.device) -> str | None:
+    """The card's number, the same in every process of its machine; None for another kind of device."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
 def no_answer(label: str, error: Exception) -> FireRedError:
     """What to say of a card that raised `error` when it was asked what it is."""
     return FireRedError(

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from ..arithmetic import settings_now
+from ..arithmetic import library_version, settings_now
 from ..errors import FireRedError
 from ..units import GIB
 from ..weights.estimates import fits
 from .link import ClusterError, Link
 from .remote import Machine, Worker, WorkerFailure, result_of
 from .wire import packed
-from .worker import LIBRARIES, library_version
+from .worker import LIBRARIES
 
 log = logging.getLogger("FireRed")
 

@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
-import logging
 import math
 import os
 import re
@@ -25,8 +24,6 @@ from typing import Any, BinaryIO
 from ..arithmetic import ENVIRONMENT, KERNEL_SWITCH
 from ..errors import FireRedError, InputError, first_line
 from .frames import read_frame, write_frame
-
-log = logging.getLogger("FireRed")
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 TIMEOUT_VARIABLE = "FIRERED_WORKER_TIMEOUT"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import logging
 import os
-import platform
 import socket
 import threading
 from collections import deque
@@ -18,9 +16,9 @@ from typing import Any
 import psutil
 import torch
 
-from ..arithmetic import apply_settings
+from ..arithmetic import apply_settings, library_version
 from ..cards.card import Card
-from ..cards.kernels import architecture, as_current, require_kernels
+from ..cards.kernels import architecture, as_current, card_uuid, require_kernels
 from ..cards.preflight import unfused_attention
 from ..cuda.compiler import keep_kernels_in
 from ..errors import FireRedError, first_line
@@ -40,7 +38,7 @@ from .wire import packed, unpacked
 
 log = logging.getLogger("FireRed")
 
-CALLS = ("describe", "sample", "prepare", "predict", "progress", "cancel", "release")
+CALLS = ("describe", "sample", "prepare", "predict", "progress", "cancel")
 LIBRARIES = ("torch", "diffusers")  # whose versions decide bits
 CACHE_VARIABLE = "FIRERED_CACHE_DIR"
 CACHE_BYTES = 100 * 10**9
@@ -74,7 +72,7 @@ class EngineWorker:
         log.addHandler(_Lines(self._lines))
 
     def answer(self, method: str, content: bytes, task: bytes | None = None) -> bytes:
-        """The packed result of one of CALLS, or its error. Never raises.
+        """The packed result of one of CALLS, or its error and the state it leaves behind. Never raises.
 
         content: its packed arguments. task: the packed run that the call is about.
         """
@@ -88,20 +86,23 @@ class EngineWorker:
                 arguments["task"] = task
             return packed({"result": getattr(self, method)(**arguments)})
         except BaseException as error:
-            return packed({"error": type(error).__name__, "message": _told(error), **self._lost(turn)})
+            doing = self._doing
+            answer = {"error": type(error).__name__, "message": _told(error), "arithmetic": doing.arithmetic}
+            left = doing.state if doing.turn == turn else None
+            try:
+                return packed(answer | {"state": None if left is None else plain_state(left)})
+            except RuntimeError:  # latents of a card that failed
+                return packed(answer | {"state": None})
 
     def describe(self) -> Plain:
-        """Which card of which machine this is, what is free there, and the versions of the libraries."""
+        """Which card this is, how many bytes are free on it, and the versions of the libraries."""
         card = self._card
         return {
-            "machine": socket.gethostname(),
             "label": card.label,
             "name": card.name,
-            "uuid": _uuid(card.device),
-            "memory": card.memory,
+            "uuid": card_uuid(card.device),
             "free": self._room(),
             "pid": os.getpid(),
-            "python": platform.python_version(),
             "versions": {name: library_version(name) for name in LIBRARIES},
         }
 
@@ -178,11 +179,6 @@ class EngineWorker:
         """Make the call that computes now end before its next block."""
         self._cancelled.set()
 
-    def release(self) -> None:
-        """Let go of the weights."""
-        with self._at_work:
-            self._free()
-
     @contextmanager
     def _working(self, turn: int) -> Iterator[None]:
         """One call computes at a time."""
@@ -241,16 +237,6 @@ class EngineWorker:
             self._beat()
 
         return report
-
-    def _lost(self, turn: int | None) -> Plain:
-        """The state that the error of a call leaves behind, and how it was computed."""
-        doing = self._doing
-        left = doing.state if doing.turn == turn else None
-        try:
-            state = None if left is None else unpacked(packed(plain_state(left)))
-        except RuntimeError:  # latents of a card that failed
-            state = None
-        return {"state": state, "arithmetic": doing.arithmetic}
 
 
 class Doing:
@@ -334,18 +320,6 @@ def disk_cache() -> DiskCache | None:
     if not folder and not folders:
         return None
     return DiskCache(Path(folder) if folder else folders[0] / "firered_cache", CACHE_BYTES)
-
-
-def _uuid(device: torch.device) -> str | None:
-    """The card's, which is the same in every process of its machine."""
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
-
-
-def library_version(library: str) -> str | None:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _told(error: BaseException) -> str:

@@ -46,7 +46,7 @@ def file_content(path: Path, name: str = "") -> Content:
 def _files(folder: Path) -> dict[str, Path]:
     """The files below a folder that are not hidden, by their paths relative to it (with `/`)."""
     try:
-        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
         shown = (name for name in sorted(files) if not name.startswith(".") and "/." not in name)
         return {name: files[name] for name in shown if files[name].is_file()}
     except OSError as error:
