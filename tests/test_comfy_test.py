@@ -1,6 +1,6 @@
 """comfy-test, a checker for node packs, attached to a running server, without internet.
 
-It gets what the registry's users get, and executes the workflows of the built-in model at their full sizes.
+It gets what the registry's users get, and executes two workflows of the built-in model at their full sizes.
 test_workflows.py checks in the same browser what two of its levels would do: static_capture opens every
 workflow, and execution queues from the page what execution_light queues from outside.
 """

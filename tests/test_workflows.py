@@ -106,7 +106,7 @@ def test_its_api_twin_is_what_the_frontend_would_submit(page: Page, path: Path) 
 def test_a_workflow_runs_from_the_page(page: Page, client: Client, name: str) -> None:
     """The shipped workflow is opened, made small in its widgets and queued as with the Run button.
 
-    These are firered_edit and those that comfy-test executes in full, of the built-in model.
+    These are firered_edit and those of the built-in model, of which comfy-test executes two in full.
     """
     small = {"checkpoint": "tiny", "steps": 2, "reference_megapixels": 0.01}
     if name != "mask":  # its mask has the photo's size

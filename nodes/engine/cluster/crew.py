@@ -54,7 +54,7 @@ class Crew:
         self._tried: dict[str, float] = {}  # nodes whose cards did not do, and when
         self._nodes: Future[Any] | None = None
         self._asked = 0.0  # when, for _nodes
-        self._last_end = self._recruited = -RETRY_SECONDS  # when a ready worker ended
+        self._last_end = self._recruited = -RETRY_SECONDS  # when a worker left a card that will do
         self._expected = 0.0  # when there was new work
         self._begun = time.monotonic()
         self._here = self._woken(link.connect())
@@ -178,12 +178,13 @@ class Crew:
         worker.lost = self._reasons[str(worker)] = why
         if not again:
             self._tried[worker.node] = time.monotonic()
-        self.end(worker)
+        self.end(worker, again)
 
-    def end(self, worker: Worker) -> None:
+    def end(self, worker: Worker, again: bool = True) -> None:
+        """again: whether its card will do for another one."""
         self.workers.remove(worker)
         self.link.ask("stop", worker=worker.number)
-        if worker.ready:
+        if worker.ready and again:
             self._last_end = time.monotonic()
         self._changed.notify_all()
 
