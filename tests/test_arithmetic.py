@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -100,20 +101,29 @@ def test_the_process_is_as_it_was_after_an_error_too(before: str) -> None:
         torch.set_float32_matmul_precision("highest")
 
 
+# A process for each part: what was set cannot be unset.
+NEWER_SETTINGS = """
+import os, torch
+from engine.arithmetic import exact_fp32
+from fp32_settings import *
+for owner in ("", ".cudnn", ".cuda.matmul", ".cudnn.conv", ".mkldnn", ".mkldnn.conv"):
+    if not (child := os.fork()):
+        exec(f"torch.backends{owner}.fp32_precision = 'tf32'")
+        before = settings()
+        assert not are_exact(before), owner
+        with exact_fp32():
+            assert are_exact(settings()), (owner, settings())
+        assert settings() == before, owner
+        os._exit(0)
+    assert not os.waitpid(child, 0)[1], owner
+"""
+
+
 @newer_torch
-@pytest.mark.parametrize("owner", ["", "cudnn", "cuda.matmul", "cudnn.conv", "mkldnn", "mkldnn.conv"])
-def test_what_newer_settings_allow_is_off_and_back_too(owner: str) -> None:
-    """Each part of torch has a setting of its own, or takes that of its parent. A process of its own is used,
-    because a setting cannot be unset.
-    """
-    code = (
-        "import torch\nfrom engine.arithmetic import exact_fp32\nfrom fp32_settings import *\n"
-        f"torch.backends{'.' * bool(owner)}{owner}.fp32_precision = 'tf32'\n"
-        "before = settings()\nassert not are_exact(before)\n"
-        "with exact_fp32():\n    assert are_exact(settings()), settings()\n"
-        "assert settings() == before\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows forks no process")
+def test_what_newer_settings_allow_is_off_and_back_too() -> None:
+    """Each part of torch has a setting of its own, or takes that of its parent."""
+    run = subprocess.run([sys.executable, "-c", NEWER_SETTINGS], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import shutil
 import struct
@@ -807,33 +808,36 @@ def test_a_converted_file_loads_here_and_in_core(folder: Checkpoint, tmp_path: P
         relative_error(predicted(loading.load(replica_for(converted, "transformer", "int8"))), expected)
         < 0.02
     )
-    stored = load_file(target)
-    for layer in ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.img_mod.1"):
-        product = subprocess.run(
-            [sys.executable, "-c", IN_CORE, str(target), layer, str(tmp_path / "core.safetensors")],
-            env=os.environ | {"PYTHONPATH": str(comfyui_folder())},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert product.returncode == 0, product.stderr
-        core = load_file(tmp_path / "core.safetensors")
-        right = core["x"] @ decoded[f"{layer}.weight"].float().T + stored[f"{layer}.bias"].float()
-        assert relative_error(core["y"], right) < 0.02
+    stored, layers = load_file(target), ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.img_mod.1")
+    products = subprocess.run(
+        [sys.executable, "-c", IN_CORE, str(target), str(tmp_path / "core.safetensors"), *layers],
+        env=os.environ | {"PYTHONPATH": str(comfyui_folder())},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert products.returncode == 0, products.stderr
+    core = load_file(tmp_path / "core.safetensors")
+    for layer in layers:
+        right = core[f"{layer} x"] @ decoded[f"{layer}.weight"].float().T + stored[f"{layer}.bias"].float()
+        assert relative_error(core[f"{layer} y"], right) < 0.02
 
 
-# Load one layer with core's own class, as its loader does, and multiply.
+# Load single layers with core's own class, as its loader does, and multiply.
 IN_CORE = """
 import sys, torch
-sys.argv[1:], (path, layer, target) = ["--cpu"], sys.argv[1:]
+sys.argv[1:], (path, target, *layers) = ["--cpu"], sys.argv[1:]
 import comfy.options
 comfy.options.enable_args_parsing()
 import comfy.ops
 from safetensors.torch import load_file, save_file
-state = {key.removeprefix(layer + "."): value for key, value in load_file(path).items() if key.startswith(layer + ".")}
-linear = comfy.ops.mixed_precision_ops(compute_dtype=torch.float32).Linear(state["weight"].shape[1], state["weight"].shape[0])
-linear.load_state_dict(state)
-x = torch.randn(40, state["weight"].shape[1], generator=torch.Generator().manual_seed(0))
-with torch.inference_mode():
-    save_file({"x": x, "y": linear(x).float().contiguous()}, target)
+found, stored = {}, load_file(path)
+for layer in layers:
+    state = {key.removeprefix(layer + "."): value for key, value in stored.items() if key.startswith(layer + ".")}
+    linear = comfy.ops.mixed_precision_ops(compute_dtype=torch.float32).Linear(*reversed(state["weight"].shape))
+    linear.load_state_dict(state)
+    x = torch.randn(40, state["weight"].shape[1], generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        found |= {layer + " x": x, layer + " y": linear(x).float().contiguous()}
+save_file(found, target)
 """  # noqa: E501
 
 
@@ -870,13 +874,14 @@ print(float((found[1] - found[0]).norm() / found[0].norm()))
 def test_core_loads_a_converted_transformer_whole(tmp_path: Path) -> None:
     """One block of the real width, as core knows no other."""
     paths = tmp_path / "whole.safetensors", tmp_path / "converted.safetensors"
-    generator, tensors = torch.Generator().manual_seed(0), {}
+    drawn = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)).mul(0.02).bfloat16()
+    tensors = {}
     for name, parameter in real_checkpoint.named_weights(real_checkpoint.transformer_on_meta(layers=1)):
-        tensor = torch.empty(parameter.shape, dtype=torch.bfloat16)
-        if parameter.ndim > 1:
-            tensors[name] = tensor.normal_(0, 0.02, generator=generator)
+        if parameter.ndim > 1:  # the same numbers again and again, in rows that begin elsewhere
+            repeated = drawn.repeat(math.ceil(parameter.numel() / len(drawn)))
+            tensors[name] = repeated[: parameter.numel()].view(parameter.shape).clone()
         else:
-            tensors[name] = tensor.fill_(name.endswith("weight"))
+            tensors[name] = torch.full(parameter.shape, float(name.endswith("weight")), dtype=torch.bfloat16)
     save_file(tensors, paths[0])
     write_int8(open_file(paths[0], "transformer").component("transformer"), paths[1], torch.device("cpu"))
     done = subprocess.run(

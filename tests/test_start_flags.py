@@ -20,14 +20,17 @@ from prompts import (
 
 from launcher.server import Server
 
-CACHES = ("--cache-none", "--cache-classic --disable-smart-memory", "--cache-lru 10", "--cache-ram 2 1")
 PRECISIONS = "--bf16-unet --force-fp32 --cpu-vae"
+WITH_PRECISIONS = f"--cache-lru 10 {PRECISIONS}"
+CACHES = ("--cache-none", "--cache-classic --disable-smart-memory", WITH_PRECISIONS, "--cache-ram 2 1")
 AT_ONCE = 2  # a server that starts keeps one core busy
 
 
 def check_caching(flags: str, work: Path) -> None:
     with Server(work, (*SERVER_ARGUMENTS, *flags.split())) as server:
         client = server.client
+        if flags == WITH_PRECISIONS:
+            check_precisions(server)
         for seed, precision in enumerate(("fp32", "int8", "bf16")):
             prompt = changed(changed(edit_prompt(), "1", precision=precision), "2", precision="fp32")
             succeed(client, changed(prompt, SAMPLE, seed=seed))
@@ -39,32 +42,25 @@ def check_caching(flags: str, work: Path) -> None:
         assert wait_until_empty(client, work) == {}
 
 
-def check_precisions(flags: str, work: Path) -> None:
-    with Server(work, (*SERVER_ARGUMENTS, *flags.split())) as server:
-        succeed(server.client, edit_prompt())
-        log = server.text()
+def check_precisions(server: Server) -> None:
+    """What the user left free is decided by the flags."""
+    succeed(server.client, edit_prompt())
+    log = server.text()
     assert "transformer bf16, fp32 math, on cpu, about 0.0 GiB (--bf16-unet)" in log
     assert "text encoder fp32 on cpu, about 0.0 GiB (--force-fp32)" in log
     assert "vae fp32 on cpu, about 0.0 GiB (--force-fp32)" in log
-
-
-CHECKS = dict.fromkeys(CACHES, check_caching) | {PRECISIONS: check_precisions}
 
 
 @pytest.fixture(scope="module")
 def checks(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[dict[str, Future[None]]]:
     """The checks by their flags. They run in the background, two at a time."""
     works = {
-        flags: make_work_folder(tmp_path_factory.mktemp("flags") / "comfyui", tiny_folder) for flags in CHECKS
+        flags: make_work_folder(tmp_path_factory.mktemp("flags") / "comfyui", tiny_folder) for flags in CACHES
     }
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        yield {flags: pool.submit(check, flags, works[flags]) for flags, check in CHECKS.items()}
+        yield {flags: pool.submit(check_caching, flags, works[flags]) for flags in CACHES}
 
 
 @pytest.mark.parametrize("flags", CACHES)
 def test_no_way_of_caching_ever_holds_a_component_twice(checks: dict[str, Future[None]], flags: str) -> None:
     checks[flags].result()
-
-
-def test_comfyuis_flags_decide_what_the_user_left_free(checks: dict[str, Future[None]]) -> None:
-    checks[PRECISIONS].result()
