@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 import aiohttp
 import torch
@@ -35,9 +36,7 @@ class Server:
 
     def __enter__(self) -> Server:
         with self.log.open("w", encoding="utf-8") as log:
-            self.process = subprocess.Popen(
-                self.command, cwd=self.comfyui, env=self.environment, stdout=log, stderr=subprocess.STDOUT
-            )
+            self.process = self.start(log)
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
@@ -51,6 +50,11 @@ class Server:
             f"did not start within {START_SECONDS} s" if code is None else f"ended at once with code {code}"
         )
         raise ServerError(f"ComfyUI {happened}. The end of {self.log}:\n{self.tail()}")
+
+    def start(self, log: TextIO) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            self.command, cwd=self.comfyui, env=self.environment, stdout=log, stderr=subprocess.STDOUT
+        )
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()

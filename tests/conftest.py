@@ -1,4 +1,8 @@
-"""What the tests share: a tiny checkpoint of the real format and a running ComfyUI."""
+"""What the tests share: a tiny checkpoint of the real format and a running ComfyUI.
+
+Modules that take seconds to import, diffusers among them, are imported where they are needed: pytest's own
+process, which hands out the tests, imports this file too.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +16,16 @@ from pathlib import Path
 
 import core_vae
 import pytest
-import real_checkpoint
-import tiny_checkpoint
 import torch
 from engine.cards.card import Card
 from engine.files.checkpoint import Checkpoint, open_checkpoint
 from engine.weights.checks import require_usable
 from engine.weights.components import ComponentSpec, Replica
 from engine.weights.precision import ROLE_PRECISIONS, resolve
+from warm_server import Server
 
 from launcher.client import Client
 from launcher.folders import ROOT, add_pack, comfyui_folder
-from launcher.server import Server
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 PROBE_NODES = ROOT / "tests" / "probe_nodes"
@@ -57,6 +59,8 @@ def versions(record_testsuite_property: Callable[[str, object], None]) -> None:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint. Do not change it; `tiny_copy` is a copy for that."""
+    import tiny_checkpoint
+
     return tiny_checkpoint.build(tmp_path_factory.mktemp("checkpoints") / "tiny")
 
 
@@ -68,6 +72,8 @@ def tiny(tiny_folder: Path) -> Checkpoint:
 @pytest.fixture(scope="session")
 def real_size(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A checkpoint of FireRed's sizes without its data, for code that reads headers and configs only."""
+    import real_checkpoint
+
     return open_checkpoint(real_checkpoint.build(tmp_path_factory.mktemp("real_size") / "real"))
 
 
@@ -80,6 +86,8 @@ def tiny_copy(tiny_folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     """The server's work folder: checkpoints `tiny`, `zero_cond_t`, `wide`, core's VAE, probe nodes."""
+    import tiny_checkpoint
+
     folder = make_work_folder(tmp_path_factory.mktemp("comfyui"), tiny_folder)
     models = folder / "models" / "diffusers"
     tiny_checkpoint.build(models / "zero_cond_t", zero_cond_t=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
-from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from safetensors.torch import load_file, save_file
 
 CORE_VAE = "qwen_image_vae.safetensors"
@@ -15,11 +15,14 @@ def write(work: Path, checkpoint: str) -> None:
     tensors = load_file(work / f"models/diffusers/{checkpoint}/vae/diffusion_pytorch_model.safetensors")
     folder = work / "models" / "vae"
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({CORE_NAMES[name]: tensor.float() for name, tensor in tensors.items()}, folder / CORE_VAE)
+    save_file({core_names()[name]: tensor.float() for name, tensor in tensors.items()}, folder / CORE_VAE)
 
 
-def _core_names() -> dict[str, str]:
+@cache
+def core_names() -> dict[str, str]:
     """Core's name for every tensor of the VAE: diffusers converts every name that core can have."""
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
     residual = [
         f"residual.{part}" for part in ("0.gamma", "2.weight", "2.bias", "3.gamma", "6.weight", "6.bias")
     ]
@@ -37,6 +40,3 @@ def _core_names() -> dict[str, str]:
             f"{half}.{blocks}.{block}.{part}" for block in range(15) for part in (*residual, *others)
         ]
     return {new: old for old in candidates for new in convert_wan_vae_to_diffusers({old: None})}
-
-
-CORE_NAMES = _core_names()

@@ -25,9 +25,9 @@ from prompts import (
     with_node,
 )
 from safetensors.torch import load_file, save_file
+from warm_server import Server
 
 from launcher.client import Client, PromptRejected
-from launcher.server import Server
 
 ODD = "20"
 

@@ -33,9 +33,9 @@ from prompts import (
     with_node,
 )
 from ray_nodes import TOKEN, Node, family, ray_variables, wait_for
+from warm_server import Server
 
 from launcher.client import Client, Prompt, ServerError
-from launcher.server import Server
 
 BATCH = "31"
 PICTURES, STEPS, LONG = 2, 3, 100

@@ -26,9 +26,9 @@ from prompts import (
     wait_until_empty,
     with_node,
 )
+from warm_server import Server
 
 from launcher.client import Client, Prompt
-from launcher.server import Server
 
 Latents = Callable[[Prompt], torch.Tensor]
 

@@ -33,9 +33,9 @@ from prompts import (
 )
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import WEIGHTS
+from warm_server import Server
 
 from launcher.client import Client, Prompt, ServerError
-from launcher.server import Server
 
 LONG, SIDE = 80, 256  # steps and pixels: long enough to interrupt
 

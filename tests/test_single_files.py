@@ -25,7 +25,7 @@ import tiny_checkpoint
 import torch
 from comfy_kitchen.tensor.int8_utils import _build_hadamard, _rotate_weight
 from conftest import replica_for
-from core_vae import CORE_NAMES
+from core_vae import core_names
 from diffusers import QwenImageControlNetModel, QwenImageTransformer2DModel
 from engine.errors import CheckpointError
 from engine.files.cache import DiskCache
@@ -550,7 +550,7 @@ def test_a_read_only_tokenizer_is_used(folder: Checkpoint, tmp_path: Path) -> No
 def test_a_vae_in_one_file_is_the_folder_bit_for_bit(folder: Checkpoint, tmp_path: Path, names: str) -> None:
     tensors = weights(folder, "vae")
     path = tmp_path / "qwen_image_vae.safetensors"
-    save_file({CORE_NAMES[name]: t for name, t in tensors.items()} if names == "wan" else tensors, path)
+    save_file({core_names()[name]: t for name, t in tensors.items()} if names == "wan" else tensors, path)
     checkpoint, raw = open_file(path, "vae"), torch.randn(1, 16, 1, 8, 8)
     one, other = (vae.decode(loading.load(replica_for(each, "vae")), raw)[0] for each in (folder, checkpoint))
     assert torch.equal(one, other)
@@ -764,7 +764,7 @@ def files(work: Path, folder: Checkpoint) -> dict[str, str]:
 
 def _core_name(role: str, name: str) -> str:
     if role == "vae":
-        return CORE_NAMES[name]
+        return core_names()[name]
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 

@@ -17,8 +17,7 @@ from prompts import (
     succeed,
     wait_until_empty,
 )
-
-from launcher.server import Server
+from warm_server import Server
 
 PRECISIONS = "--bf16-unet --force-fp32 --cpu-vae"
 WITH_PRECISIONS = f"--cache-lru 10 {PRECISIONS}"
