@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import TextIO
 import psutil
 
 from launcher import server
+
+_ordering = threading.Lock()
 
 
 class Forked(psutil.Process):
@@ -47,11 +50,12 @@ class WarmServer(server.Server):
         order = dict(
             command=self.command, folder=str(self.comfyui), environment=self.environment, log=str(self.log)
         )
-        process = _warm()
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(json.dumps(order) + "\n")
-        process.stdin.flush()
-        return Forked(int(process.stdout.readline()))  # type: ignore[return-value]
+        with _ordering:
+            process = _warm()
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write(json.dumps(order) + "\n")
+            process.stdin.flush()
+            return Forked(int(process.stdout.readline()))  # type: ignore[return-value]
 
 
 @cache
