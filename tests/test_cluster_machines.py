@@ -29,9 +29,12 @@ from ray_nodes import TOKEN, Node, family, ray_variables, wait_for
 
 from launcher.server import free_port
 
-ASK_FOR_A_CARD = """
+ASK_FOR_CARDS = """
 import ray, sys
 ray.init(sys.argv[1], log_to_driver=False)
+many = ray.remote(num_gpus=100)(lambda: None).remote()
+print("asked", flush=True)
+sys.stdin.readline()
 print(ray.get(ray.remote(num_gpus=1)(lambda: "got the card").remote(), timeout=60))
 """
 
@@ -108,10 +111,14 @@ def test_other_programs_of_the_cluster_get_a_card_that_is_not_used(
         finish(connected, make_run(tiny, 1))
         (worker,) = connected.workers
         assert worker.on_card
-        asked = subprocess.run(
-            [sys.executable, "-c", ASK_FOR_A_CARD, head.address], capture_output=True, text=True, check=False
-        )
-        assert "got the card" in asked.stdout, asked.stderr
+        other = subprocess.Popen(
+            [sys.executable, "-c", ASK_FOR_CARDS, head.address],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert other.stdout is not None and other.stdout.readline() == "asked\n"
+        time.sleep(2)  # so that the cluster has noted it
+        assert not connected.link.ask("others_wait").result(), "for more cards than any machine has"
+        assert "got the card" in other.communicate("\n")[0]
         assert not connected.workers
     finally:
         node.kill()

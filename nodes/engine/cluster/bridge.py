@@ -156,13 +156,16 @@ class Bridge:
             ray.kill(actor)
 
     def others_wait(self) -> bool:
-        """Whether other programs of the cluster wait for a card."""
+        """Whether other programs of the cluster wait for a card that a machine of it has."""
         import ray
         from ray.autoscaler.v2.sdk import get_cluster_status
 
-        demands = get_cluster_status(ray.get_runtime_context().gcs_address).resource_demands
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+        machines = [node.total_resources() for node in (*status.active_nodes, *status.idle_nodes)]
+        demands = status.resource_demands
         asked = [*demands.ray_task_actor_demand, *demands.placement_group_demand]
-        return any("GPU" in part.bundle for demand in asked for part in demand.bundles_by_count)
+        bundles = (part.bundle for demand in asked for part in demand.bundles_by_count)
+        return any("GPU" in bundle and any(_has(each, bundle) for each in machines) for bundle in bundles)
 
     def _call(self, number: int, worker: int, method: str, content: bytes, task: str | None = None) -> None:
         actor = self._actors[worker]
@@ -194,6 +197,11 @@ class Bridge:
         deadline = time.monotonic() + CLOSE_SECONDS
         while self._folder is not None and self._folder.exists() and time.monotonic() < deadline:
             shutil.rmtree(self._folder, ignore_errors=True)  # what still ends may still write
+
+
+def _has(machine: dict[str, float], bundle: dict[str, float]) -> bool:
+    """Whether a machine that computes nothing else has these resources."""
+    return all(machine.get(name, 0) >= amount for name, amount in bundle.items())
 
 
 def _reason(error: BaseException) -> str:
