@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from cluster_runs import make_run
-from engine.arithmetic import apply_settings, settings_now
+from engine.arithmetic import apply_settings, library_version, settings_now
 from engine.cluster import link
 from engine.cluster.copies import describe_checkpoint, describe_lora, find_checkpoint, find_lora
 from engine.cluster.crew import _difference
@@ -19,8 +19,9 @@ from engine.cluster.frames import read_frame, write_frame
 from engine.cluster.link import ADDRESS_VARIABLE, Link, cluster_address, require_ray
 from engine.cluster.task import Task, single
 from engine.cluster.wire import WireError, packed, unpacked
-from engine.cluster.worker import LIBRARIES, EngineWorker, library_version
+from engine.cluster.worker import LIBRARIES, EngineWorker, disk_cache
 from engine.errors import CheckpointError, FireRedError, InputError
+from engine.files.cache import FOLDER_VARIABLE, SIZE_VARIABLE, DiskCache
 from engine.files.checkpoint import Checkpoint
 from engine.files.identity import folder_content
 from engine.models import loading
@@ -170,3 +171,17 @@ def test_what_is_missing_or_wrong_around_ray_is_said(monkeypatch: pytest.MonkeyP
     with pytest.raises(FireRedError, match="pip install ray"):
         require_ray()
     assert link.LOCAL_PREFIX in str(link._make_folder())
+
+
+def test_a_worker_keeps_as_much_on_disk_as_its_machine_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(SIZE_VARIABLE, raising=False)
+    assert disk_cache() is None
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    assert disk_cache() == DiskCache(tmp_path, 100 * 10**9)
+    monkeypatch.setenv(SIZE_VARIABLE, "2.5")
+    assert disk_cache() == DiskCache(tmp_path, 2_500_000_000)
+    monkeypatch.setenv(SIZE_VARIABLE, "much")
+    with pytest.raises(FireRedError, match=r"FIRERED_CACHE_GB is 'much'; set it to a number"):
+        disk_cache()

@@ -14,12 +14,10 @@ import folder_paths
 from comfy_execution.utils import get_executing_context
 
 from ..engine.cuda.compiler import keep_kernels_in
-from ..engine.errors import FireRedError
-from ..engine.files.cache import DiskCache
+from ..engine.files.cache import FOLDER_VARIABLE, DiskCache, cache_limit
 from ..engine.sampling.resume import SavedRun, is_run_name
 from .server import prompt_queue
 
-DEFAULT_CACHE_GB = 100
 RUN_KEY = "firered_run"  # in a LATENT: the name of the run that made it
 PNG_KEY = "firered"  # in a PNG's metadata: a JSON list of what happened in each run
 QUEUE_SECONDS = 0.1  # between two looks at ComfyUI's queue
@@ -28,15 +26,8 @@ RUNS_GB = 1  # of unfinished runs; one picture of 1 megapixel takes 1 to 8 MB
 
 
 def disk_cache() -> DiskCache:
-    """The cache of derived files in models/firered_cache or $FIRERED_CACHE_DIR.
-
-    Raises FireRedError when FIRERED_CACHE_GB is not a number.
-    """
-    gigabytes = os.environ.get("FIRERED_CACHE_GB", DEFAULT_CACHE_GB)
-    try:
-        return DiskCache(_cache_folder(), int(float(gigabytes) * 1e9))
-    except (ValueError, OverflowError):
-        raise FireRedError(f"FIRERED_CACHE_GB is {gigabytes!r}; set it to a number of gigabytes.") from None
+    """The cache of derived files in models/firered_cache or $FIRERED_CACHE_DIR. Raises as cache_limit."""
+    return DiskCache(_cache_folder(), cache_limit())
 
 
 keep_kernels_in(disk_cache)
@@ -84,7 +75,7 @@ def forget_run_after_prompt(run: SavedRun) -> None:
 
 
 def _cache_folder() -> Path:
-    return Path(os.environ.get("FIRERED_CACHE_DIR") or Path(folder_paths.models_dir) / "firered_cache")
+    return Path(os.environ.get(FOLDER_VARIABLE) or Path(folder_paths.models_dir) / "firered_cache")
 
 
 def provide_example_photo() -> None:

@@ -27,13 +27,14 @@ from typing import Any
 
 import tiny_checkpoint
 import torch
+from engine.arithmetic import library_version
 from engine.cards.card import Card
 from engine.cluster import frames, link
 from engine.cluster.branches import on_branches
 from engine.cluster.pool import Pool
 from engine.cluster.task import Task
 from engine.cluster.wire import packed, unpacked
-from engine.cluster.worker import LIBRARIES, library_version
+from engine.cluster.worker import LIBRARIES
 from engine.files.checkpoint import Checkpoint, open_checkpoint
 from engine.models import loading
 from engine.sampling.conditioning import Condition

@@ -22,7 +22,7 @@ from ..cards.kernels import architecture, as_current, card_uuid, require_kernels
 from ..cards.preflight import unfused_attention
 from ..cuda.compiler import keep_kernels_in
 from ..errors import FireRedError, first_line
-from ..files.cache import DiskCache
+from ..files.cache import FOLDER_VARIABLE, DiskCache, cache_limit
 from ..models import loading
 from ..models.transformer import Transformer
 from ..progress import before_each_block
@@ -40,8 +40,6 @@ log = logging.getLogger("FireRed")
 
 CALLS = ("describe", "sample", "prepare", "predict", "progress", "cancel")
 LIBRARIES = ("torch", "diffusers")  # whose versions decide bits
-CACHE_VARIABLE = "FIRERED_CACHE_DIR"
-CACHE_BYTES = 100 * 10**9
 KEPT_LINES = 100  # of the log, until the next progress call
 
 
@@ -315,11 +313,11 @@ def own_card(number: int, on_card: bool) -> Card:
 
 def disk_cache() -> DiskCache | None:
     """This machine's cache of derived files; None where neither it nor model folders are set."""
-    folder = os.environ.get(CACHE_VARIABLE)
+    folder = os.environ.get(FOLDER_VARIABLE)
     folders = model_folders()
     if not folder and not folders:
         return None
-    return DiskCache(Path(folder) if folder else folders[0] / "firered_cache", CACHE_BYTES)
+    return DiskCache(Path(folder) if folder else folders[0] / "firered_cache", cache_limit())
 
 
 def _told(error: BaseException) -> str:

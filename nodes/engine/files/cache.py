@@ -21,15 +21,26 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, FireRedError
 from ..notices import first_time
 from .tensors import DTYPE_NAMES, TensorTypes, read_header, read_tensors
 
 log = logging.getLogger("FireRed")
 
+FOLDER_VARIABLE, SIZE_VARIABLE = "FIRERED_CACHE_DIR", "FIRERED_CACHE_GB"
+DEFAULT_GB = 100
 SUFFIX = ".firered.safetensors"  # only files with it are deleted
 ABANDONED_SECONDS = 86_400  # a partial file this old is deleted
 PROCESS = uuid.uuid4().hex[:12]  # process ids can repeat in containers that share a folder
+
+
+def cache_limit() -> int:
+    """How many bytes of derived files the user allows. Raises FireRedError for what is no number."""
+    gigabytes = os.environ.get(SIZE_VARIABLE, DEFAULT_GB)
+    try:
+        return int(float(gigabytes) * 1e9)
+    except (ValueError, OverflowError):
+        raise FireRedError(f"{SIZE_VARIABLE} is {gigabytes!r}; set it to a number of gigabytes.") from None
 
 
 @dataclass(frozen=True)
