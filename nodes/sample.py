@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -128,7 +129,7 @@ class FireRedSampler(io.ComfyNode):
         prepare = functools.partial(_prepare, transformer, positive, negative, given, **numbers)
         run = prepare()
         _log_unused_inputs(negative is not None, cfg, given, run)
-        saved = host.saved_run(run.name(guard)) if resume == "on" else None
+        saved = _saved(run, guard) if resume == "on" else None
         record = RunRecord()
         samples = _sample(transformer, run, saved, guard, record, prepare)
         report = record.describe(run)
@@ -138,6 +139,17 @@ class FireRedSampler(io.ComfyNode):
         if run.native_size:
             sampled[NATIVE_SIZE] = run.native_size
         return io.NodeOutput({key: value for key, value in sampled.items() if value is not None}, report)
+
+
+def _saved(run: SamplingRun, guard: str) -> SavedRun:
+    """The run's file. Tells of unfinished runs with other seeds: `randomize` changes it after each Run."""
+    saved = host.saved_run(run.name(guard), dataclasses.replace(run, seed=0).name(guard), run.seed)
+    for seed, step in saved.other_seeds().items():
+        log.info(
+            "this edit was not finished with seed %d: set the seed to it, and it goes on at step %d/%d",
+            seed, step + 1, run.schedule.steps,
+        )  # fmt: skip
+    return saved
 
 
 def _prepare(

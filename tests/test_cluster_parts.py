@@ -178,8 +178,9 @@ def test_a_worker_keeps_as_much_on_disk_as_its_machine_says(
 ) -> None:
     monkeypatch.delenv(SIZE_VARIABLE, raising=False)
     assert disk_cache() is None
+    assert disk_cache(["/comfyui", 7]) == DiskCache(Path("/comfyui"), 7)
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    assert disk_cache() == DiskCache(tmp_path, 100 * 10**9)
+    assert disk_cache(["/comfyui", 7]) == DiskCache(tmp_path, 100 * 10**9)
     monkeypatch.setenv(SIZE_VARIABLE, "2.5")
     assert disk_cache() == DiskCache(tmp_path, 2_500_000_000)
     monkeypatch.setenv(SIZE_VARIABLE, "much")

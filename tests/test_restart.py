@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -54,7 +55,11 @@ def test_a_cancelled_prompt_goes_on_at_the_step_it_reached(client: Client, serve
     prompt = long_prompt(seed=12)
     assert client.run(prompt, at_step(10, lambda: client.post("/interrupt"), LONG)).status == "interrupted"
     log_before = len(server.text())
+    succeed(client, long_prompt(seed=13))  # as the page sends it next, where the seed is random
+    assert re.search(r"not finished with seed 12: .* it goes on at step \d\d/80", server.text()[log_before:])
+    log_before = len(server.text())
     succeed(client, prompt)
+    assert "not finished with seed" not in server.text()[log_before:]
     (line,) = [line for line in server.text()[log_before:].splitlines() if "resuming" in line]
     assert int(line.rpartition("step ")[2].partition("/")[0]) > 10
 

@@ -222,3 +222,20 @@ def test_a_clock_that_jumps_loses_nothing(tiny: Checkpoint, store: DiskCache, mo
         sample(transformer, other, stop_at(3), saved=SavedRun(store, other.name()))
     kept = SavedRun(store, run.name()).open("")
     assert kept is not None and kept.step == 3
+
+
+def test_unfinished_runs_of_other_seeds_are_found(store: DiskCache) -> None:
+    def run(number: int, edit: str = "edit", seed: int = 0) -> SavedRun:
+        return SavedRun(store, f"{number:032x}", edit, seed)
+
+    latents = torch.zeros(1, 16, 64)
+    run(1, seed=2**64 - 1).update(RunState(4, latents), now=True)
+    run(2, seed=7).update(RunState(0, torch.empty(0), (latents,)), now=True)  # finished, waits for its decode
+    run(3, "another", seed=8).update(RunState(5, latents), now=True)
+    run(4, "").update(RunState(5, latents), now=True)
+    store.path("damaged").write_bytes(b"x" * 100)
+    assert run(5, seed=9).other_seeds() == {2**64 - 1: 4}
+    assert run(1).other_seeds() == {}, "it goes on itself"
+    assert run(6, "").other_seeds() == {}
+    kept = run(1).kept()
+    assert kept is not None and kept[0].step == 4

@@ -21,7 +21,7 @@ from .ahead import LookAhead
 from .devices import accelerators, free_memory
 from .progress import check_cancelled, sampling_reporter, show_text
 from .server import prompt_server
-from .storage import saved_run
+from .storage import disk_cache, saved_run
 
 if TYPE_CHECKING:
     from ..engine.cluster.pool import Picture, Pool
@@ -215,7 +215,7 @@ def _connected_pool() -> Pool:
     if _pool is None:
         link = Link(address)
         log.info("connecting to %s", link.where)
-        _pool = Pool(link, None, _claim)
+        _pool = Pool(link, None, _claim, disk_cache())
     return _pool
 
 

@@ -33,9 +33,9 @@ def disk_cache() -> DiskCache:
 keep_kernels_in(disk_cache)
 
 
-def saved_run(name: str) -> SavedRun:
-    """The unfinished run of that name. Its file need not exist yet."""
-    return SavedRun(DiskCache(_cache_folder() / "runs", int(RUNS_GB * 1e9)), name)
+def saved_run(name: str, edit: str = "", seed: int = 0) -> SavedRun:
+    """The unfinished run of that name. Its file need not exist yet. edit, seed: as in SavedRun."""
+    return SavedRun(DiskCache(_cache_folder() / "runs", int(RUNS_GB * 1e9)), name, edit, seed)
 
 
 def write_into_png(metadata: Any, report: str) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from ..arithmetic import library_version, settings_now
 from ..errors import FireRedError
+from ..files.cache import DiskCache
 from ..units import GIB
 from ..weights.estimates import fits
 from .link import ClusterError, Link
@@ -41,14 +42,21 @@ Claim = Callable[[str, float], float]
 class Crew:
     """The workers of one cluster. Whoever calls it holds the lock `changed`, if nothing else is said."""
 
-    def __init__(self, link: Link, wanted: int | None, claim: Claim, changed: threading.Condition):
+    def __init__(
+        self,
+        link: Link,
+        wanted: int | None,
+        claim: Claim,
+        cache: DiskCache | None,
+        changed: threading.Condition,
+    ):
         """wanted: how many workers; None for every card of the cluster. claim: makes room on a card that
-        this process uses too.
+        this process uses too. cache: of this machine, which its workers use too.
         """
         self.link, self.wanted = link, wanted
         self.workers: list[Worker] = []
         self._needs = 0, 0
-        self._claim, self._changed = claim, changed
+        self._claim, self._cache, self._changed = claim, cache, changed
         self._numbers = itertools.count(1)
         self._reasons: dict[str, str] = {}  # why workers did not do, by who
         self._tried: dict[str, float] = {}  # nodes whose cards did not do, and when
@@ -193,6 +201,8 @@ class Crew:
         settings = {
             "number": number, "card": on_card, "threads": torch.get_num_threads(), "torch": settings_now(),
         }  # fmt: skip
+        if self._cache is not None and node == self._here.result():
+            settings["cache"] = [str(self._cache.folder), self._cache.limit]
         self.link.ask("start", worker=number, node=node, card=on_card, settings=settings)
         worker = Worker(number, node, on_card, now)
         worker.described = self.ask(worker, "describe", {})

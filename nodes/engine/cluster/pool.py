@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import FireRedError
+from ..files.cache import DiskCache
 from ..sampling.resume import RunState, SavedRun, finished_state
 from .crew import Claim, Crew
 from .link import ClusterError, Link
@@ -40,10 +41,16 @@ OnProgress = Callable[[str, int, int, torch.Tensor | None], None]
 class Pool:
     """Workers of one cluster, and the pictures that wait for them. It has a thread of its own."""
 
-    def __init__(self, link: Link, wanted: int | None, claim: Claim = lambda card, nbytes: 0.0):
-        """wanted, claim: as in Crew."""
+    def __init__(
+        self,
+        link: Link,
+        wanted: int | None,
+        claim: Claim = lambda card, nbytes: 0.0,
+        cache: DiskCache | None = None,
+    ):
+        """wanted, claim, cache: as in Crew."""
         self._changed = threading.Condition()
-        self._crew = Crew(link, wanted, claim, self._changed)
+        self._crew = Crew(link, wanted, claim, cache, self._changed)
         self._pictures: dict[str, Picture] = {}  # not yet done, by name, in their order
         self._tasks: dict[str, Task] = {}
         self._shown: Picture | None = None  # the first that a prompt waits for, which gets previews

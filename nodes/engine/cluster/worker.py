@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,15 @@ class EngineWorker:
     def __init__(self, settings: Plain):
         """settings: `number`: the worker's, for its name on machines without accelerators. `card`: whether it
         has one of its machine's cards. `threads` and `torch`: the CPU's threads and the settings of torch
-        that ComfyUI's process has, as they decide the bits of what is computed.
+        that ComfyUI's process has, as they decide the bits of what is computed. `cache`: folder and limit of
+        ComfyUI's cache, if this is its machine.
         """
         torch.set_num_threads(settings["threads"])
         apply_settings(settings["torch"])
         self._card = own_card(settings["number"], settings["card"])
-        if disk_cache() is not None:
-            keep_kernels_in(disk_cache)
+        self._cache = disk_cache(settings.get("cache"))
+        if (cache := self._cache) is not None:
+            keep_kernels_in(lambda: cache)
         self._held: Transformer | None = None
         self._task: tuple[str, Task] | None = None
         self._branches: tuple[str, LocalWorker] | None = None
@@ -198,9 +200,9 @@ class EngineWorker:
             require_usable(ROLE, replica.spec.checkpoint)
             require_library(replica.spec.precision, self._card)
             task.run.require_room(self._room())
-            self._held = loading.load(replica, self._told_progress("loading"), disk_cache())
-        elif (cache := disk_cache()) is not None:
-            loading.mark_used(replica.spec, cache)
+            self._held = loading.load(replica, self._told_progress("loading"), self._cache)
+        elif self._cache is not None:
+            loading.mark_used(replica.spec, self._cache)
         return self._held
 
     def _free(self) -> None:
@@ -311,13 +313,16 @@ def own_card(number: int, on_card: bool) -> Card:
     return Card(label, name, device, False, memory, unfused=unfused_attention(device))
 
 
-def disk_cache() -> DiskCache | None:
-    """This machine's cache of derived files; None where neither it nor model folders are set."""
-    folder = os.environ.get(FOLDER_VARIABLE)
+def disk_cache(of_comfyui: Sequence[Any] | None = None) -> DiskCache | None:
+    """The cache of derived files that this machine names; else ComfyUI's, if it is the same machine; else the
+    one beside its models, if it names those. of_comfyui: folder and limit in bytes. Raises as cache_limit.
+    """
+    if folder := os.environ.get(FOLDER_VARIABLE):
+        return DiskCache(Path(folder), cache_limit())
+    if of_comfyui is not None:
+        return DiskCache(Path(of_comfyui[0]), of_comfyui[1])
     folders = model_folders()
-    if not folder and not folders:
-        return None
-    return DiskCache(Path(folder) if folder else folders[0] / "firered_cache", cache_limit())
+    return DiskCache(folders[0] / "firered_cache", cache_limit()) if folders else None
 
 
 def _told(error: BaseException) -> str:

@@ -31,6 +31,7 @@ FOLDER_VARIABLE, SIZE_VARIABLE = "FIRERED_CACHE_DIR", "FIRERED_CACHE_GB"
 DEFAULT_GB = 100
 SUFFIX = ".firered.safetensors"  # only files with it are deleted
 ABANDONED_SECONDS = 86_400  # a partial file this old is deleted
+WRITING_SECONDS = 60  # a partial file that changed in these is being written
 PROCESS = uuid.uuid4().hex[:12]  # process ids can repeat in containers that share a folder
 
 
@@ -58,7 +59,12 @@ class DiskCache:
         return path if os.path.isfile(path) else None
 
     def create(self, name: str, layout: TensorTypes) -> CacheWriter | None:
-        """Make room and return a writer for a new file of that name; None, logged, where that fails."""
+        """Make room and return a writer for a new file of that name; None, logged, where that fails.
+
+        Also None while another process writes that file, as several do that load the same weights at once.
+        """
+        if self._is_being_written(name):
+            return None
         size = sum(_nbytes(dtype, shape) for dtype, shape in layout.values())
         try:
             self._make_room(size)
@@ -103,6 +109,10 @@ class DiskCache:
         finally:
             _delete(partial)
 
+    def names(self) -> Iterator[str]:
+        """Of all files."""
+        yield from (path.name.removesuffix(SUFFIX) for path, _ in self._files(f"*{SUFFIX}"))
+
     def remove(self, name: str) -> None:
         """Delete the file of that name, if there is one and the system allows it."""
         _delete(self.path(name))
@@ -124,6 +134,10 @@ class DiskCache:
             used += stat.st_size
             if used > self.limit - size:
                 _delete(path)
+
+    def _is_being_written(self, name: str) -> bool:
+        written = (stat.st_mtime for _, stat in self._files(f"{name}{SUFFIX}.*.partial"))
+        return any(time.time() - when < WRITING_SECONDS for when in written)
 
     def _files(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
         """The files that match, with their stat. Skips those that another process just deleted."""

@@ -5,6 +5,7 @@ The file's name is a digest of everything that the result depends on, so other i
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import time
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeGuard
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ..arithmetic import computing_environment
 from ..files.cache import DiskCache, digest
@@ -22,6 +24,7 @@ log = logging.getLogger("FireRed")
 RECIPE = 1  # raise it when the results of the loop change
 MAX_SHARE = 0.01  # of the sampling time may go into writing
 STEP_CACHE = "step_cache."  # prefix of the names of its tensors
+EDIT = "edit"  # the tensor that holds what runs of the same edit have in common, and the seed
 NAME = re.compile(r"[0-9a-f]{32}")
 
 
@@ -55,9 +58,10 @@ class SavedRun:
     A failure to write is logged once and does not stop the run.
     """
 
-    def __init__(self, store: DiskCache, name: str):
+    def __init__(self, store: DiskCache, name: str, edit: str = "", seed: int = 0):
+        """edit: a name that runs share which differ in the seed alone, for other_seeds."""
         self.name = name
-        self._store = store
+        self._store, self._edit, self._seed = store, edit, seed
         self._due = 0.0  # on the monotonic clock
         self._unsaved: RunState | None = None
         self.arithmetic = ""  # the kernels that compute the states
@@ -123,13 +127,32 @@ class SavedRun:
         started = time.monotonic()
         state, self._unsaved = self._unsaved, None
         try:
-            self._store.write(self.name, _tensors(state, self.arithmetic))
+            self._store.write(self.name, _tensors(state, self.arithmetic) | self._about())
         except (OSError, RuntimeError) as error:  # RuntimeError: latents of a card that failed
             if not self._warned:
                 log.warning("this run cannot be resumed after a crash: its state is not written (%s)", error)
             self._warned = True
         ended = time.monotonic()
         self._due = ended + (ended - started) / MAX_SHARE
+
+    def other_seeds(self) -> dict[int, int]:
+        """Seeds of unfinished runs of the same edit, each with its step. Empty if this run goes on itself."""
+        if not self._edit or self._store.find(self.name) is not None:
+            return {}
+        found = {}
+        for name in self._store.names():
+            with (
+                contextlib.suppress(OSError, SafetensorError, ValueError),  # no such tensor, or just deleted
+                safe_open(self._store.path(name), "pt") as file,
+            ):
+                edit, seed = bytes(file.get_tensor(EDIT).tolist()).decode().split()
+                if edit == self._edit and 0 not in file.get_slice("latents").get_shape():
+                    found[int(seed)] = int(file.get_tensor("step"))
+        return found
+
+    def _about(self) -> dict[str, torch.Tensor]:
+        text = f"{self._edit} {self._seed}".encode()
+        return {EDIT: torch.tensor(list(text), dtype=torch.uint8)} if self._edit else {}
 
     def forget(self) -> None:
         """Delete the file."""

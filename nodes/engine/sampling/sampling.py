@@ -439,6 +439,7 @@ def _sample_picture(
     except BaseException:
         if saved is not None:
             saved.flush()
+            log.info("stopped; the same prompt, with seed %d, goes on at the step it reached", run.seed)
         raise
     record.skipped += cache.skipped
     if cache.skipped:
