@@ -19,6 +19,7 @@ import tiny_checkpoint
 import torch
 from cluster_runs import LONG, PICTURES, STEPS, files_in, finish, make_run, no_file
 from conftest import replica_for
+from engine.cluster import crew
 from engine.cluster import pool as pools
 from engine.cluster.branches import on_branches
 from engine.cluster.link import Link
@@ -198,3 +199,22 @@ def test_a_cancelled_batch_goes_on_where_it_was(
     latents = pool.wait(pictures, LONG, lambda *told: None)
     assert all(picture.result.get("first_step", LONG) > 1 for picture in pictures)
     assert torch.equal(latents, sample(transformer, run))
+
+
+def test_a_worker_whose_machine_is_out_of_reach_is_given_up_before_the_timeout(
+    pool: Pool,
+    tiny: Checkpoint,
+    transformer: Transformer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The last test of the file: nothing is started on that machine for a minute."""
+    finish(pool, make_run(tiny, 2))
+    wait_for(lambda: len(pool.workers) == 2)
+    tried: list[object] = []
+    monkeypatch.setattr(crew, "reaches", lambda *address: tried.append(address))
+    monkeypatch.setattr(pools, "SILENT_SECONDS", 1.0)
+    run = make_run(tiny, 2, LONG)
+    stop = once_at(LONG // 3, lambda: kill(pool, signal.SIGSTOP))
+    assert torch.equal(finish(pool, run, act=stop), sample(transformer, run))
+    assert "its machine cannot be reached" in caplog.text and len(tried) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ import pytest
 import torch
 from cluster_runs import LONG, STEPS, finish, make_run, no_file
 from engine.cluster import crew
-from engine.cluster.link import ClusterError, Link
+from engine.cluster.link import ClusterError, Link, reaches
 from engine.cluster.pool import Pool
 from engine.cluster.task import Task
 from engine.files.checkpoint import Checkpoint
@@ -156,6 +157,12 @@ def test_an_address_with_another_program_is_said(
     with pytest.raises(ClusterError, match=f"the Ray cluster at {address} cannot be used"):
         finish(pool, make_run(tiny, 1))
     wait_for(lambda: not pool.link.alive)
+
+
+def test_whether_a_machine_can_be_reached() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        assert reaches(*listening.getsockname())
+    assert not reaches("127.0.0.1", free_port())
 
 
 def test_an_address_where_nothing_listens_is_said_at_once(variables: None) -> None:

@@ -250,7 +250,7 @@ class Network:
     def ask(self, request: str, **arguments: Any) -> Future[Any]:
         if request == "nodes":
             nodes = [
-                {"id": f"n{number}", "machine": f"n{number}", "cards": 8, "kinds": [],
+                {"id": f"n{number}", "machine": f"n{number}", "address": ["", 0], "cards": 8, "kinds": [],
                  "free": 8 - self._taken[f"n{number}"]}
                 for number in range(self._cards // 8)
             ]  # fmt: skip

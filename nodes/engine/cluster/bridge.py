@@ -104,7 +104,7 @@ class Bridge:
         return ray.get_runtime_context().get_node_id()
 
     def nodes(self) -> list[dict[str, Any]]:
-        """The machines of the cluster that answer: their names, and how many cards each has and has free."""
+        """The machines of the cluster that answer: names, addresses, how many cards each has and has free."""
         import ray
         from ray._private.state import available_resources_per_node
 
@@ -113,6 +113,7 @@ class Bridge:
             {
                 "id": node["NodeID"],
                 "machine": node["NodeManagerHostname"],
+                "address": [node["NodeManagerAddress"], node["NodeManagerPort"]],
                 "cards": int(node["Resources"].get("GPU", 0)),
                 "free": int(free.get(node["NodeID"], {}).get("GPU", 0)),
                 "kinds": [name.removeprefix(KIND) for name in node["Resources"] if name.startswith(KIND)],

@@ -18,7 +18,7 @@ from ..errors import FireRedError
 from ..files.cache import DiskCache
 from ..units import GIB
 from ..weights.estimates import fits
-from .link import ClusterError, Link
+from .link import ClusterError, Link, reaches
 from .remote import Machine, Worker, WorkerFailure, result_of
 from .wire import packed
 from .worker import LIBRARIES
@@ -60,6 +60,7 @@ class Crew:
         self._numbers = itertools.count(1)
         self._reasons: dict[str, str] = {}  # why workers did not do, by who
         self._tried: dict[str, float] = {}  # nodes whose cards did not do, and when
+        self._addresses: dict[str, tuple[str, int]] = {}  # of nodes
         self._nodes: Future[Any] | None = None
         self._asked = 0.0  # when, for _nodes
         self._last_end = self._recruited = -RETRY_SECONDS  # when a worker left a card that will do
@@ -108,6 +109,16 @@ class Crew:
         content = packed(arguments)
         asked = self.link.ask("call", worker=worker.number, method=method, content=content, task=task)
         return self._woken(asked)
+
+    def reach(self, worker: Worker) -> Future[bool]:
+        """Try to connect to a worker's machine. Gives whether that succeeds."""
+        tried: Future[bool] = Future()
+
+        def connect() -> None:
+            tried.set_result(reaches(*self._addresses[worker.node]))
+
+        threading.Thread(target=connect, name="FireRed: cluster", daemon=True).start()
+        return self._woken(tried)
 
     def machines(self, check: Callable[[], None]) -> list[Machine]:
         """The machines of the cluster. Called without the lock. Raises ClusterError.
@@ -159,6 +170,7 @@ class Crew:
         if now - self._asked > ANSWER_SECONDS:  # there was no need to look, and it may have changed
             return False
         self._recruited = now
+        self._addresses |= {each["id"]: each["address"] for each in asked.result()}
         for node, on_card in self._places(asked.result()):
             if now - self._tried.get(node, -RETRY_SECONDS) >= RETRY_SECONDS:
                 self._start(node, on_card, now)

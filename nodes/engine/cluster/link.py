@@ -184,6 +184,15 @@ def cluster_address() -> str:
     return "" if address == "local" else address
 
 
+def reaches(host: str, port: int) -> bool:
+    """Whether something accepts connections there."""
+    try:
+        socket.create_connection((host, port), PROBE_SECONDS).close()
+        return True
+    except (OSError, OverflowError):
+        return False
+
+
 def _require_answer(address: str) -> None:
     """Raise ClusterError where nothing listens: Ray itself would try for half a minute."""
     host, separator, port = address.rpartition(":")

@@ -24,6 +24,7 @@ from .wire import packed
 log = logging.getLogger("FireRed")
 
 STUCK = 10  # times the link's timeout without a block done, for a worker that does answer
+SILENT_SECONDS = 10.0  # without an answer, until it is tried whether a worker's machine can be reached
 TICK, IDLE_TICK = 0.05, 10.0  # seconds between two looks at the workers
 CANCEL_SECONDS = 5.0  # that a cancelled worker has to save what it computed
 POLL_SECONDS = 0.5  # between two questions to a worker how far it is
@@ -318,6 +319,8 @@ class Pool:
                 worker.call = None
         elif worker.poll is not None and now - worker.polled > timeout:
             self._lose(worker, f"it has not answered for {timeout:.0f} s")
+        elif worker.poll is not None and now - worker.polled > SILENT_SECONDS and self._is_cut_off(worker):
+            self._lose(worker, "its machine cannot be reached", again=False)
         elif now - worker.moved > timeout * STUCK:
             self._lose(worker, f"it has computed nothing for {timeout * STUCK:.0f} s")
         elif worker.poll is None and now - worker.polled > self._poll_seconds(picture):
@@ -329,6 +332,12 @@ class Pool:
             shown = picture is not None and picture is self._shown
             worker.poll = self._crew.ask(worker, "progress", {"state": state, "picture": shown})
 
+    def _is_cut_off(self, worker: Worker) -> bool:
+        """Whether a silent worker's machine cannot be reached. Ray needs a minute to notice that."""
+        if worker.reach is None:
+            worker.reach = self._crew.reach(worker)
+        return worker.reach.done() and not worker.reach.result()
+
     def _poll_seconds(self, picture: Picture | None) -> float:
         """Between two questions to a worker: less where a cancel has to reach it."""
         if picture is not None and picture.cancelled:
@@ -337,7 +346,7 @@ class Pool:
 
     def _note_progress(self, worker: Worker, now: float) -> None:
         """A worker has answered how far it is."""
-        poll, worker.poll = worker.poll, None
+        poll, worker.poll, worker.reach = worker.poll, None, None
         assert poll is not None
         try:
             doing = result_of(poll)

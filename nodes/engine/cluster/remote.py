@@ -34,7 +34,8 @@ class Worker:
     """A worker as ComfyUI's process sees it.
 
     about: what it says of itself, once `described` is done. call: what it computes now; poll: the question
-    how far it is. turn: the number of the last call. started, met, polled, moved: when it was started, when
+    how far it is; reach: whether its machine can be reached, if it does not answer. turn: the number of the
+    last call. started, met, polled, moved: when it was started, when
     it had said what it is, when it was asked last, and when it last had computed another block, on the
     monotonic clock. lost: why it is no more.
     """
@@ -52,6 +53,7 @@ class Worker:
     picture: Picture | None = None
     call: Future[Any] | None = None
     poll: Future[Any] | None = None
+    reach: Future[bool] | None = None
     polled: float = 0.0
     stated: float = 0.0
     moved: float = 0.0
@@ -66,7 +68,7 @@ class Worker:
 
     def calls(self, call: Future[Any], now: float) -> None:
         """It begins to compute, in the turn that the call was sent with."""
-        self.call, self.poll, self.doing = call, None, {}
+        self.call, self.poll, self.reach, self.doing = call, None, None, {}
         self.moved = self.polled = self.stated = now
 
     def noted(self, doing: Mapping[str, Any], now: float) -> bool:
