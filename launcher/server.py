@@ -52,6 +52,7 @@ class Server:
         raise ServerError(f"ComfyUI {happened}. The end of {self.log}:\n{self.tail()}")
 
     def start(self, log: TextIO) -> subprocess.Popen[bytes]:
+        """The process that runs ComfyUI and writes into `log`."""
         return subprocess.Popen(
             self.command, cwd=self.comfyui, env=self.environment, stdout=log, stderr=subprocess.STDOUT
         )

@@ -6,12 +6,13 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import replica_for
-from engine.files.cache import SUFFIX, CacheWriter, DiskCache
+from engine.files.cache import SUFFIX, WRITING_SECONDS, CacheWriter, DiskCache
 from engine.files.checkpoint import Checkpoint
 from engine.files.tensors import read_tensors
 from engine.models import loading
@@ -50,6 +51,20 @@ def test_what_is_written_tensor_by_tensor_is_a_safetensors_file(
     assert same(load_file(tmp_path / "file"), TENSORS)
     read = read_tensors(tmp_path / "file", reuse_buffers_for=borrowed)
     assert same({name: tensor.clone() for name, tensor in read}, TENSORS)
+
+
+def test_one_process_writes_a_file_that_several_need(cache: DiskCache) -> None:
+    """As workers on cards of one machine do, which load the same weights at once."""
+    first = cache.create("weights", LAYOUT)
+    assert first is not None and cache.create("weights", LAYOUT) is None
+    other = cache.create("others", LAYOUT)
+    assert other is not None
+    for writer in (first, other):
+        writer.abandon()
+    again = cache.create("weights", LAYOUT)
+    assert again is not None
+    os.utime(again._partial, (0, time.time() - 2 * WRITING_SECONDS))  # its process was killed
+    assert cache.create("weights", LAYOUT) is not None
 
 
 def test_an_unfinished_file_never_gets_its_name(tmp_path: Path) -> None:

@@ -35,9 +35,8 @@ class Worker:
 
     about: what it says of itself, once `described` is done. call: what it computes now; poll: the question
     how far it is; reach: whether its machine can be reached, if it does not answer. turn: the number of the
-    last call. started, met, polled, moved: when it was started, when
-    it had said what it is, when it was asked last, and when it last had computed another block, on the
-    monotonic clock. lost: why it is no more.
+    last call. started, met, polled, moved: when it was started, when it had said what it is, when it was
+    asked last, and when it last had computed another block, on the monotonic clock. lost: why it is no more.
     """
 
     number: int

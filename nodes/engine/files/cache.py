@@ -31,7 +31,7 @@ FOLDER_VARIABLE, SIZE_VARIABLE = "FIRERED_CACHE_DIR", "FIRERED_CACHE_GB"
 DEFAULT_GB = 100
 SUFFIX = ".firered.safetensors"  # only files with it are deleted
 ABANDONED_SECONDS = 86_400  # a partial file this old is deleted
-WRITING_SECONDS = 60  # a partial file that changed in these is being written
+WRITING_SECONDS = 20  # a partial file that changed in these is being written
 PROCESS = uuid.uuid4().hex[:12]  # process ids can repeat in containers that share a folder
 
 
