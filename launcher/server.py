@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TextIO
 
 import aiohttp
 import torch
@@ -35,8 +34,7 @@ class Server:
         self.environment = clean_environment()
 
     def __enter__(self) -> Server:
-        with self.log.open("w", encoding="utf-8") as log:
-            self.process = self.start(log)
+        self.process = self.start()
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
@@ -51,11 +49,12 @@ class Server:
         )
         raise ServerError(f"ComfyUI {happened}. The end of {self.log}:\n{self.tail()}")
 
-    def start(self, log: TextIO) -> subprocess.Popen[bytes]:
-        """The process that runs ComfyUI and writes into `log`."""
-        return subprocess.Popen(
-            self.command, cwd=self.comfyui, env=self.environment, stdout=log, stderr=subprocess.STDOUT
-        )
+    def start(self) -> subprocess.Popen[bytes]:
+        """The process that runs ComfyUI and writes the log."""
+        with self.log.open("w", encoding="utf-8") as log:
+            return subprocess.Popen(
+                self.command, cwd=self.comfyui, env=self.environment, stdout=log, stderr=subprocess.STDOUT
+            )
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()

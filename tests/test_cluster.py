@@ -187,8 +187,8 @@ def test_a_cancelled_batch_goes_on_where_it_was(
     run, saver = make_run(tiny, 2, LONG), files_in(tmp_path)
     begun = pool.submit(Task(run, "stop"), saver)
 
-    def cancel(*told: object) -> None:
-        if all(picture.step for picture in begun):
+    def cancel(what: str, done: int, *others: object) -> None:
+        if done >= LONG // 3 and all(picture.step for picture in begun):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -197,7 +197,8 @@ def test_a_cancelled_batch_goes_on_where_it_was(
     pictures = pool.submit(Task(run, "stop"), saver)
     assert all(picture.step or picture.is_done for picture in pictures), "both pictures' states were saved"
     latents = pool.wait(pictures, LONG, lambda *told: None)
-    assert all(picture.result.get("first_step", LONG) > 1 for picture in pictures)
+    firsts = [picture.result.get("first_step", LONG) for picture in pictures]
+    assert min(firsts) > 1 and max(firsts) >= LONG // 8
     assert torch.equal(latents, sample(transformer, run))
 
 

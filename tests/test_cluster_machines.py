@@ -153,9 +153,11 @@ def test_an_address_with_another_program_is_said(
     address = f"127.0.0.1:{free_port()}"
     server = http.server.ThreadingHTTPServer(("127.0.0.1", int(address.split(":")[1])), _Other)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    started = time.monotonic()
     pool = Pool(Link(address), 1)
     with pytest.raises(ClusterError, match=f"the Ray cluster at {address} cannot be used"):
         finish(pool, make_run(tiny, 1))
+    assert time.monotonic() - started < 45
     wait_for(lambda: not pool.link.alive)
 
 
@@ -174,7 +176,6 @@ def test_an_address_where_nothing_listens_is_said_at_once(variables: None) -> No
 
 OWNER = """
 import sys, time
-from engine.cluster import crew
 from engine.cluster.link import Link
 link = Link("")
 link.connect().result()

@@ -147,10 +147,7 @@ def test_an_instruction_that_it_does_not_know_changes_nothing(instruction: str) 
 
 def test_guidance_does_more_than_none_and_spoils_nothing() -> None:
     photo = through_the_vae("cat")
-    weak, strong = (
-        edited("Make it a pencil drawing", "cat", cfg=1.0),
-        edited("Make it a pencil drawing", "cat", cfg=CFG),
-    )
+    weak, strong = (edited("Make it a pencil drawing", "cat", cfg=cfg) for cfg in (1.0, CFG))
     assert brightness(strong) - brightness(photo) > 1.3 * (brightness(weak) - brightness(photo)) > 0
     grey = edited("Make it black and white", "cat")
     assert saturation(grey) < 0.6 * saturation(photo)

@@ -14,7 +14,6 @@ import threading
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import TextIO
 
 import psutil
 
@@ -46,7 +45,7 @@ class Forked(psutil.Process):
 
 
 class WarmServer(server.Server):
-    def start(self, log: TextIO) -> subprocess.Popen[bytes]:
+    def start(self) -> subprocess.Popen[bytes]:
         order = dict(
             command=self.command, folder=str(self.comfyui), environment=self.environment, log=str(self.log)
         )

@@ -38,11 +38,10 @@ def become(command: list[str], folder: str, environment: dict[str, str], log: st
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    for path, flags, standard in ((os.devnull, os.O_RDONLY, (0,)), (log, os.O_WRONLY | os.O_APPEND, (1, 2))):
-        opened = os.open(path, flags)
-        for number in standard:
-            os.dup2(opened, number)
-        os.close(opened)
+    with open(os.devnull, "rb") as nothing, open(log, "wb") as written:
+        os.dup2(nothing.fileno(), 0)
+        os.dup2(written.fileno(), 1)
+        os.dup2(written.fileno(), 2)
     sys.argv = command[1:]
     sys.path[0] = str(Path(sys.argv[0]).parent)
     runpy.run_path(sys.argv[0], run_name="__main__")

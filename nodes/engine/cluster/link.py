@@ -186,11 +186,16 @@ def cluster_address() -> str:
 
 def reaches(host: str, port: int) -> bool:
     """Whether something accepts connections there."""
+    return _refusal(host, port) is None
+
+
+def _refusal(host: str, port: int) -> Exception | None:
+    """Why nothing accepts connections there; None if something does."""
     try:
         socket.create_connection((host, port), PROBE_SECONDS).close()
-        return True
-    except (OSError, OverflowError):
-        return False
+        return None
+    except (OSError, OverflowError) as error:
+        return error
 
 
 def _require_answer(address: str) -> None:
@@ -198,13 +203,11 @@ def _require_answer(address: str) -> None:
     host, separator, port = address.rpartition(":")
     if not separator or not port.isdecimal():  # such as auto
         return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), PROBE_SECONDS).close()
-    except (OSError, OverflowError) as error:
+    if (error := _refusal(host.strip("[]"), int(port))) is not None:
         raise ClusterError(
             f"Nothing answers at {ADDRESS_VARIABLE}={address} ({first_line(error)}). Start the cluster's "
             f"head there, or unset {ADDRESS_VARIABLE}."
-        ) from None
+        )
 
 
 def _make_folder() -> Path:
